@@ -1,0 +1,1 @@
+"""Self-calibrated and reconstruction convolutions for JAX and Flax."""
