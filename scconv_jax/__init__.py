@@ -1,1 +1,37 @@
-"""Self-calibrated and reconstruction convolutions for JAX and Flax."""
+"""Self-calibrated convolutions (SC-Conv, CVPR 2020) and reconstruction convolutions (ScConv, CVPR 2023) for JAX and Flax.
+
+    model = scconv_jax.create_model("scnet50")
+    variables = model.init(jax.random.key(0), images, train=False)     images: float (n, h, w, 3)
+    logits = model.apply(variables, images, train=False)
+
+Networks by name: `create_model`, `list_models`. Layers for your own: `SelfCalibratedConv`, `SelfCalibration`. The operators as
+pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`.
+"""
+
+from scconv_jax import functional
+from scconv_jax.convert import ConversionError, from_torch, to_torch
+from scconv_jax.models import create_model, list_models
+from scconv_jax.self_calibrated import SelfCalibratedConv, SelfCalibration
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConversionError",
+    "SelfCalibratedConv",
+    "SelfCalibration",
+    "create_model",
+    "from_torch",
+    "functional",
+    "list_models",
+    "to_torch",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "SCConv":
+        raise AttributeError(
+            "Two papers share the name SCConv. scconv_jax.SelfCalibratedConv is the one of 2020 (self-calibrated convolutions; its "
+            "calibrated branch, the class SCConv of the reference code, is scconv_jax.SelfCalibration); scconv_jax.ScConv is the "
+            "one of 2023 (spatial and channel reconstruction)."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

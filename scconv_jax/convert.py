@@ -1,0 +1,271 @@
+"""PyTorch state dicts to Flax variables and back: NumPy alone, no torch, and no knowledge of any network.
+
+The paths of our variables are PyTorch's names, so that one rule per kind of leaf is the whole conversion:
+
+    layer1.0.scconv.k2.1.weight        (o, i, h, w)   params      layer1/0/scconv/k2/1/kernel   (h, w, i, o)
+    fc.weight                          (o, i)         params      fc/kernel                     (i, o)
+    bn1.weight, bn1.bias               (c,)           params      bn1/scale, bn1/bias           (c,)
+    bn1.running_mean, bn1.running_var  (c,)           batch_stats bn1/mean, bn1/var             (c,)
+    bn1.num_batches_tracked            ()             none: PyTorch uses it only where a norm has no momentum
+
+Everything on either side is accounted for: an entry without a counterpart, or with one of another shape, is an error that
+lists all such entries at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+Variables = dict[str, Any]
+
+IGNORED = ("*.num_batches_tracked", "num_batches_tracked")
+
+
+class ConversionError(ValueError):
+    """A state dict and a template do not fit each other; the message lists every difference."""
+
+
+class _Rule(NamedTuple):
+    """One kind of leaf: its names on PyTorch's side, the one we write first, and how its axes come from there."""
+
+    names: tuple[str, ...]
+    from_torch: tuple[int, ...] | None = None
+
+
+_RULES = {
+    ("params", "kernel", 4): _Rule(("weight",), (2, 3, 1, 0)),
+    ("params", "kernel", 2): _Rule(("weight",), (1, 0)),
+    ("params", "scale", None): _Rule(("weight", "gamma")),
+    ("params", "bias", None): _Rule(("bias", "beta")),
+    ("batch_stats", "mean", None): _Rule(("running_mean",)),
+    ("batch_stats", "var", None): _Rule(("running_var",)),
+}
+
+
+class _Leaf(NamedTuple):
+    path: tuple[str, ...]
+    value: Any  # an array, or what has its shape and dtype
+    names: tuple[str, ...]
+    axes: tuple[int, ...] | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape on PyTorch's side."""
+        shape = self.value.shape
+        return shape if self.axes is None else tuple(shape[i] for i in np.argsort(self.axes))
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    template: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    ignore: Sequence[str] = (),
+    rename: Sequence[tuple[str, str]] = (),
+) -> Variables:
+    """Fill the variables of a network or layer from a PyTorch state dict.
+
+    Args:
+        state_dict: name to array: NumPy arrays or torch tensors. It may be wrapped as `{"state_dict": ...}`, and its names
+            may begin with `module.`, as `DataParallel` writes them.
+        template: the variables to fill, or only their shapes: `jax.eval_shape(model.init, ...)`.
+        strict: raise where the two sides differ. If not, whatever has no counterpart of its shape is passed over, and keeps
+            the value that it has in `template`.
+        ignore: patterns (as of file names: `fc.*`) of PyTorch names to pass over on both sides, strict or not.
+        rename: pairs of a regular expression and its replacement, applied in turn to each of the state dict's names.
+
+    Returns:
+        Variables of the structure of `template`, NumPy arrays of the state dict's dtypes.
+
+    Raises:
+        ConversionError: listing every entry that nothing takes, every leaf that nothing fills, and every shape that differs.
+    """
+    return match(state_dict, template, strict=strict, ignore=ignore, rename=rename).variables
+
+
+def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the PyTorch state dict of a network's or layer's variables: the inverse of `from_torch`.
+
+    Args:
+        variables: `{"params": ..., "batch_stats": ...}`, the latter where there is any.
+
+    Returns:
+        Name to NumPy array, with the names, shapes and order that the reference's `state_dict()` has. Flax has no
+        `num_batches_tracked`; it is 0, and PyTorch uses it only in a norm without momentum.
+
+    Raises:
+        ConversionError: for a leaf of a kind that no rule covers.
+    """
+    modules: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+    for leaf in _leaves(variables):
+        value = np.asarray(leaf.value)
+        if leaf.axes is not None:
+            value = np.ascontiguousarray(value.transpose(np.argsort(leaf.axes)))
+        entries = modules.setdefault(leaf.path[1:-1], {})
+        entries[leaf.names[0]] = value
+        if leaf.path[0] == "batch_stats":
+            entries["num_batches_tracked"] = np.zeros((), np.int64)
+    order = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    return {
+        ".".join((*module, name)): entries[name]
+        for module, entries in modules.items()
+        for name in sorted(entries, key=order.index)
+    }
+
+
+class Match(NamedTuple):
+    """What became of each entry of a state dict and of each leaf of a template."""
+
+    variables: Variables
+    converted: list[str]  # entries that fill a leaf
+    ignored: list[str]  # entries passed over by name
+    unused: list[str]  # entries that no leaf takes (strict=False)
+    unfilled: list[str]  # leaves, by their PyTorch name, that keep the template's value (strict=False, or ignored)
+
+
+def match(
+    state_dict: Mapping[str, Any],
+    template: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    ignore: Sequence[str] = (),
+    rename: Sequence[tuple[str, str]] = (),
+) -> Match:
+    """Do what `from_torch` does, and account for every entry; same arguments and errors."""
+    source = _normalised(state_dict, rename)
+    leaves = list(_leaves(template))
+    ignored = [name for name in source if _matches(name, (*IGNORED, *ignore))]
+    available = {name: value for name, value in source.items() if name not in set(ignored)}
+    converted, unfilled, differing = [], [], []
+    variables: Variables = {collection: {} for collection in template}
+    for leaf in leaves:
+        name = next((n for n in _qualified(leaf) if n in available), None)
+        value = leaf.value
+        if name is None:
+            unfilled.append(leaf)
+        elif not _same_shape(available[name].shape, leaf.shape):
+            differing.append((name, leaf))
+        else:
+            value = available[name].reshape(leaf.shape)
+            value = np.ascontiguousarray(value if leaf.axes is None else value.transpose(leaf.axes))
+            converted.append(name)
+        _insert(variables, leaf.path, value)
+    used = {*converted, *(name for name, _ in differing)}
+    unused = [name for name in available if name not in used]
+    missing = [leaf for leaf in unfilled if not _matches(leaf.names and _qualified(leaf)[0], ignore)]
+    if strict and (unused or missing or differing):
+        raise ConversionError(_differences(available, leaves, unused, missing, differing))
+    kept = [*unfilled, *(leaf for _, leaf in differing)]
+    abstract = [_qualified(leaf)[0] for leaf in kept if isinstance(leaf.value, jax.ShapeDtypeStruct)]
+    if abstract:
+        raise ConversionError(
+            f"Nothing fills {_listing(abstract)}, and the template has only shapes. "
+            "Give the network's initial variables as the template, whose values these leaves then keep."
+        )
+    unused += [name for name, _ in differing]
+    return Match(variables, converted, ignored, unused, [_qualified(leaf)[0] for leaf in kept])
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[_Leaf]:
+    for key, value in tree.items():
+        here = (*path, key)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, here)
+            continue
+        kind = (here[0], key)
+        rule = _RULES.get((*kind, len(value.shape))) or _RULES.get((*kind, None))
+        if rule is None:
+            known = ", ".join(sorted({f"{collection}/…/{leaf}" for collection, leaf, _ in _RULES}))
+            raise ConversionError(
+                f"No rule converts the leaf {'/'.join(here)} of shape {tuple(value.shape)}; there are rules for {known}."
+            )
+        yield _Leaf(here, value, rule.names, rule.from_torch)
+
+
+def _qualified(leaf: _Leaf) -> list[str]:
+    return [".".join((*leaf.path[1:-1], name)) for name in leaf.names]
+
+
+def _normalised(state_dict: Mapping[str, Any], rename: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+    while "state_dict" in state_dict and isinstance(state_dict["state_dict"], Mapping):
+        state_dict = state_dict["state_dict"]
+    if state_dict and all(name.startswith("module.") for name in state_dict):
+        rename = [(r"^module\.", ""), *rename]
+    result: dict[str, np.ndarray] = {}
+    for original, value in state_dict.items():
+        name = original
+        for pattern, replacement in rename:
+            name = re.sub(pattern, replacement, name)
+        if name in result:
+            raise ConversionError(f"Two entries have the name {name} after renaming; one of them was {original}.")
+        result[name] = _to_numpy(original, value)
+    return result
+
+
+def _to_numpy(name: str, value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a torch tensor; NumPy has no bfloat16 of its own
+        value = value.detach().cpu()
+        value = value.float().numpy().astype(ml_dtypes.bfloat16) if "bfloat16" in str(value.dtype) else value.numpy()
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise ConversionError(
+            f"Entry {name} is no array but {type(value).__name__}. Give the state dict alone (`model.state_dict()`), not a whole "
+            "checkpoint or model."
+        )
+    return np.asarray(value)
+
+
+def _same_shape(source: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether the shapes are equal, or a vector's with axes of length 1 after it: (c,) and (c, 1, 1)."""
+    vectors = math.prod(source) == math.prod(target) == source[0] == target[0] if source and target else False
+    return source == target or vectors
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _insert(tree: Variables, path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _differences(
+    source: Mapping[str, np.ndarray],
+    leaves: Sequence[_Leaf],
+    unused: Sequence[str],
+    missing: Sequence[_Leaf],
+    differing: Sequence[tuple[str, _Leaf]],
+) -> str:
+    names = [_qualified(leaf)[0] for leaf in leaves]
+    lines = ["The state dict does not fit the template."]
+    if unused:
+        lines.append(f"{len(unused)} of its entries have no place:")
+        lines += [f"  {name} {source[name].shape}{_nearest(name, names)}" for name in unused]
+    if missing:
+        lines.append(f"{len(missing)} entries are not in it:")
+        lines += [f"  {(name := _qualified(leaf)[0])} {leaf.shape}{_nearest(name, source)}" for leaf in missing]
+    if differing:
+        lines.append(f"{len(differing)} entries have another shape:")
+        lines += [f"  {name}: {source[name].shape} in the state dict, {leaf.shape} expected" for name, leaf in differing]
+    lines.append("Give the matching model and options, or pass over entries by ignore=[...] or strict=False.")
+    return "\n".join(lines)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f" (nearest: {found[0]})" if found and found[0] != name else ""
+
+
+def _listing(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

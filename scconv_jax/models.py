@@ -1,0 +1,52 @@
+"""The one table of networks by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flax import linen as nn
+
+from scconv_jax import resnet, scnet
+
+MODELS: dict[str, Callable[..., nn.Module]] = {**resnet.MODELS, **scnet.MODELS}
+
+
+def list_models() -> list[str]:
+    """Return the names of all networks, sorted."""
+    return sorted(MODELS)
+
+
+def create_model(name: str, **options: Any) -> nn.Module:
+    """Make a network by its name.
+
+    Args:
+        name: one of `list_models()`.
+        **options: what the network is to differ in. All take
+
+            - `num_classes`: length of the logits; 1000 for the ImageNet networks, 10 for the small ones;
+            - `output_stride`: size of the images over size of the last map: 32, 16 or 8 for the ImageNet networks;
+            - `dtype`: of the computation: `jnp.float32`, `jnp.bfloat16` or, with 64-bit JAX, `jnp.float64`;
+            - `axis_name`: mapped axis over which BatchNorm takes its statistics; None for each device its own.
+
+    Returns:
+        A Flax module: `model.init(key, images, train=False)`, `model.apply(variables, images, train=False)`.
+
+    Raises:
+        ValueError: for a name or an option that does not exist; the nearest that do are named.
+    """
+    if name not in MODELS:
+        raise ValueError(f"There is no model {name!r}.{_nearest(name, MODELS)} All: {', '.join(list_models())}.")
+    constructor = MODELS[name]
+    known = [option for option in inspect.signature(constructor).parameters if option not in ("parent", "name")]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"Model {name!r} has no option {option!r}.{_nearest(option, known)} All: {', '.join(known)}.")
+    return constructor(**options)
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
