@@ -1,0 +1,291 @@
+"""What a run is made of: frozen dataclasses of base quantities, checked where they are built.
+
+A file under `configs/` makes one `Config`; the command line overrides single fields of it. A wrong name, type or
+value is a `ConfigError` that says which field, what was found and what would do. What follows from several fields
+(steps, not epochs) is worked out once, after the overrides, by `make_plan`.
+"""
+
+import dataclasses
+import difflib
+import json
+import runpy
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DEFAULT = CONFIGS / "digits.py"
+
+
+class ConfigError(ValueError):
+    """A mistake that the person who started the run can put right: printed as one line, exit code 2."""
+
+
+class Group:
+    """A group of fields whose names, types and ranges are checked when it is built."""
+
+    def __new__(cls, *_args: Any, **fields: Any) -> Self:
+        """Refuse unknown field names; the dataclass's own message would not name the nearest."""
+        known = typing.get_type_hints(cls)
+        for name in fields.keys() - known.keys():
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, annotation in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, annotation):
+                raise ConfigError(
+                    f"{type(self).__name__}.{name} must be {_describe(annotation)}, found {value!r}"
+                    + (nearest(value, typing.get_args(annotation)) if isinstance(value, str) else "")
+                )
+
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise ConfigError(f"{type(self).__name__}.{name} must be {expected}, found {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Model(Group):
+    """The network."""
+
+    name: str = "scnet20_small"
+    """One of `scconv_jax.list_models()`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the computation; parameters are always float32."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics of the whole batch, not of each device's share."""
+
+
+@dataclass(frozen=True)
+class Data(Group):
+    """Images, and what is done to them."""
+
+    name: Literal["digits", "synthetic"] = "digits"
+    """Data set."""
+    image_size: int = 32
+    """Height and width in pixels."""
+    batch_size: int = 64
+    """Images per step, all devices together."""
+    crop_padding: int = 0
+    """Pixels of padding before the random crop of a training image; 0: no crop."""
+    flip: bool = False
+    """Mirror training images at random. Not for digits or text."""
+    threads: int = 1
+    """Threads that read images."""
+    synthetic_train: int = 512
+    """Training images of the synthetic data set."""
+    synthetic_test: int = 200
+    """Test images of the synthetic data set."""
+    synthetic_classes: int = 10
+    """Classes of the synthetic data set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_size", "batch_size", "synthetic_train", "synthetic_test"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(self.synthetic_classes >= 2, "synthetic_classes", "at least 2")
+        for name in ("crop_padding", "threads"):
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+
+
+@dataclass(frozen=True)
+class Optim(Group):
+    """Stochastic gradient descent with momentum, as PyTorch defines it."""
+
+    lr: float = 0.1
+    """Highest learning rate, for the whole batch."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 1e-4
+    """Times the parameter, added to its gradient; every parameter."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """How the learning rate falls after the warm-up: to 0 along a cosine, or by drops."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises linearly from 0."""
+    drop_epochs: tuple[float, ...] = (30.0, 60.0, 90.0)
+    """Epochs at which the step schedule drops the learning rate."""
+    drop_factor: float = 0.1
+    """What a drop multiplies it by."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.lr > 0, "lr", "above 0")
+        self._require(0 <= self.momentum < 1, "momentum", "at least 0 and under 1")
+        self._require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and under 1")
+        for name in ("weight_decay", "warmup_epochs", "drop_factor"):
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._require(list(self.drop_epochs) == sorted(set(self.drop_epochs)), "drop_epochs", "in rising order")
+
+
+@dataclass(frozen=True)
+class Config(Group):
+    """One experiment."""
+
+    epochs: int = 90
+    """Passes over the training images."""
+    seed: int = 0
+    """Decides the initial weights, the order of the images and their augmentation."""
+    parallel: Literal["shard_map", "pmap"] = "shard_map"
+    """What maps the step over the devices."""
+    log_every: int = 20
+    """Steps between two lines of training metrics."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints kept, beside the best."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "log_every", "keep_checkpoints"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(0 <= self.seed < 2**31, "seed", "at least 0 and under 2**31")
+        self._require(self.optim.warmup_epochs < self.epochs, "epochs", "more than Optim.warmup_epochs")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the config, the number of training images and the number of devices."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    drop_steps: tuple[int, ...]
+
+
+def make_plan(config: Config, train_images: int, devices: int) -> Plan:
+    """Turn epochs into steps. An incomplete last batch of an epoch is left out; the next epoch shuffles anew.
+
+    Raises:
+        ConfigError: the batch does not divide over the devices, or is larger than the training set.
+    """
+    batch = config.data.batch_size
+    if batch % devices:
+        lower, upper = batch // devices * devices, (batch // devices + 1) * devices
+        choices = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ConfigError(
+            f"data.batch_size {batch} does not divide over {devices} devices: use {choices} (--data.batch-size {upper})"
+        )
+    if batch > train_images:
+        raise ConfigError(f"data.batch_size {batch} is more than the {train_images} training images of the data set")
+    steps = train_images // batch
+    return Plan(
+        steps_per_epoch=steps,
+        total_steps=config.epochs * steps,
+        warmup_steps=round(config.optim.warmup_epochs * steps),
+        drop_steps=tuple(round(epoch * steps) for epoch in config.optim.drop_epochs),
+    )
+
+
+def load_config(path: Path) -> Config:
+    """Run a config file and return its `config`.
+
+    Raises:
+        ConfigError: there is no such file, it fails, or it defines no `config = Config(...)`.
+    """
+    if not path.is_file():
+        there = [str(p) for p in sorted({*CONFIGS.glob("*.py"), *path.parent.glob("*.py")})]
+        by_stem = {Path(p).stem: shown(p) for p in there if not p.endswith("__init__.py")}
+        close = difflib.get_close_matches(path.stem, by_stem, n=3, cutoff=0.5) or list(by_stem)
+        raise ConfigError(f"no config file {path}; there is {', '.join(by_stem[stem] for stem in close)}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:
+        line = getattr(error, "lineno", None) or _line_in(path, error)
+        raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path} must define `config = Config(...)`, found {type(config).__name__}")
+    return config
+
+
+def to_json(config: Config) -> str:
+    """The config as text, for `config.json` in the run's folder."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, source: str) -> Config:
+    """The config of an earlier run; `source` names the file in an error."""
+    try:
+        return _from_dict(Config, json.loads(text))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{source} is not the config of a run: {error}") from error
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Field path → (old, new) for each field in which the two differ."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        leaves = {}
+        for key, value in values.items():
+            leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return leaves
+
+    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def nearest(name: str, valid: Iterable[Any]) -> str:
+    """The end of an error message: the valid names most like `name`, or all of them where none is."""
+    names = [v for v in valid if isinstance(v, str)]
+    if close := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; valid: {', '.join(names)}" if names else ""
+
+
+def shown(path: str) -> str:
+    """The path as a person would type it here."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+
+    def value_of(name: str, value: Any) -> Any:
+        if isinstance(hints.get(name), type) and issubclass(hints[name], Group):
+            return _from_dict(hints[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: value_of(name, value) for name, value in values.items()})
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is tuple:
+        return f"a tuple of {typing.get_args(annotation)[0].__name__}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(
+        annotation, f"a {annotation.__name__}(...)"
+    )
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    """The line of the config file at which it failed."""
+    line, step = None, error.__traceback__
+    while step:
+        if step.tb_frame.f_code.co_filename == str(path):
+            line = step.tb_lineno
+        step = step.tb_next
+    return line

@@ -1,0 +1,131 @@
+"""Where images come from, and the order in which a run sees them.
+
+A data set is two random-access sources of `{"image": uint8 (h, w, 3), "label": int32 ()}` and the numbers that go with
+them. Batches are a function of (seed, step) alone, so that a resumed run continues with exactly the batch that was
+next. Grain does the shuffling, batching and reading ahead, in threads.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from train.config import Data
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images held in memory: uint8 (n, h, w, 3) and int32 (n,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Batch:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test images, disjoint, and what a model and a step need to know of them."""
+
+    train: ArraySource
+    test: ArraySource
+    num_classes: int
+    mean: tuple[float, float, float]
+    """Of the training pixels, per channel, as shares of 255."""
+    std: tuple[float, float, float]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, 3)."""
+        return self.train[0]["image"].shape
+
+
+def load_dataset(data: Data) -> Dataset:
+    """The data set that the config names."""
+    return DATASETS[data.name](data)
+
+
+def load_digits(data: Data) -> Dataset:
+    """1,797 scans of handwritten digits, 8×8 pixels, that come with scikit-learn (UCI ML repository, "optdigits").
+
+    1,437 train and 360 test, every digit in proportion; the split is the same for every seed. No scan occurs twice.
+    The scans are enlarged to `image_size` bilinearly and repeated to three channels.
+    """
+    try:
+        from sklearn import datasets, model_selection
+    except ImportError as error:
+        raise ModuleNotFoundError("the digits need scikit-learn: pip install 'scconv-jax[train]'") from error
+
+    scans, labels = datasets.load_digits(return_X_y=True)
+    train, test = model_selection.train_test_split(
+        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
+    )
+    grey = resize_bilinear(scans.reshape(-1, 8, 8) / 16, data.image_size)
+    images = np.repeat(np.round(255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
+    labels = labels.astype(np.int32)
+    return _from_arrays(ArraySource(images[train], labels[train]), ArraySource(images[test], labels[test]), 10)
+
+
+def load_synthetic(data: Data) -> Dataset:
+    """Noise around one random 4×4 pattern per class, of any size: for smoke tests and benchmarks, not for science."""
+    rng = np.random.default_rng(0)
+    patterns = rng.uniform(64, 192, (data.synthetic_classes, 4, 4, 3))
+    enlarged = np.stack([resize_bilinear(patterns[..., c], data.image_size) for c in range(3)], axis=-1)
+
+    def make(count: int) -> ArraySource:
+        labels = (np.arange(count) % data.synthetic_classes).astype(np.int32)
+        images = np.empty((count, *enlarged.shape[1:]), np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[...] = np.clip(enlarged[label] + rng.normal(0, 24, image.shape), 0, 255)
+        return ArraySource(images, labels)
+
+    return _from_arrays(make(data.synthetic_train), make(data.synthetic_test), data.synthetic_classes)
+
+
+DATASETS: dict[str, Callable[[Data], Dataset]] = {"digits": load_digits, "synthetic": load_synthetic}
+
+
+def train_batches(source: ArraySource, batch_size: int, *, seed: int, first_step: int, threads: int) -> Iterator[Batch]:
+    """Endless training batches from step `first_step` on, `{"image": (b, h, w, 3), "label": (b,)}`.
+
+    Each epoch is shuffled anew and gives `len(source) // batch_size` whole batches.
+    """
+    steps = grain.MapDataset.source(source).seed(seed).shuffle().batch(batch_size, drop_remainder=True).repeat()
+    batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
+    batches.set_state({"next_index": first_step})
+    return batches
+
+
+def eval_batches(source: ArraySource, batch_size: int, *, threads: int) -> Iterator[Batch]:
+    """Every test image once, in order; the last batch is filled up with images of `"weight"` 0."""
+    steps = grain.MapDataset.source(source).batch(batch_size).map(lambda batch: _fill_up(batch, batch_size))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
+
+
+def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
+    """(n, h, w) → (n, size, size), pixel centres at half integers, edges repeated: what PIL does when it enlarges."""
+
+    def weights(old: int) -> np.ndarray:
+        position = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(old)))
+
+    return weights(images.shape[1]) @ images @ weights(images.shape[2]).T
+
+
+def _from_arrays(train: ArraySource, test: ArraySource, num_classes: int) -> Dataset:
+    pixels = train.images.reshape(-1, 3) / 255
+    return Dataset(train, test, num_classes, mean=tuple(pixels.mean(0).tolist()), std=tuple(pixels.std(0).tolist()))
+
+
+def _fill_up(batch: Batch, size: int) -> Batch:
+    count = len(batch["label"])
+    filled = {key: np.concatenate([x, np.repeat(x[:1], size - count, axis=0)]) for key, x in batch.items()}
+    return filled | {"weight": (np.arange(size) < count).astype(np.float32)}

@@ -1,0 +1,149 @@
+"""What a run tells: `metrics.jsonl` for programs, a progress bar and lines for people, `curves.png` for both."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object per line, each with `step` and `epoch`, written out at once."""
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        """Append to `path`; lines past `first_step`, of work that a resumed run does again, go."""
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
+        self._file = path.open("w")
+        for line in kept:
+            self.write(**line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, **values: Any) -> None:
+        """Write one line. Keys may hold a slash: `write(**{"step": 3, "train/loss": 0.1})`."""
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line cut off in mid-write is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Window:
+    """Training metrics since the last look at them. They stay on the device until then: no step waits for the host."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._steps: list[tuple[int, dict[str, jax.Array]]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what has passed so far (a compilation, a test) out of images/s."""
+        self._since, self._timed_steps = time.perf_counter(), 0
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Take in what step number `step` returned."""
+        self._steps.append((step, values))
+        self._timed_steps += 1
+
+    def close(self) -> dict[str, float]:
+        """Means over the window as `train/loss`, …, and `images_per_second`; the next window begins.
+
+        Raises:
+            FloatingPointError: a loss is not finite; the first such step is named.
+        """
+        steps = jax.device_get(self._steps)
+        for step, values in steps:
+            if not np.isfinite(values["loss"]):
+                raise FloatingPointError(f"the training loss is {values['loss']} at step {step}")
+        means = {f"train/{key}": float(np.mean([values[key] for _, values in steps])) for key in steps[0][1]}
+        if self._timed_steps:
+            seconds = time.perf_counter() - self._since
+            means["images_per_second"] = round(self._timed_steps * self._batch_size / seconds, 1)
+        self._steps = []
+        self.restart_clock()
+        return means
+
+
+class Progress:
+    """A bar over all images of the run with images/s and time left; on anything but a terminal, lines alone."""
+
+    def __init__(self, total_steps: int, first_step: int, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._bar = tqdm(
+            total=total_steps * batch_size,
+            initial=first_step * batch_size,
+            unit="img",
+            unit_scale=True,
+            desc="compiling the step",
+            dynamic_ncols=True,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, where: str) -> None:
+        """Count one step; `where` the run is stands before the bar."""
+        self._bar.set_description_str(where, refresh=False)
+        self._bar.update(self._batch_size)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        with self._bar.external_write_mode(file=sys.stdout):
+            print(line, flush=True)
+
+
+def draw_curves(metrics: Path, picture: Path, title: str) -> None:
+    """Draw loss and accuracy against epochs, training and test, the best test accuracy marked."""
+    try:
+        import matplotlib.figure as mpl
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ModuleNotFoundError("curves need matplotlib: pip install 'scconv-jax[train]'") from error
+
+    lines = read_metrics(metrics)
+    figure = mpl.Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    loss_axes, top1_axes = figure.subplots(1, 2)
+    for axes, name, scale in ((loss_axes, "loss", 1), (top1_axes, "top1", 100)):
+        for split, label, style in (
+            ("train", "training batches", {"color": "tab:blue", "alpha": 0.55, "linewidth": 1.2}),
+            ("eval", "test images", {"color": "tab:orange", "linewidth": 1.8, "marker": "o", "markersize": 3}),
+        ):
+            points = [(line["epoch"], scale * line[f"{split}/{name}"]) for line in lines if f"{split}/{name}" in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, **style)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    loss_axes.set(ylabel="cross-entropy", yscale="log")
+    top1_axes.set_ylabel("accuracy, %")
+    if best := best_line(lines):
+        point = best["epoch"], 100 * best["eval/top1"]
+        top1_axes.plot(*point, "*", color="tab:red", markersize=13, label=f"best: {point[1]:.2f} %, epoch {point[0]:g}")
+    for axes in (loss_axes, top1_axes):
+        if axes.has_data():
+            axes.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(picture)
+
+
+def best_line(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The line of the best test accuracy, the latest among equals."""
+    tested = [line for line in lines if "eval/top1" in line]
+    return max(reversed(tested), key=lambda line: line["eval/top1"], default=None)

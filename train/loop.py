@@ -1,0 +1,231 @@
+"""Training and evaluation, from top to bottom."""
+
+import functools
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import scconv_jax
+from train.augment import make_augment, normalize
+from train.checkpoint import Checkpoints
+from train.config import Config, ConfigError, make_plan
+from train.data import Dataset, eval_batches, load_dataset, train_batches
+from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
+from train.optim import make_optimizer, make_schedule
+from train.parallel import Parallel, make_parallel
+from train.step import AXIS, TrainState, eval_step, init_state, train_step
+from train.workdir import open_workdir
+
+
+class Stopped(Exception):
+    """A signal ended the run early, after its state was saved."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Train to the last epoch; where `workdir` holds a checkpoint, from the latest on.
+
+    Raises:
+        ConfigError: something in the config does not fit the data, the devices or the checkpoint.
+        FloatingPointError: the loss or the state is no longer finite. Nothing of that is saved.
+        Stopped: a signal came; the state is saved.
+    """
+    began = time.perf_counter()
+    job = prepare(config)
+    batch_size = config.data.batch_size
+    plan = make_plan(config, len(job.dataset.train), jax.local_device_count())
+    open_workdir(workdir, config)
+
+    schedule = make_schedule(config.optim, plan)
+    optimizer = make_optimizer(config.optim, schedule)
+    first_state = functools.partial(init_state, job.model, optimizer, job.dataset.image_shape, config.seed)
+    train_fn = functools.partial(
+        train_step,
+        model=job.model,
+        optimizer=optimizer,
+        augment=make_augment(config.data),
+        normalize=job.normalize,
+        label_smoothing=config.optim.label_smoothing,
+        seed=config.seed,
+    )
+    next_state = job.parallel.over_devices(train_fn, donate_state=True)
+    test = make_test(job, config)
+
+    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Signals() as signals:
+        resumes = checkpoints.latest() is not None
+        state = checkpoints.restore(like=jax.eval_shape(first_state)) if resumes else first_state()
+        first_step = step = int(state.step)
+        print(
+            f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
+            f"{config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images. Writing to {workdir}"
+            + (f", going on from step {step} of {plan.total_steps}" if resumes else ""),
+            flush=True,
+        )
+        state = job.parallel.put_state(state)
+        batches = train_batches(
+            job.dataset.train, batch_size, seed=config.seed, first_step=step, threads=config.data.threads
+        )
+        with (
+            Metrics(workdir / "metrics.jsonl", first_step) as metrics,
+            Progress(plan.total_steps, first_step, batch_size) as progress,
+        ):
+            window, train_metrics = Window(batch_size), {}
+            while step < plan.total_steps and not signals.received:
+                state, values = next_state(state, job.parallel.put_batch(next(batches)))
+                step += 1
+                window.add(step, values)
+                if step == first_step + 1:
+                    jax.block_until_ready(values)  # until here it compiled
+                    window.restart_clock()
+                epoch, position = divmod(step, plan.steps_per_epoch)
+                progress.advance(f"epoch {min(epoch + 1, config.epochs)}/{config.epochs}")
+
+                if step % config.log_every == 0 or step == plan.total_steps or signals.received:
+                    train_metrics = window.close()
+                    lr = float(schedule(step - 1))
+                    metrics.write(step=step, epoch=round(step / plan.steps_per_epoch, 3), lr=lr, **train_metrics)
+                if position == 0:
+                    test_metrics = test(state)
+                    if not np.isfinite(test_metrics["eval/loss"]):
+                        raise FloatingPointError(f"the test loss is {test_metrics['eval/loss']} at step {step}")
+                    metrics.write(step=step, epoch=epoch, **test_metrics)
+                    checkpoints.save(state, test_metrics)
+                    progress.say(epoch_line(epoch, config.epochs, train_metrics | test_metrics))
+                    window.restart_clock()
+            checkpoints.save(state)
+
+    draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=f"{config.model.name} on {config.data.name}")
+    if step < plan.total_steps:
+        raise Stopped(signals.received, f"Stopped and saved at step {step} of {plan.total_steps}.")
+    print(summary(workdir, len(job.dataset.test), time.perf_counter() - began))
+
+
+def evaluate(config: Config, workdir: Path) -> None:
+    """Test the latest checkpoint in `workdir` and print the result; writes nothing.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it does not fit the config.
+    """
+    job = prepare(config)
+    plan = make_plan(config, len(job.dataset.train), jax.local_device_count())
+    optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
+    like = jax.eval_shape(lambda: init_state(job.model, optimizer, job.dataset.image_shape, config.seed))
+    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+        state = checkpoints.restore(like)
+    result = make_test(job, config)(job.parallel.put_state(state))
+    print(
+        f"{config.model.name} on {config.data.name}, step {int(state.step)}: test accuracy "
+        f"{accuracy(result['eval/top1'], len(job.dataset.test))}, loss {result['eval/loss']:.4f}"
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What training and evaluation have in common."""
+
+    dataset: Dataset
+    model: nn.Module
+    normalize: Callable[[jax.Array], jax.Array]
+    parallel: Parallel
+
+
+def prepare(config: Config) -> Job:
+    """Load the data and make the network.
+
+    Raises:
+        ConfigError: there is no such network, or it does not take such images.
+    """
+    dataset = load_dataset(config.data)
+    options = {
+        "num_classes": dataset.num_classes,
+        "dtype": jnp.dtype(config.model.dtype),
+        "axis_name": AXIS if config.model.sync_batchnorm else None,
+    }
+    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    try:
+        model = scconv_jax.create_model(config.model.name, **options)
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    except ValueError as error:
+        raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
+    normalizer = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
+    return Job(dataset, model, normalizer, make_parallel(config.parallel, jax.local_devices()))
+
+
+def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, float]]:
+    """State → `eval/loss` and `eval/top1` over all test images, each counted once."""
+    sums_of = job.parallel.over_devices(functools.partial(eval_step, model=job.model, normalize=job.normalize))
+
+    def test(state: TrainState) -> dict[str, float]:
+        batches = eval_batches(job.dataset.test, config.data.batch_size, threads=config.data.threads)
+        sums = jax.device_get([sums_of(state, job.parallel.put_batch(batch)) for batch in batches])
+        totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
+        return {"eval/loss": totals["loss"] / totals["count"], "eval/top1": totals["correct"] / totals["count"]}
+
+    return test
+
+
+class Signals:
+    """Notes the first Ctrl-C or SIGTERM, for the loop to end on; a second one acts as ever."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> Self:
+        self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        self.received = signum
+        self.__exit__()
+
+
+def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
+    """What a person reads of one epoch."""
+    return (
+        f"epoch {epoch:{len(str(epochs))}}/{epochs}   "
+        f"train loss {values['train/loss']:.4f}, accuracy {values['train/top1']:7.2%}   "
+        f"test loss {values['eval/loss']:.4f}, accuracy {values['eval/top1']:7.2%}"
+        + (f"   {values['images_per_second']:,.0f} img/s" if "images_per_second" in values else "")
+    )
+
+
+def summary(workdir: Path, test_images: int, seconds: float) -> str:
+    """What a person reads at the end."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    last, best = [line for line in lines if "eval/top1" in line][-1], best_line(lines)
+    return (
+        f"Test accuracy {accuracy(last['eval/top1'], test_images)} after the last epoch, "
+        f"{best['eval/top1']:.2%} at best (epoch {best['epoch']:g}); {seconds:.0f} s. Curves: {workdir / 'curves.png'}"
+    )
+
+
+def accuracy(share: float, images: int) -> str:
+    """`98.61 % (355 of 360)`."""
+    return f"{100 * share:.2f} % ({round(share * images)} of {images})"
+
+
+def count(params: Any) -> int:
+    """Numbers in all arrays together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def describe_devices() -> str:
+    """`1 CPU device`, `8 × NVIDIA H200`."""
+    devices = jax.local_devices()
+    return f"{len(devices)} × {devices[0].device_kind}"

@@ -1,0 +1,83 @@
+"""The folder of a run: which one it is, and that nothing in it is overwritten by mistake.
+
+A folder holds a run when it holds `config.json`, which is written first.
+"""
+
+from itertools import count
+from pathlib import Path
+
+from train.config import Config, ConfigError, differences, from_json, nearest, to_json
+
+RUNS = Path("runs")
+FIXED = ("model.name", "data.name", "data.batch_size", "data.synthetic_train", "data.synthetic_classes")
+"""Fields that a run keeps for life: what its parameters fit, and what its step number means."""
+
+
+def holds_run(workdir: Path) -> bool:
+    """Whether a run has begun there."""
+    return (workdir / "config.json").is_file()
+
+
+def fresh_workdir(name: str) -> Path:
+    """`runs/NAME`, or `runs/NAME-2`, `-3`, … where that holds a run."""
+    return next(workdir for workdir in _numbered(name) if not holds_run(workdir))
+
+
+def latest_workdir(name: str) -> Path:
+    """The last of `runs/NAME`, `runs/NAME-2`, … that holds a run; `runs/NAME` where none does."""
+    latest = RUNS / name
+    for workdir in _numbered(name):
+        if not holds_run(workdir):
+            return latest
+        latest = workdir
+    raise AssertionError("unreachable")
+
+
+def load_run(workdir: Path) -> Config:
+    """The config of the run in `workdir`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not holds_run(workdir):
+        runs = [str(path.parent) for path in sorted(workdir.parent.glob("*/config.json"))]
+        raise ConfigError(f"no run in {workdir}: it has no config.json{nearest(str(workdir), runs)}")
+    return from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
+
+
+def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
+    """What `new` changes in the run in `workdir`, a line per field.
+
+    Raises:
+        ConfigError: it changes what a run keeps for life.
+    """
+    changes = differences(old, new)
+    for name in FIXED:
+        if name in changes:
+            before, after = changes[name]
+            raise ConfigError(
+                f"{workdir} holds a run with {name} {before!r}, not {after!r}: "
+                f"keep {before!r}, or start another run in another --workdir"
+            )
+    return [f"{name}: {before!r} → {after!r}" for name, (before, after) in changes.items()]
+
+
+def open_workdir(workdir: Path, config: Config) -> None:
+    """Make the folder and write the config of the run into it.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = workdir / "config.json.partial"
+        partial.write_text(to_json(config))
+        partial.replace(workdir / "config.json")
+    except OSError as error:
+        raise ConfigError(f"cannot write to the workdir {workdir}: {error.strerror}; choose another --workdir") from error
+
+
+def _numbered(name: str):
+    yield RUNS / name
+    for number in count(2):
+        yield RUNS / f"{name}-{number}"
