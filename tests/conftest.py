@@ -1,0 +1,125 @@
+"""The strictest JAX that the library must live with, set up before anything imports it.
+
+Eight simulated CPU devices, no implicit rank promotion, warnings as errors (pyproject.toml), and shape annotations that
+are checked on every call. Torch is optional here: only the files named `test_*_equivalence.py` need it.
+"""
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+import typing
+import warnings
+import zlib
+
+DEVICES = 8
+
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:  # must stand before the first import of jax
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Not checked: the console script, whose module level may read the command line.
+_UNCHECKED = {"__main__", "cli"}
+
+
+def _import_library_with_shape_checks() -> None:
+    """Imports every module of the library with its jaxtyping annotations checked by beartype.
+
+    The library imports jaxtyping only `if TYPE_CHECKING:`, so that annotations cost its users nothing. Here that flag
+    is true while the library's own modules are being imported. Their dependencies come first, with the flag still
+    false: what they guard with it (stub-only modules, circular imports) need not exist when a program runs.
+    """
+    for dependency in ("flax.linen", "jax.numpy", "safetensors.numpy", "numpy.typing"):
+        importlib.import_module(dependency)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # third-party: jaxtyping's and beartype's own imports
+        jaxtyping = importlib.import_module("jaxtyping")
+        importlib.import_module("beartype")
+    assert "scconv_jax" not in sys.modules, "imported before its annotations could be checked"
+    with jaxtyping.install_import_hook("scconv_jax", "beartype.beartype"):
+        typing.TYPE_CHECKING = True
+        try:
+            package = importlib.import_module("scconv_jax")
+            for module in pkgutil.iter_modules(package.__path__):
+                if module.name not in _UNCHECKED:
+                    importlib.import_module(f"scconv_jax.{module.name}")
+        finally:
+            typing.TYPE_CHECKING = False
+
+
+_import_library_with_shape_checks()
+
+if importlib.util.find_spec("torch") is not None:
+    import torch
+
+    torch.set_num_threads(2)  # a test run shares its machine
+
+
+@pytest.fixture
+def x64():
+    """64-bit JAX for one test. Compilation caches are keyed on the flag, so nothing leaks into the next test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=["float64", "float32"])
+def precision(request):
+    """Runs a test in float64, where no tolerance can hide a mistake, and in float32, which users compute in."""
+    with jax.enable_x64(request.param == "float64"):
+        yield np.dtype(request.param)
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """A seed of the test's own: the same in every run, another in every test."""
+    return zlib.crc32(request.node.nodeid.encode())
+
+
+# Largest difference from PyTorch, as a share of the largest value. float64: thousands of roundings of 1e-16 each, at
+# worst; anything systematic is far above it. float32: outputs sum up to 9·512 products in an order that differs between
+# the two libraries, through up to 100 layers; each rounding is about 6e-8, and they add up like a random walk.
+LIMITS = {"float64": 1e-12, "float32": 2e-5}
+
+
+@pytest.fixture
+def close(request):
+    """`close(ours, theirs, what)` asserts equality up to rounding, and notes the difference for the final report."""
+
+    def check(ours, theirs, what: str = "output", *, limit: float | None = None) -> None:
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert ours.dtype == theirs.dtype, f"{what}: {ours.dtype}, expected {theirs.dtype}"
+        assert ours.shape == theirs.shape, f"{what}: {ours.shape}, expected {theirs.shape}"
+        assert theirs.size, f"{what}: empty"
+        assert np.isfinite(theirs).all(), f"{what}: the reference is not finite"
+        scale = np.abs(theirs).max()
+        assert scale > 0, f"{what}: the reference is zero everywhere, which proves nothing"
+        difference = float(np.abs(ours - theirs).max() / scale)
+        limit = LIMITS[ours.dtype.name] if limit is None else limit
+        area = request.path.stem.removeprefix("test_").removesuffix("_equivalence")
+        request.node.user_properties.append(("difference", (area, ours.dtype.name, difference)))
+        assert difference <= limit, f"{what}: differs by {difference:.2e} of the largest value; the limit is {limit:.0e}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says how near the library came to the PyTorch oracles, per file of equivalence tests."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "difference":
+                area, dtype, difference = value
+                found.setdefault((area, dtype), []).append(difference)
+    if not found:
+        return
+    terminalreporter.section("largest difference from PyTorch, relative to the largest value")
+    for (area, dtype), differences in sorted(found.items()):
+        terminalreporter.write_line(f"{area:24} {dtype:8} {max(differences):.1e}   in {len(differences)} comparisons")
