@@ -30,8 +30,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name == "SCConv":
         raise AttributeError(
-            "Two papers share the name SCConv. scconv_jax.SelfCalibratedConv is the one of 2020 (self-calibrated convolutions; its "
-            "calibrated branch, the class SCConv of the reference code, is scconv_jax.SelfCalibration); scconv_jax.ScConv is the "
-            "one of 2023 (spatial and channel reconstruction)."
+            "Two papers share the name SCConv. scconv_jax.SelfCalibratedConv is the one of 2020 (self-calibrated convolutions; "
+            "its calibrated branch, the class SCConv of the reference code, is scconv_jax.SelfCalibration); "
+            "scconv_jax.ScConv is the one of 2023 (spatial and channel reconstruction)."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -83,9 +83,8 @@ def conv3x3(features: int, *, strides: int = 1, dilation: int = 1, groups: int =
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with `torch.nn.BatchNorm2d`'s numbers.
 
-    Statistics are taken in float32 (float64 for float64 input), whatever the dtype of the computation, about a value of the
-    data itself, so that a mean far from zero costs no accuracy. The running variance is the unbiased one, n / (n - 1), as
-    in PyTorch; what normalises in training is the biased one.
+    Statistics are taken in float32 (float64 for float64 input), whatever the dtype of the computation. The running variance
+    is the unbiased one, n / (n - 1), as in PyTorch; what normalises in training is the biased one.
 
     Attributes:
         momentum: what the running statistics keep at each step (PyTorch's `momentum` is one minus this).
@@ -150,16 +149,14 @@ def moments(
             f"BatchNorm in training needs more than one value per channel; got input of shape {x.shape}. "
             "Use a larger batch or larger images."
         )
-    # One pass over x for both sums. Σx² - (Σx)² cancels where the mean is large, so both are taken about one of the values.
-    origin = lax.stop_gradient(x[(0,) * len(axes)])
-    centred = x - _over_channels(origin, x)
-    shift = centred.mean(axes)
-    var = jnp.maximum(jnp.square(centred).mean(axes) - jnp.square(shift), 0)
-    mean = origin + shift
+    mean = x.mean(axes)
     if axis_name is not None:
-        local = mean
-        mean = lax.pmean(local, axis_name)
-        var = lax.pmean(var + jnp.square(local - mean), axis_name)
+        mean = lax.pmean(mean, axis_name)
+    # Two passes, since Σx² - (Σx)² cancels where the mean is large. The variance does not change with the mean to first order:
+    # Σ(x - mean) is 0. Saying so spares the gradient a pass.
+    var = jnp.square(x - _over_channels(lax.stop_gradient(mean), x)).mean(axes)
+    if axis_name is not None:
+        var = lax.pmean(var, axis_name)
     return mean, var, count
 
 
