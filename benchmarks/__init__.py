@@ -1,0 +1,1 @@
+"""Side-by-side measurements; `make bench` runs them and records what they print in `benchmarks/results/`."""

@@ -1,0 +1,22 @@
+"""Run the benchmarks: `python -m benchmarks.run` all of them, `python -m benchmarks.run networks` one."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import networks
+
+BENCHMARKS = {"networks": networks.main}
+
+
+def main(names: list[str]) -> None:
+    """Run the named benchmarks, or all."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        sys.exit(f"There is no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}.")
+    for name in names or BENCHMARKS:
+        BENCHMARKS[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
