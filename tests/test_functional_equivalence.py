@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as T
 
 from scconv_jax import functional as F
+from tests.equivalence import jit, torch_dtype
 from tests.reference.scnet import SelfCalibratedConv, SelfCalibration
 from tests.reference.state import nchw, nhwc, random_images, randomise
 
@@ -20,7 +21,7 @@ def hwio(kernel: torch.Tensor) -> np.ndarray:
 def value_and_vjp(function, cotangent, *inputs):
     """The function's value, and the gradients of `(value * cotangent).sum()`; one compilation."""
 
-    @jax.jit
+    @jit
     def run(cotangent, *inputs):
         value, vjp = jax.vjp(function, *inputs)
         return value, *vjp(cotangent)
@@ -131,7 +132,7 @@ def assert_copies_as_pytorch(pairs: list[tuple[int, int]]) -> None:
     quads = [(*rows, *columns) for rows, columns in zip(pairs[::2], pairs[1::2], strict=True)]
     maps = [1000.0 * jnp.arange(h)[None, :, None, None] + jnp.arange(w)[None, None, :, None] for h, _, w, _ in quads]
 
-    @jax.jit
+    @jit
     def resize(maps):
         return [F.resize_nearest(x, (p, q))[0, :, :, 0] for x, (_, p, _, q) in zip(maps, quads, strict=True)]
 
@@ -140,12 +141,14 @@ def assert_copies_as_pytorch(pairs: list[tuple[int, int]]) -> None:
         np.testing.assert_array_equal(found, expected, err_msg=f"{h} → {p}, {w} → {q}")
 
 
+@pytest.mark.usefixtures("x64")  # compiles faster
 @pytest.mark.parametrize("outputs", [range(low, low + 16) for low in range(1, 65, 16)])
 def test_resize_nearest_copies_what_pytorch_copies(outputs):
     # Each size with a seventh of the outputs, and each output with a seventh of the sizes.
     assert_copies_as_pytorch([(size, n) for n in outputs for size in range(1, 65) if (size + n) % 7 == 0])
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("pooling", [2, 3, 4, 8])
 def test_resize_nearest_undoes_each_pooling_as_pytorch_does(pooling):
     outputs = [*range(pooling, 64 * pooling, pooling - 1), 193, 224, 299, 350]
@@ -191,7 +194,7 @@ def test_self_calibration(close, size, strides, pooling):
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_self_calibrated_conv(close, precision, strides):
-    oracle = randomise(SelfCalibratedConv(12, strides), 0).to(torch.from_numpy(np.zeros(0, precision)).dtype).eval()
+    oracle = randomise(SelfCalibratedConv(12, strides), 0).to(torch_dtype(precision)).eval()
     branch = oracle.scconv
     k1, k2, k3, k4 = (
         conv_norm(oracle.k1, strides),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class SqueezeExcite(nn.Module):
     """Channel attention (Hu et al., CVPR 2018): scales each channel by a gate read off all channels' means."""
 
-    def __init__(self, channels: int, reduction: int = 16):
+    def __init__(self, channels: int, reduction: int):
         super().__init__()
         self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
         self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
@@ -43,6 +43,14 @@ class Bottleneck(nn.Module):
         y = self.bn2(self.conv2(y)).relu()
         y = self.bn3(self.conv3(y))
         return (y + shortcut).relu()
+
+
+def shortcut(n_in: int, n_out: int, stride: int, *, avg_down: bool = False) -> nn.Sequential:
+    """What brings a block's input to the shape of its output; `avg_down` takes the stride by an average pool."""
+    if not avg_down:
+        return nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+    pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(pool, nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
 
 
 def _imagenet_stem(widths: Sequence[int]) -> nn.Module:
@@ -104,7 +112,7 @@ class ResNet(nn.Module):
             for j in range(depth):
                 downsample = None
                 if j == 0 and (stride > 1 or channels != width * expansion):
-                    downsample = self._downsample(channels, width * expansion, stride, avg_down)
+                    downsample = shortcut(channels, width * expansion, stride, avg_down=avg_down)
                 blocks.append(
                     block(
                         channels,
@@ -118,13 +126,6 @@ class ResNet(nn.Module):
                 channels = width * expansion
             setattr(self, self.stages[i], nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, num_classes)
-
-    @staticmethod
-    def _downsample(n_in: int, n_out: int, stride: int, avg_down: bool) -> nn.Sequential:
-        if not avg_down:
-            return nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
-        pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-        return nn.Sequential(pool, nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         x = self.bn1(self.conv1(x)).relu()

@@ -64,7 +64,7 @@ class SCBottleneck(nn.Module):
         cardinality: int = 1,
         pooling: int = 4,
         avd: bool = False,
-        squeeze_excite: bool = False,
+        se_reduction: int | None = None,
     ):
         super().__init__()
         width = int(planes * bottleneck_width / 64) * cardinality
@@ -79,7 +79,7 @@ class SCBottleneck(nn.Module):
         self.scconv = SelfCalibration(width, stride, dilation, cardinality, pooling)
         self.conv3 = nn.Conv2d(2 * width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.se = SqueezeExcite(out_channels) if squeeze_excite else None
+        self.se = SqueezeExcite(out_channels, se_reduction) if se_reduction else None
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class SCBottleneck(nn.Module):
 _50, _101 = (3, 4, 6, 3), (3, 4, 23, 3)
 _SC = {"block": SCBottleneck}
 _SCNEXT = _SC | {"block": partial(SCBottleneck, bottleneck_width=2, cardinality=32)}
-_SE = _SC | {"block": partial(SCBottleneck, squeeze_excite=True)}
+_SE = _SC | {"block": partial(SCBottleneck, se_reduction=16)}
 _V1D = _SC | {"avd": True, "avg_down": True}
 _SMALL = {"depths": (2, 2, 2), "planes": 16, "stem": (16,), "small": True}
 

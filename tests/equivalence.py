@@ -1,0 +1,89 @@
+"""How a Flax module is compared with its PyTorch oracle: same state, same input, every number that comes out."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from scconv_jax import from_torch, to_torch
+from tests.reference.state import nchw, nhwc, random_images
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit`; in 64-bit JAX without LLVM's optimisations.
+
+    They unroll small float64 convolutions whole, which takes seconds for each. float32 is compiled as users compile it.
+    """
+    options = {"xla_backend_optimization_level": 0} if jax.config.jax_enable_x64 else None
+    return jax.jit(function, compiler_options=options)
+
+
+def torch_dtype(dtype: np.dtype) -> torch.dtype:
+    return getattr(torch, np.dtype(dtype).name)
+
+
+def variables_of(oracle: torch.nn.Module, model: Any, x: np.ndarray) -> dict[str, Any]:
+    """The oracle's state as the variables of `model`, whose input is like `x`."""
+    template = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.asarray(x))
+    return jax.tree.map(jnp.asarray, from_torch(oracle.state_dict(), template))
+
+
+def compare_module(close, model: Any, oracle: torch.nn.Module, x: np.ndarray, *, train: bool) -> None:
+    """Compares outputs, gradients to the input and to each parameter, and each running statistic.
+
+    Args:
+        close: the fixture.
+        model: Flax module, called `(x, train=train)`.
+        oracle: its counterpart, in any dtype; it is left as it is.
+        x: input, `(n, h, w, c)` or `(n, c)`; both sides compute in its dtype.
+        train: whether to normalise by the batch's statistics.
+    """
+    to_torch_layout, from_torch_layout = (nchw, nhwc) if x.ndim == 4 else (torch.from_numpy, lambda t: t.detach().numpy())
+    oracle = copy.deepcopy(oracle).to(torch_dtype(x.dtype)).train(train)
+    variables = variables_of(oracle, model, x)
+
+    tensor = to_torch_layout(x).requires_grad_()
+    expected = oracle(tensor)
+    y = from_torch_layout(expected)
+    cotangent = random_images(y.shape, 99, x.dtype)
+    expected.backward(to_torch_layout(cotangent))
+
+    @jit
+    def run(variables, x, cotangent):
+        state = {key: value for key, value in variables.items() if key != "params"}
+
+        def apply(params, x):
+            return model.apply({"params": params, **state}, x, train=train, mutable=["batch_stats"])
+
+        output, vjp, new = jax.vjp(apply, variables["params"], x, has_aux=True)
+        return output, vjp(cotangent), new
+
+    output, (gradients, gradient), new = run(variables, x, cotangent)
+    close(output, y)
+    close(gradient, from_torch_layout(tensor.grad), "gradient of the input")
+    compare_gradients(close, gradients, oracle)
+    if new:
+        compare_statistics(close, variables["params"], new["batch_stats"], oracle)
+
+
+def compare_gradients(close, gradients: Any, oracle: torch.nn.Module) -> None:
+    """Compares a tree of gradients with what `backward` left in the oracle, name by name."""
+    found = to_torch({"params": gradients})
+    expected = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        close(found[name], value.numpy(), f"gradient of {name}")
+
+
+def compare_statistics(close, params: Any, batch_stats: Any, oracle: torch.nn.Module) -> None:
+    """Compares running means and variances with the oracle's, name by name."""
+    found = to_torch({"params": params, "batch_stats": batch_stats})
+    expected = {name: buffer for name, buffer in oracle.named_buffers() if not name.endswith("num_batches_tracked")}
+    assert expected
+    for name, value in expected.items():
+        close(found[name], value.numpy(), name)

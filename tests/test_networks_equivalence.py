@@ -1,0 +1,83 @@
+"""Every network, whole, against its PyTorch oracle: same weights, same image, every stage's map and the logits."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from scconv_jax import create_model, list_models
+from tests.equivalence import compare_module, jit, torch_dtype, variables_of
+from tests.reference.scnet import NETWORKS, build
+from tests.reference.state import nchw, nhwc, random_images, randomise
+
+# Odd at every stage, and not square. The pooling needs 4×4 in the last map: 97 px at output stride 32, 49 at 16, 25 at 8.
+SIZES = {32: (97, 113), 16: (49, 71), 8: (25, 39), 4: (13, 21)}
+
+
+def compare_network(close, name: str, size: tuple[int, int], dtype: np.dtype, **options) -> None:
+    oracle = randomise(build(name, num_classes=10, **options), 0).to(torch_dtype(dtype)).eval()
+    model = create_model(name, num_classes=10, dtype=dtype, **options)
+    images = random_images((1, *size, 3), 1, dtype)
+    with torch.no_grad():
+        maps = oracle.features(nchw(images))
+        logits = oracle(nchw(images))
+
+    @jit
+    def run(variables, images):
+        features = model.apply(variables, images, train=False, method="features")
+        return features, model.apply(variables, images, train=False)
+
+    found, found_logits = run(variables_of(oracle, model, images), jnp.asarray(images))
+    assert list(found) == list(maps)
+    for stage, value in maps.items():
+        close(found[stage], nhwc(value), f"{name} {stage}")
+    close(found_logits, logits.numpy(), f"{name} logits")
+
+
+def test_every_model_has_an_oracle():
+    assert set(list_models()) == set(NETWORKS)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.usefixtures("x64")
+def test_network(close, name):
+    compare_network(close, name, SIZES[4 if name.endswith("_small") else 32], np.dtype(np.float64))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "scnet50", "scnet50_v1d", "scnext50"])
+@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.usefixtures("x64")
+def test_dilated_network(close, name, output_stride):
+    compare_network(close, name, SIZES[output_stride], np.dtype(np.float64), output_stride=output_stride)
+
+
+@pytest.mark.parametrize("name", ["scnet50", "scnet50_v1d", "se_scnet50"])
+def test_network_in_float32_at_the_size_it_was_trained_on(close, name):
+    compare_network(close, name, (224, 224), np.dtype(np.float32))
+
+
+# Batches of 5: at 97 px the last pool leaves one pixel, and a BatchNorm over two values has no gradient to speak of.
+@pytest.mark.parametrize(
+    ("name", "size"), [("scnet20_small", (15, 18)), pytest.param("scnet50_v1d", (97, 97), marks=pytest.mark.slow)]
+)
+@pytest.mark.usefixtures("x64")
+def test_training_pass(close, name, size):
+    """Logits, gradients to the images and to every parameter, and running statistics, in training."""
+    oracle = randomise(build(name, num_classes=7), 0)
+    model = create_model(name, num_classes=7, dtype=jnp.float64)
+    compare_module(close, model, oracle, random_images((5, *size, 3), 1), train=True)
+
+
+@pytest.mark.parametrize("name", ["scnet50", "resnet20_small"])
+def test_bfloat16_agrees_on_the_class(name):
+    """Eight bits through fifty layers: logits stay near, and float32 in dtype."""
+    oracle = randomise(build(name, num_classes=10), 0).eval()
+    model = create_model(name, num_classes=10, dtype=jnp.bfloat16)
+    images = random_images((2, 97, 97, 3), 1, np.float32)
+    variables = variables_of(oracle, model, images)
+    logits = jit(lambda variables, images: model.apply(variables, images, train=False))(variables, jnp.asarray(images))
+    with torch.no_grad():
+        expected = oracle(nchw(images)).numpy()
+    assert logits.dtype == jnp.float32
+    assert np.abs(logits - expected).max() / np.abs(expected).max() < 0.1
+    np.testing.assert_array_equal(np.argmax(logits, -1), expected.argmax(-1))
