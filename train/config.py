@@ -133,7 +133,7 @@ class Config(Group):
     parallel: Literal["shard_map", "pmap"] = "shard_map"
     """What maps the step over the devices."""
     log_every: int = 20
-    """Steps between two lines of training metrics."""
+    """Steps between two lines of training metrics; an epoch always ends with one."""
     keep_checkpoints: int = 2
     """Latest checkpoints kept, beside the best."""
     model: Model = field(default_factory=Model)

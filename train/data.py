@@ -65,9 +65,7 @@ def load_digits(data: Data) -> Dataset:
         raise ModuleNotFoundError("the digits need scikit-learn: pip install 'scconv-jax[train]'") from error
 
     scans, labels = datasets.load_digits(return_X_y=True)
-    train, test = model_selection.train_test_split(
-        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
-    )
+    train, test = model_selection.train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     grey = resize_bilinear(scans.reshape(-1, 8, 8) / 16, data.image_size)
     images = np.repeat(np.round(255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
     labels = labels.astype(np.int32)
@@ -83,8 +81,8 @@ def load_synthetic(data: Data) -> Dataset:
     def make(count: int) -> ArraySource:
         labels = (np.arange(count) % data.synthetic_classes).astype(np.int32)
         images = np.empty((count, *enlarged.shape[1:]), np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            image[...] = np.clip(enlarged[label] + rng.normal(0, 24, image.shape), 0, 255)
+        for index, label in enumerate(labels):  # one at a time: ImageNet-size float noise would not fit in memory
+            images[index] = np.clip(enlarged[label] + rng.normal(0, 24, enlarged.shape[1:]), 0, 255)
         return ArraySource(images, labels)
 
     return _from_arrays(make(data.synthetic_train), make(data.synthetic_test), data.synthetic_classes)

@@ -17,9 +17,10 @@ class Metrics:
     def __init__(self, path: Path, first_step: int = 0) -> None:
         """Append to `path`; lines past `first_step`, of work that a resumed run does again, go."""
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
-        self._file = path.open("w")
-        for line in kept:
-            self.write(**line)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._file = path.open("a")
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +122,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     loss_axes, top1_axes = figure.subplots(1, 2)
     for axes, name, scale in ((loss_axes, "loss", 1), (top1_axes, "top1", 100)):
         for split, label, style in (
-            ("train", "training batches", {"color": "tab:blue", "alpha": 0.55, "linewidth": 1.2}),
+            ("train", "training batches, as optimised", {"color": "tab:blue", "alpha": 0.55, "linewidth": 1.2}),
             ("eval", "test images", {"color": "tab:orange", "linewidth": 1.8, "marker": "o", "markersize": 3}),
         ):
             points = [(line["epoch"], scale * line[f"{split}/{name}"]) for line in lines if f"{split}/{name}" in line]
@@ -133,7 +134,8 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     loss_axes.set(ylabel="cross-entropy", yscale="log")
     top1_axes.set_ylabel("accuracy, %")
-    if best := best_line(lines):
+    if tested := [line for line in lines if "eval/top1" in line]:
+        best = best_line(tested)
         point = best["epoch"], 100 * best["eval/top1"]
         top1_axes.plot(*point, "*", color="tab:red", markersize=13, label=f"best: {point[1]:.2f} %, epoch {point[0]:g}")
     for axes in (loss_axes, top1_axes):
@@ -143,7 +145,6 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     figure.savefig(picture)
 
 
-def best_line(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The line of the best test accuracy, the latest among equals."""
-    tested = [line for line in lines if "eval/top1" in line]
-    return max(reversed(tested), key=lambda line: line["eval/top1"], default=None)
+def best_line(tested: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of lines with `eval/top1`, the best; the latest among equals."""
+    return max(reversed(tested), key=lambda line: line["eval/top1"])

@@ -21,26 +21,20 @@ from train.config import Config, ConfigError, make_plan
 from train.data import Dataset, eval_batches, load_dataset, train_batches
 from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
-from train.parallel import Parallel, make_parallel
+from train.parallel import Parallel, make_parallel, run_once
 from train.step import AXIS, TrainState, eval_step, init_state, train_step
 from train.workdir import open_workdir
 
 
-class Stopped(Exception):
-    """A signal ended the run early, after its state was saved."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
-
-
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path) -> int:
     """Train to the last epoch; where `workdir` holds a checkpoint, from the latest on.
+
+    Returns:
+        0, or the number of the signal (Ctrl-C, SIGTERM) on which it saved its state and stopped.
 
     Raises:
         ConfigError: something in the config does not fit the data, the devices or the checkpoint.
         FloatingPointError: the loss or the state is no longer finite. Nothing of that is saved.
-        Stopped: a signal came; the state is saved.
     """
     began = time.perf_counter()
     job = prepare(config)
@@ -65,7 +59,7 @@ def train(config: Config, workdir: Path) -> None:
 
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Signals() as signals:
         resumes = checkpoints.latest() is not None
-        state = checkpoints.restore(like=jax.eval_shape(first_state)) if resumes else first_state()
+        state = checkpoints.restore(like=jax.eval_shape(first_state)) if resumes else run_once(first_state)
         first_step = step = int(state.step)
         print(
             f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
@@ -74,9 +68,7 @@ def train(config: Config, workdir: Path) -> None:
             flush=True,
         )
         state = job.parallel.put_state(state)
-        batches = train_batches(
-            job.dataset.train, batch_size, seed=config.seed, first_step=step, threads=config.data.threads
-        )
+        batches = train_batches(job.dataset.train, batch_size, seed=config.seed, first_step=step, threads=config.data.threads)
         with (
             Metrics(workdir / "metrics.jsonl", first_step) as metrics,
             Progress(plan.total_steps, first_step, batch_size) as progress,
@@ -92,11 +84,11 @@ def train(config: Config, workdir: Path) -> None:
                 epoch, position = divmod(step, plan.steps_per_epoch)
                 progress.advance(f"epoch {min(epoch + 1, config.epochs)}/{config.epochs}")
 
-                if step % config.log_every == 0 or step == plan.total_steps or signals.received:
+                if step % config.log_every == 0 or position == 0 or signals.received:
                     train_metrics = window.close()
-                    lr = float(schedule(step - 1))
+                    lr = np.asarray(schedule(step - 1)).item()
                     metrics.write(step=step, epoch=round(step / plan.steps_per_epoch, 3), lr=lr, **train_metrics)
-                if position == 0:
+                if position == 0:  # an epoch is done
                     test_metrics = test(state)
                     if not np.isfinite(test_metrics["eval/loss"]):
                         raise FloatingPointError(f"the test loss is {test_metrics['eval/loss']} at step {step}")
@@ -108,8 +100,12 @@ def train(config: Config, workdir: Path) -> None:
 
     draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=f"{config.model.name} on {config.data.name}")
     if step < plan.total_steps:
-        raise Stopped(signals.received, f"Stopped and saved at step {step} of {plan.total_steps}.")
+        print(
+            f"Stopped and saved at step {step} of {plan.total_steps}; to go on: python -m train.main --workdir {workdir} --resume"
+        )
+        return signals.received
     print(summary(workdir, len(job.dataset.test), time.perf_counter() - began))
+    return 0
 
 
 def evaluate(config: Config, workdir: Path) -> None:
@@ -207,11 +203,11 @@ def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
 
 def summary(workdir: Path, test_images: int, seconds: float) -> str:
     """What a person reads at the end."""
-    lines = read_metrics(workdir / "metrics.jsonl")
-    last, best = [line for line in lines if "eval/top1" in line][-1], best_line(lines)
+    tested = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/top1" in line]
+    last, best = tested[-1], best_line(tested)
     return (
         f"Test accuracy {accuracy(last['eval/top1'], test_images)} after the last epoch, "
-        f"{best['eval/top1']:.2%} at best (epoch {best['epoch']:g}); {seconds:.0f} s. Curves: {workdir / 'curves.png'}"
+        f"{best['eval/top1']:.2%} at best (epoch {best['epoch']}); {seconds:.0f} s. Curves: {workdir / 'curves.png'}"
     )
 
 

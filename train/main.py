@@ -77,19 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from train import loop
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's and Grain's notes to developers
-        try:
-            (loop.evaluate if arguments.evaluate else loop.train)(arguments.experiment, workdir)
-        except FloatingPointError as error:
-            print(f"error: {error}; what is saved in {workdir} is intact. A lower --optim.lr may help", file=sys.stderr)
-            return 1
-        except loop.Stopped as stopped:
-            print(f"{stopped} To go on: {PROGRAM} --workdir {workdir} --resume", file=sys.stderr)
-            return 128 + stopped.signum
+        if arguments.evaluate:
+            loop.evaluate(arguments.experiment, workdir)
+        elif signum := loop.train(arguments.experiment, workdir):
+            return 128 + signum
+    except FloatingPointError as error:
+        print(f"error: {error}; the checkpoints before it are kept. A lower --optim.lr may help", file=sys.stderr)
+        return 1
     except (ConfigError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped; nothing was saved.", file=sys.stderr)
+        print("Stopped at once; nothing was saved since the last checkpoint.", file=sys.stderr)
         return 130
     return 0
 

@@ -25,8 +25,8 @@ class Parallel:
     """Host arrays → device arrays, one copy on each device."""
 
 
-def make_parallel(engine: str, devices: Sequence[jax.Device]) -> Parallel:
-    """`engine` is "shard_map" (`jax.jit` of `jax.shard_map` over a 1-D mesh) or "pmap"."""
+def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
+    """`engine` is "shard_map" (`jax.jit` of `jax.shard_map` over a 1-D mesh) or "pmap"; `devices` are JAX's."""
     mesh = Mesh(np.asarray(devices), (AXIS,))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
 
@@ -39,7 +39,7 @@ def make_parallel(engine: str, devices: Sequence[jax.Device]) -> Parallel:
         return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=donate)
 
     def stacked(batch: Any) -> Any:
-        """pmap wants the devices as a dimension of their own: (n, ...) → (devices, n / devices, ...)."""
+        """(n, ...) → (devices, n / devices, ...): pmap wants the devices as a dimension of their own."""
         return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
 
     def put(sharding: PartitionSpec) -> Callable[[Any], Any]:
@@ -48,3 +48,12 @@ def make_parallel(engine: str, devices: Sequence[jax.Device]) -> Parallel:
     if engine == "pmap":
         return Parallel(with_pmap, lambda batch: put(split)(stacked(batch)), put(everywhere))
     return Parallel(with_shard_map, put(split), put(everywhere))
+
+
+def run_once(make: Callable[[], Any]) -> Any:
+    """What `make` returns, computed on the device by a program not worth optimising.
+
+    Optimised, the random draws of a network's first state would take a CPU's compiler ten seconds and more.
+    """
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(make, compiler_options=options)()

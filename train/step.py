@@ -1,8 +1,8 @@
 """One step of training and one of evaluation, as each device sees it: pure functions of state and batch.
 
 `train.parallel` maps them over the devices. Every device holds the same state and its own share of the batch; what
-they return is the same on all of them. There is no I/O and no clock here, and the only randomness is
-`fold_in(seed, step)`, folded with an image's position in the whole batch: the number of devices changes nothing.
+they return is the same on all of them. There is no I/O and no clock here, and the only randomness is that of
+`image_keys`, to which the number of devices makes no difference.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,7 @@ def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int], seed: int
 ) -> TrainState:
     """The state before the first step; `image_shape` is (h, w, 3)."""
-    images = jnp.zeros((1, *image_shape))
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(seed))
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -69,11 +68,7 @@ def train_step(
     Returns:
         The next state, and `loss` and `top1` of the whole batch (before the step).
     """
-    share = len(batch["label"])
-    positions = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, positions)
-    images = normalize(augment(keys, batch["image"]))
+    images = normalize(augment(image_keys(seed, state.step, len(batch["label"])), batch["image"]))
 
     def loss_of(params: Any) -> tuple[Array, tuple[Array, Any]]:
         logits, new = model.apply(
@@ -98,12 +93,19 @@ def train_step(
     ), metrics
 
 
+def image_keys(seed: int, step: Array, share: int) -> Array:
+    """Keys (share,) for the images of this device's share: of seed, step and an image's position in the whole batch."""
+    positions = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(step_key, positions)
+
+
 def eval_step(
     state: TrainState, batch: dict[str, Array], *, model: nn.Module, normalize: Callable[[Array], Array]
 ) -> dict[str, Array]:
     """Sums over the whole batch of `loss`, `correct` and `count`; images of `weight` 0 do not count."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = model.apply(variables, normalize(batch["image"]), train=False)
+    logits: Any = model.apply(variables, normalize(batch["image"]), train=False)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     correct = logits.argmax(-1) == batch["label"]
     weight = batch["weight"]

@@ -1,0 +1,123 @@
+"""Who may import whom: read off the files, so that an edge against the direction of the layout fails."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"scconv_jax", "train", "configs", "benchmarks", "tests"}
+
+# A file imports only files of lower ranks: functions, layers, operators, networks, the table of them, what uses it.
+LIBRARY = {
+    "spatial": 0, "functional": 1, "layers": 2,
+    "self_calibrated": 3, "reconstruction": 3, "ghost": 3,
+    "resnet": 4, "scnet": 5, "scconv_resnet": 5, "densenet": 5, "ghostnet": 5,
+    "models": 6, "fuse": 7, "summary": 7, "cli": 8, "__main__": 9,
+}  # fmt: skip
+ABOVE_NO_NETWORK = {"convert", "weights"}  # they know arrays and names, not networks
+TRAINER = {
+    "config": 0, "data": 1, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "log": 1, "workdir": 1,
+    "parallel": 2, "loop": 3, "main": 4,
+}  # fmt: skip
+
+LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "safetensors", "jaxtyping"}  # ml_dtypes is jax's own
+LATE_ONLY = {"matplotlib", "sklearn", "tensorboardX", "wandb", "tensorflow", "tensorflow_datasets", "torch"}
+
+
+def files(package):
+    return sorted(path for path in (ROOT / package).rglob("*.py") if path.stem != "__init__")
+
+
+def imports(path):
+    """Dotted names of what a file imports: (name, whether at the top level)."""
+    tree = ast.parse(path.read_text(), str(path))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)}, line {node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [(name, node in tree.body) for name in names]
+    return found
+
+
+def modules(path, package):
+    """Files of `package` that a file imports; "" for the package itself."""
+    own = [name.split(".") for name, _ in imports(path) if name.split(".")[0] == package]
+    return {parts[1] if len(parts) > 1 and (ROOT / package / f"{parts[1]}.py").exists() else "" for parts in own}
+
+
+def ours(path):
+    return {name.split(".")[0] for name, _ in imports(path)} & OURS
+
+
+def others(path):
+    return {name.split(".")[0] for name, _ in imports(path)} - OURS - sys.stdlib_module_names
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", files("scconv_jax"), ids=relative)
+def test_the_library_points_downwards(path):
+    assert ours(path) <= {"scconv_jax"}
+    assert others(path) <= LIBRARY_NEEDS, "an optional or foreign package; the library needs these alone"
+    used = modules(path, "scconv_jax")
+    if path.stem in ABOVE_NO_NETWORK:
+        networks = {name for name, rank in LIBRARY.items() if rank >= LIBRARY["self_calibrated"]}
+        assert not used & (networks | {""})
+    else:
+        assert path.stem in LIBRARY, "a new file: give it a rank above"
+        allowed = {name for name, rank in LIBRARY.items() if rank < LIBRARY[path.stem]}
+        allowed |= ABOVE_NO_NETWORK if LIBRARY[path.stem] > LIBRARY["models"] else set()
+        assert used <= allowed | ({""} if path.stem in ("cli", "__main__") else set())
+
+
+@pytest.mark.parametrize("path", files("train"), ids=relative)
+def test_the_trainer_points_downwards_and_uses_the_library_by_its_public_names(path):
+    assert ours(path) <= {"train", "scconv_jax"}
+    assert path.stem in TRAINER, "a new file: give it a rank above"
+    assert modules(path, "train") <= {name for name, rank in TRAINER.items() if rank < TRAINER[path.stem]}
+    names = [name for name, _ in imports(path) if name.split(".")[0] == "scconv_jax"]
+    assert set(names) <= {"scconv_jax"}, "write scconv_jax.NAME"
+    public = set(exported(ROOT / "scconv_jax" / "__init__.py"))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "scconv_jax":
+            assert node.attr in public, f"line {node.lineno}: scconv_jax.{node.attr} is not public"
+
+
+@pytest.mark.parametrize("path", files("configs"), ids=relative)
+def test_configs_know_only_what_a_config_is(path):
+    assert {".".join(name.split(".")[:2]) for name, _ in imports(path)} == {"train.config"}
+
+
+@pytest.mark.parametrize("path", files("train") + files("scconv_jax"), ids=relative)
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    assert not {name.split(".")[0] for name, top in imports(path) if top} & LATE_ONLY
+
+
+def exported(path):
+    """The names in `__all__`."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == ["__all__"]:
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{path} has no __all__")
+
+
+def test_the_check_sees_what_it_should(tmp_path):
+    """Each way to write an import is seen."""
+    path = tmp_path / "x.py"
+    path.write_text(
+        "import train.step\nfrom train import loop\ndef f():\n    from scconv_jax.resnet import ResNet\n    import torch.nn\n"
+    )
+    assert modules(path, "train") == {"step", "loop"}
+    assert modules(path, "scconv_jax") == {"resnet"}
+    assert others(path) == {"torch"}
+    assert ("torch.nn", False) in imports(path)
+    assert ("train.step", True) in imports(path)

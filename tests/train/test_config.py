@@ -1,0 +1,147 @@
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from train import config as config_module
+from train.config import (
+    CONFIGS,
+    DEFAULT,
+    Config,
+    ConfigError,
+    Data,
+    Model,
+    Optim,
+    differences,
+    from_json,
+    load_config,
+    make_plan,
+    to_json,
+)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Optim(learning_rate=0.1), "Optim has no field 'learning_rate'; valid: "),
+        (lambda: Optim(momentun=0.1), "Optim has no field 'momentun'; did you mean momentum?"),
+        (lambda: Optim(lr="0.1"), "Optim.lr must be a number, found '0.1'"),
+        (lambda: Optim(lr=True), "Optim.lr must be a number, found True"),
+        (lambda: Optim(lr=0), "Optim.lr must be above 0, found 0"),
+        (lambda: Optim(lr=float("nan")), "Optim.lr must be above 0, found nan"),
+        (lambda: Optim(schedule="cosin"), "Optim.schedule must be one of 'cosine', 'step', found 'cosin'; did you mean cosine?"),
+        (lambda: Optim(drop_epochs=[3.0]), "Optim.drop_epochs must be a tuple of float, found [3.0]"),
+        (lambda: Optim(drop_epochs=(6.0, 3.0)), "Optim.drop_epochs must be in rising order, found (6.0, 3.0)"),
+        (lambda: Data(name="digit"), "Data.name must be one of 'digits', 'synthetic', found 'digit'; did you mean digits?"),
+        (lambda: Data(batch_size=0), "Data.batch_size must be at least 1, found 0"),
+        (lambda: Data(batch_size=6.5), "Data.batch_size must be a whole number, found 6.5"),
+        (lambda: Data(flip=1), "Data.flip must be True or False, found 1"),
+        (lambda: Model(name=3), "Model.name must be text, found 3"),
+        (lambda: Config(model="scnet50"), "Config.model must be a Model(...), found 'scnet50'"),
+        (lambda: Config(epochs=0), "Config.epochs must be at least 1, found 0"),
+        (lambda: Config(epochs=2, optim=Optim(warmup_epochs=2)), "Config.epochs must be more than Optim.warmup_epochs, found 2"),
+    ],
+)
+def test_a_mistake_is_named(build, message):
+    with pytest.raises(ConfigError) as raised:
+        build()
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_loads_and_says_what_it_is(path):
+    """A header with command, hardware, time and result, or "not measured"."""
+    assert isinstance(load_config(path), Config)
+    header = ast.get_docstring(ast.parse(path.read_text()))
+    assert header, "no header"
+    for word in ("Command", "Hardware", "Time", "Result"):
+        assert f"\n{word}" in header, f"the header has no line {word}"
+
+
+def test_the_default_is_the_digits():
+    assert DEFAULT == CONFIGS / "digits.py"
+    config = load_config(DEFAULT)
+    assert (config.model.name, config.data.name, config.data.flip) == ("scnet20_small", "digits", False)
+
+
+def test_every_field_says_what_it_is():
+    """`--help` shows the string that follows a field."""
+    tree = ast.parse(Path(config_module.__file__).read_text())
+    groups = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    for group in (Config, Model, Data, Optim):
+        body = groups[group.__name__].body
+        for name in [field.name for field in dataclasses.fields(group) if field.name not in ("model", "data", "optim")]:
+            at = next(i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign) and node.target.id == name)
+            follows = body[at + 1]
+            assert isinstance(follows, ast.Expr), f"{group.__name__}.{name} has no description"
+            assert isinstance(follows.value, ast.Constant)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import train.config\n", "must define `config = Config(...)`, found NoneType"),
+        ("config = 3\n", "must define `config = Config(...)`, found int"),
+        ("from train.config import Config\n\nconfig = Config(epoch=3)\n", "Config has no field 'epoch'; did you mean epochs?"),
+        ("from train.config import Config\n\nconfig = Config(\n", "line 3: SyntaxError: "),
+        ("\nimport trian\n", "line 2: ModuleNotFoundError: No module named 'trian'"),
+    ],
+)
+def test_a_config_file_with_a_mistake(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    assert str(path) in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_a_config_file_that_is_not_there_names_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match=r"^no config file configs/digit.py; there is configs/digits.py$"):
+        load_config(Path("configs/digit.py"))
+    (tmp_path / "mine.py").touch()
+    with pytest.raises(ConfigError, match=r"no config file .*/mime.py; there is .*/mine.py$"):
+        load_config(tmp_path / "mime.py")
+
+
+def test_json_brings_back_the_same_config():
+    config = Config(epochs=7, optim=Optim(drop_epochs=(1.5, 3.0), schedule="step"), model=Model(sync_batchnorm=True))
+    assert from_json(to_json(config), "config.json") == config
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"epochs": 3, "models": {}}', '{"model": 3}', '{"epochs": null}'])
+def test_json_that_is_no_config(text):
+    with pytest.raises(ConfigError, match=r"^runs/x/config.json is not the config of a run: "):
+        from_json(text, "runs/x/config.json")
+
+
+def test_differences_are_named_by_field():
+    old, new = Config(), Config(seed=3, optim=Optim(lr=0.3))
+    assert differences(old, new) == {"seed": (0, 3), "optim.lr": (0.1, 0.3)}
+
+
+def test_a_plan_counts_whole_batches():
+    config = Config(epochs=3, data=Data(batch_size=64), optim=Optim(warmup_epochs=0.5, drop_epochs=(1.0, 2.5)))
+    plan = make_plan(config, train_images=1437, devices=8)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps, plan.drop_steps) == (22, 66, 11, (22, 55))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "message"),
+    [
+        (60, 8, "data.batch_size 60 does not divide over 8 devices: use 56 or 64"),
+        (3, 8, "data.batch_size 3 does not divide over 8 devices: use 8"),
+        (128, 8, "data.batch_size 128 is more than the 100 training images"),
+    ],
+)
+def test_a_batch_that_does_not_fit(batch_size, devices, message):
+    with pytest.raises(ConfigError) as raised:
+        make_plan(Config(data=Data(batch_size=batch_size)), train_images=100, devices=devices)
+    assert str(raised.value).startswith(message)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        typing.cast("typing.Any", Config()).epochs = 3

@@ -1,0 +1,319 @@
+"""The command line: in this process with a tiny network, and, where a process must die, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scconv_jax
+from tests.train.tiny import create_tiny
+from train import workdir as folders
+from train.checkpoint import Checkpoints
+from train.config import load_config
+from train.log import read_metrics
+from train.main import main, parse
+from train.step import AXIS
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+from train.config import Config, Data, Optim
+
+config = Config(
+    epochs=3,
+    log_every=3,
+    data=Data(name="synthetic", image_size=8, batch_size=16, crop_padding=1, synthetic_train=80, synthetic_test=27),
+    optim=Optim(lr=0.1),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Programs compiled once and for all tests of this file, in this process and in others."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, cache):
+    """An empty folder to work in, with `small.py`: 3 epochs of 5 steps of a tiny network."""
+    for name, value in cache.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scconv_jax, "create_model", create_tiny)
+    Path("small.py").write_text(SMALL)
+    return "small.py"
+
+
+def final_state(workdir):
+    """The arrays of the latest checkpoint, as bytes."""
+    with Checkpoints(Path(workdir), keep=9) as checkpoints:
+        saved = checkpoints._manager.restore(checkpoints.latest())["state"]
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in jax.tree.leaves_with_path(saved)}
+
+
+def evaluations(workdir):
+    return [
+        {key: line[key] for key in ("step", "epoch", "eval/loss", "eval/top1")}
+        for line in read_metrics(Path(workdir) / "metrics.jsonl")
+        if "eval/loss" in line
+    ]
+
+
+def test_a_run_leaves_what_it_promises(small, capsys):
+    assert main(["--config", small]) == 0
+    run = Path("runs/small")
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "curves.png", "metrics.jsonl"]
+    assert folders.load_run(run) == load_config(Path(small))
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 5, 5, 6, 9, 10, 10, 12, 15, 15]
+    for line in lines:
+        kind = "eval" if "eval/loss" in line else "train"
+        assert {"step", "epoch", f"{kind}/loss", f"{kind}/top1"} <= line.keys()
+        assert line["epoch"] == pytest.approx(line["step"] / 5)
+    assert all(line["images_per_second"] > 0 for line in lines if "train/loss" in line)
+    assert (run / "checkpoints" / "15" / "state").is_dir()
+    last = lines[-1]["eval/top1"]
+    assert last * 27 == pytest.approx(round(last * 27)), "all 27 test images count, each once"
+    out = capsys.readouterr().out
+    assert f"Test accuracy {100 * last:.2f} % ({round(27 * last)} of 27) after the last epoch" in out
+    assert out.count("\nepoch ") == 3
+
+
+def test_evaluate_repeats_the_last_result_and_writes_nothing(small, capsys):
+    main(["--config", small])
+    last = read_metrics(Path("runs/small/metrics.jsonl"))[-1]
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["--config", small, "--evaluate"]) == 0
+    out = capsys.readouterr().out
+    assert f"step 15: test accuracy {100 * last['eval/top1']:.2f} %" in out
+    assert f"loss {last['eval/loss']:.4f}" in out
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("engine", ["shard_map", "pmap"])
+def test_the_same_seed_gives_the_same_run(small, engine):
+    for workdir in ("a", "b"):
+        assert main(["--config", small, "--workdir", workdir, "--parallel", engine]) == 0
+    assert final_state("a") == final_state("b")
+    assert main(["--config", small, "--workdir", "c", "--parallel", engine, "--seed", "1"]) == 0
+    assert final_state("c") != final_state("a")
+
+
+def test_the_model_is_made_as_the_config_says(small, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        scconv_jax, "create_model", lambda *name, **options: made.append((name, options)) or create_tiny(*name, **options)
+    )
+    flags = ["--model.name", "scnet50", "--model.dtype", "bfloat16", "--model.sync-batchnorm", "--data.synthetic-classes", "7"]
+    assert main(["--config", small, "--epochs", "1", *flags]) == 0
+    assert made == [(("scnet50",), {"num_classes": 7, "dtype": jnp.bfloat16, "axis_name": AXIS})]
+
+
+def test_a_second_run_takes_the_next_folder_and_resume_the_last(small, capsys):
+    flags = ["--config", small, "--epochs", "1"]
+    assert main(flags) == main(flags) == main(flags) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["small", "small-2", "small-3"]
+    capsys.readouterr()
+    assert main(["--config", small, "--resume", "--epochs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "changed since the run began: epochs: 1 → 2" in out
+    assert "Writing to runs/small-3, going on from step 5 of 10" in out
+    assert [line["step"] for line in evaluations("runs/small-3")] == [5, 10]
+    assert folders.load_run(Path("runs/small-3")).epochs == 2
+
+
+def test_a_run_resumes_with_its_own_config(small, capsys):
+    assert main(["--config", small, "--workdir", "mine", "--epochs", "1", "--optim.lr", "0.07"]) == 0
+    Path(small).unlink()
+    for flags in (["--resume", "mine"], ["--workdir", "mine", "--resume"]):
+        capsys.readouterr()
+        assert main(flags) == 0
+        assert "going on from step 5 of 5" in capsys.readouterr().out
+    assert folders.load_run(Path("mine")).optim.lr == 0.07
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config", "smal.py"], "no config file smal.py; there is small.py"),
+        (["--model.name", "scnet5"], "model.name 'scnet5': There is no model 'scnet5'. Did you mean 'scnet50'"),
+        (["--data.batch-size", "20"], "data.batch_size 20 does not divide over 8 devices: use 16 or 24"),
+        (["--data.batch-size", "88"], "data.batch_size 88 is more than the 80 training images"),
+        (["--workdir", "small.py"], "cannot write to the workdir small.py: File exists; choose another --workdir"),
+        (["--workdir", "small.py/x"], "cannot write to the workdir small.py/x: Not a directory; choose another"),
+        (["--resume"], "no run in runs/small: it has no config.json"),
+        (["--evaluate", "--workdir", "nowhere"], "no run in nowhere: it has no config.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(small, capsys, flags, message):
+    before = sorted(Path().rglob("*"))
+    assert main(["--config", small, *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(Path().rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--optim.lrr", "3"], ("Unrecognized options: --optim.lrr", "Perhaps you meant", "--optim.lr")),
+        (["--optim.lr", "fast"], ("Error parsing --optim.lr", "'fast'")),
+        (["--data.name", "digit"], ("invalid choice 'digit'", "'digits'", "'synthetic'")),
+        (["--optim.lr", "-1"], ("Optim.lr must be above 0, found -1.0",)),
+    ],
+)
+def test_a_wrong_flag_is_explained_and_exit_code_2(small, capsys, flags, words):
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", small, *flags])
+    assert ended.value.code == 2
+    text = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    for word in words:
+        assert word in text
+
+
+def test_a_run_is_never_overwritten(small, capsys):
+    assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
+    kept = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for flags, message in (
+        ([], "mine holds a run already: add --resume to go on with it, or choose another --workdir"),
+        (
+            ["--resume", "--model.name", "resnet20_small"],
+            "mine holds a run with model.name 'scnet20_small', not 'resnet20_small'",
+        ),
+        (["--resume", "--data.batch-size", "8"], "mine holds a run with data.batch_size 16, not 8"),
+        (["--evaluate", "--model.name", "scnet50"], "mine holds a run with model.name 'scnet20_small', not 'scnet50'"),
+    ):
+        assert main(["--config", small, "--workdir", "mine", *flags]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: {message}")
+        assert captured.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()} == kept
+
+
+def test_a_folder_with_other_things_in_it_may_be_used(small):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("keep me")
+    assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
+    assert Path("mine/notes.txt").read_text() == "keep me"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(small, capsys):
+    assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
+    good = final_state("mine")
+    capsys.readouterr()
+    assert main(["--resume", "mine", "--epochs", "3", "--optim.lr", "1e30"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: the training loss is ")
+    assert " at step 7;" in captured.err, "step 6 takes the step that breaks it; step 7 is the first to see it"
+    assert captured.err.count("\n") == 1
+    assert final_state("mine") == good
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(small):
+    config, workdir = parse(["--config", small])[0].experiment, Path("runs/small")
+    folders.open_workdir(workdir, config)
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "epoch": 0.6}\n')
+    assert main(["--config", small, "--resume"]) == 0
+    assert main(["--config", small, "--workdir", "whole"]) == 0
+    assert evaluations(workdir) == evaluations("whole")
+    assert final_state(workdir) == final_state("whole")
+
+
+LONG = ["--config", "small.py", "--data.synthetic-train", "3200", "--log-every", "1"]
+
+
+def start(*flags):
+    """A run with 3 epochs of 200 steps, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.train.tiny", *flags],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_a_run_killed_at_any_moment_ends_in_the_same_bits():
+    assert finish(start(*LONG, "--workdir", "whole"))[0] == 0
+    for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        workdir = Path(f"killed-{code}")
+        process = start(*LONG, "--workdir", str(workdir))
+        metrics = workdir / "metrics.jsonl"
+        while not metrics.exists() or not (lines := read_metrics(metrics)) or lines[-1]["step"] < 230:
+            assert process.poll() is None, finish(process)
+            time.sleep(0.002)
+        process.send_signal(signum)
+        returncode, out, err = finish(process)
+        assert returncode == code, err
+        with Checkpoints(workdir, keep=9) as checkpoints:
+            saved = checkpoints.latest()
+        if signum == signal.SIGKILL:
+            assert saved is not None
+            assert saved % 200 == 0
+        else:
+            assert saved is not None
+            assert saved % 200 != 0, "stopped within an epoch"
+            assert (
+                f"Stopped and saved at step {saved} of 600; to go on: python -m train.main --workdir {workdir} --resume\n" in out
+            )
+            assert err == ""
+        returncode, out, err = finish(start("--workdir", str(workdir), "--resume"))
+        assert returncode == 0, err
+        assert f"going on from step {saved} of 600" in out
+        assert final_state(workdir) == final_state("whole")
+        assert evaluations(workdir) == evaluations("whole")
+        steps = [line["step"] for line in read_metrics(metrics) if "train/loss" in line]
+        assert steps == list(range(1, 601))
+
+
+@pytest.mark.slow
+def test_the_program_as_a_user_starts_it(tmp_path):
+    """Help at once, and two epochs of a network of the library, quietly, on one device."""
+    program = [sys.executable, "-W", "error", "-m", "train.main"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+
+    def run(*flags):
+        return subprocess.run([*program, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+    help_ = run("--help")
+    assert help_.returncode == 0
+    for text in ("--config FILE", "--workdir DIR", "--resume", "--evaluate", "--parallel {shard_map,pmap}", "--optim.lr FLOAT"):
+        assert text in help_.stdout
+    assert "configs/digits.py" in help_.stdout
+
+    flags = ["--config", "configs/synthetic.py", "--workdir", str(tmp_path / "run")]
+    trained = run(*flags)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr == ""
+    assert "scnet20_small (220,826 parameters)" in trained.stdout
+    assert "Test accuracy" in trained.stdout
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["name"] == "synthetic"
+    again = run(*flags)
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1

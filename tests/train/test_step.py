@@ -1,0 +1,202 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import scconv_jax
+from tests.train.tiny import Tiny
+from train.augment import make_augment
+from train.config import Data, Optim
+from train.optim import make_optimizer
+from train.parallel import make_parallel, run_once
+from train.step import AXIS, eval_step, image_keys, train_step
+from train.step import init_state as init_state_slowly
+
+ENGINES = ("shard_map", "pmap")
+OPTIM = Optim(lr=0.1, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1)
+AUGMENT = Data(crop_padding=2, flip=True)
+
+
+def to_float(images):
+    return jnp.asarray(images).astype(jax.dtypes.canonicalize_dtype(float)) / 255 - 0.5
+
+
+def init_state(*arguments, seed):
+    return run_once(functools.partial(init_state_slowly, *arguments, seed))
+
+
+def batches_of(steps, size, pixels=7, classes=10):
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": rng.integers(0, 256, (size, pixels, pixels, 3), dtype=np.uint8),
+            "label": rng.integers(0, classes, size, dtype=np.int32),
+        }
+        for _ in range(steps)
+    ]
+
+
+def run(model, batches, devices, engine, *, optim=OPTIM, augment=AUGMENT, dtype=None):
+    """Takes a step per batch; returns the host's copies of the last state and of every step's metrics."""
+    optimizer = make_optimizer(optim, optim.lr)
+    state = init_state(model, optimizer, batches[0]["image"].shape[1:], seed=1)
+    if dtype is not None:
+        state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+    parallel = make_parallel(engine, jax.devices()[:devices])
+    step = parallel.over_devices(
+        functools.partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            augment=make_augment(augment),
+            normalize=to_float,
+            label_smoothing=optim.label_smoothing,
+            seed=3,
+        )
+    )
+    state, history = parallel.put_state(state), []
+    for batch in batches:
+        state, metrics = step(state, parallel.put_batch(batch))
+        history.append(metrics)
+    return jax.device_get((state, history))
+
+
+def assert_equal(actual, expected, tolerance):
+    """Every array equal to within `tolerance` of its largest value."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        limit = tolerance * max(1e-3, np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_eight_devices_equal_one(engine):
+    model = Tiny(dtype=jnp.float64, axis_name=AXIS)
+    batches = batches_of(steps=5, size=24)
+    one = run(model, batches, 1, "shard_map", dtype=np.float64)
+    eight = run(model, batches, 8, engine, dtype=np.float64)
+    assert one[0].params["conv"]["kernel"].dtype == np.float64
+    assert one[0].step == 5
+    assert_equal(eight, one, 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_eight_devices_equal_one_with_a_network_of_the_library(engine):
+    model = scconv_jax.create_model("scnet20_small", dtype=jnp.float64, axis_name=AXIS)
+    batches = batches_of(steps=3, size=16, pixels=13)
+    one = run(model, batches, 1, "shard_map", dtype=np.float64)
+    eight = run(model, batches, 8, engine, dtype=np.float64)
+    assert_equal(eight, one, 1e-9)  # rounding, enlarged by 20 layers of BatchNorm over few pixels and by 3 steps
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_gradient_is_the_mean_over_the_batch(engine):
+    """A gradient summed over the devices, not averaged, is eight times too large; Adam would even hide it."""
+    model = Tiny(dtype=jnp.float64, axis_name=AXIS)
+    (batch,) = batches_of(steps=1, size=16)
+    plain = Optim(lr=1.0, momentum=0.0, weight_decay=0.0)
+    state, _ = run(model, [batch], 8, engine, optim=plain, augment=Data(), dtype=np.float64)
+
+    first = init_state(model, optax.identity(), batch["image"].shape[1:], seed=1)
+    variables = jax.tree.map(lambda x: x.astype(np.float64), {"params": first.params, "batch_stats": first.batch_stats})
+    whole = model.clone(axis_name=None)
+
+    def loss_of(params):
+        logits, _ = whole.apply(variables | {"params": params}, to_float(batch["image"]), train=True, mutable=["batch_stats"])
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1).mean()
+
+    expected = jax.tree.map(lambda p, g: p - g, variables["params"], jax.grad(loss_of)(variables["params"]))
+    assert_equal(state.params, expected, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_without_a_copy_per_device_the_gradient_would_be_the_sum(monkeypatch):
+    """What `train_step` guards against is real: without its `pcast`, `shard_map` sums the gradient, silently."""
+    model = Tiny(dtype=jnp.float64, axis_name=AXIS)
+    batches = batches_of(steps=1, size=16)
+    plain = Optim(lr=1.0, momentum=0.0, weight_decay=0.0)
+    start = init_state(model, optax.identity(), batches[0]["image"].shape[1:], seed=1).params["fc"]["kernel"]
+
+    def update():
+        state, _ = run(model, batches, 8, "shard_map", optim=plain, dtype=np.float64)
+        return state.params["fc"]["kernel"] - start
+
+    right = update()
+    monkeypatch.setattr(jax.lax, "pcast", lambda x, *_, **__: x)
+    np.testing.assert_allclose(update(), 8 * right, rtol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_batchnorm_of_each_device_by_itself(engine):
+    """Statistics of each device's share; what is kept, the same on all devices, is their average."""
+    model = Tiny(dtype=jnp.float64)
+    (batch,) = batches_of(steps=1, size=16)
+    start = init_state(model, optax.identity(), batch["image"].shape[1:], seed=1)
+    variables = {"params": start.params, "batch_stats": start.batch_stats}
+
+    def stats_of(images):
+        return model.apply(variables, to_float(images), train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+    shares = [stats_of(share) for share in np.split(batch["image"], 8)]
+    expected = jax.tree.map(lambda *x: np.mean(x, axis=0), *shares)
+    state, _ = run(model, [batch], 8, engine, augment=Data())
+    assert_equal(state.batch_stats, expected, 1e-6)
+    whole = stats_of(batch["image"])["bn"]["var"]
+    assert np.abs(state.batch_stats["bn"]["var"] - whole).max() > 1e-4, "the batch is too even to tell the two apart"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_image_has_a_key_of_its_own_whatever_the_devices(engine):
+    def keys(devices, seed, step):
+        parallel = make_parallel(engine, jax.devices()[:devices])
+
+        def draw(step, batch):
+            numbers = jax.vmap(jax.random.uniform)(image_keys(seed, step, len(batch)))
+            own = jax.lax.dynamic_update_slice(jnp.zeros(16), numbers, (jax.lax.axis_index(AXIS) * len(batch),))
+            return jax.lax.psum(own, AXIS)
+
+        return np.asarray(parallel.over_devices(draw)(jnp.asarray(step), parallel.put_batch(np.zeros(16))))
+
+    one = keys(1, seed=0, step=5)
+    assert len(set(one.tolist())) == 16
+    np.testing.assert_array_equal(keys(8, seed=0, step=5), one)
+    assert not np.isin(keys(1, seed=0, step=6), one).any()
+    assert not np.isin(keys(1, seed=1, step=5), one).any()
+
+
+def test_the_old_state_is_given_up():
+    model = Tiny()
+    optimizer = make_optimizer(OPTIM, OPTIM.lr)
+    for engine in ENGINES:
+        parallel = make_parallel(engine, jax.devices())
+        step = functools.partial(
+            train_step, model=model, optimizer=optimizer, augment=lambda _, x: x, normalize=to_float, label_smoothing=0.0, seed=0
+        )
+        before = parallel.put_state(init_state(model, optimizer, (7, 7, 3), seed=0))
+        parallel.over_devices(step, donate_state=True)(before, parallel.put_batch(batches_of(1, 8)[0]))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_evaluation_counts_what_has_weight(engine):
+    model = Tiny()
+    (batch,) = batches_of(1, 16)
+    state = init_state(model, optax.identity(), (7, 7, 3), seed=0)
+    parallel = make_parallel(engine, jax.devices())
+    step = parallel.over_devices(functools.partial(eval_step, model=model, normalize=to_float))
+    weight = np.ones(16, np.float32)
+    weight[11:] = 0
+    sums = jax.device_get(step(parallel.put_state(state), parallel.put_batch(batch | {"weight": weight})))
+
+    logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, to_float(batch["image"][:11]), train=False)
+    logits, labels = np.asarray(logits, np.float64), batch["label"][:11]
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(11), labels]
+    assert sums["count"] == 11
+    assert sums["correct"] == (logits.argmax(1) == labels).sum()
+    np.testing.assert_allclose(sums["loss"], losses.sum(), rtol=1e-5)

@@ -1,0 +1,42 @@
+"""A network that compiles in a second, and the command line with it in the place of every network of the library.
+
+`python -m tests.train.tiny ARGUMENTS` is `python -m train.main ARGUMENTS` with this network.
+"""
+
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import scconv_jax
+from scconv_jax.layers import BatchNorm, Conv
+
+
+class Tiny(nn.Module):
+    """Convolution, BatchNorm, ReLU, mean, linear: `(n, h, w, 3)` to logits `(n, num_classes)`."""
+
+    num_classes: int = 10
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = Conv(8, 3, strides=2, padding=1, dtype=self.dtype, name="conv")(images)
+        x = nn.relu(BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name="bn")(x, train=train))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x.mean(axis=(1, 2)))
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+
+def create_tiny(name: str, **options: Any) -> Tiny:
+    """`create_model`, but for the size: the names are still checked."""
+    scconv_jax.models.MODELS[name] if name in scconv_jax.list_models() else scconv_jax.models.create_model(name)
+    return Tiny(**options)
+
+
+if __name__ == "__main__":
+    from train.main import main
+
+    scconv_jax.create_model = create_tiny
+    sys.exit(main())
