@@ -4,19 +4,24 @@
     variables = model.init(jax.random.key(0), images, train=False)     images: float (n, h, w, 3)
     logits = model.apply(variables, images, train=False)
 
-Networks by name: `create_model`, `list_models`. Layers for your own: `SelfCalibratedConv`, `SelfCalibration`. The operators as
+Networks by name: `create_model`, `list_models`. Layers for your own: `SelfCalibratedConv`, `SelfCalibration`,
+`ScConv`, `SRU`, `CRU`. The operators as
 pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`.
 """
 
 from scconv_jax import functional
 from scconv_jax.convert import ConversionError, from_torch, to_torch
 from scconv_jax.models import create_model, list_models
+from scconv_jax.reconstruction import CRU, SRU, ScConv
 from scconv_jax.self_calibrated import SelfCalibratedConv, SelfCalibration
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CRU",
+    "SRU",
     "ConversionError",
+    "ScConv",
     "SelfCalibratedConv",
     "SelfCalibration",
     "create_model",

@@ -46,6 +46,8 @@ _RULES = {
     ("params", "kernel", 2): _Rule(("weight",), (1, 0)),
     ("params", "scale", None): _Rule(("weight", "gamma")),
     ("params", "bias", None): _Rule(("bias", "beta")),
+    ("params", "gamma", None): _Rule(("gamma", "weight")),
+    ("params", "beta", None): _Rule(("beta", "bias")),
     ("batch_stats", "mean", None): _Rule(("running_mean",)),
     ("batch_stats", "var", None): _Rule(("running_var",)),
 }
@@ -114,7 +116,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         entries[leaf.names[0]] = value
         if leaf.path[0] == "batch_stats":
             entries["num_batches_tracked"] = np.zeros((), np.int64)
-    order = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    order = ["weight", "gamma", "bias", "beta", "running_mean", "running_var", "num_batches_tracked"]
     return {
         ".".join((*module, name)): entries[name]
         for module, entries in modules.items()

@@ -1,207 +1,40 @@
-"""The operators as pure functions of arrays, and PyTorch's rules for convolution, pooling and resizing.
+"""The operators as pure functions of arrays: no Flax, usable from any JAX library, under `jax.jit`, `jax.grad`, `jax.vmap`.
 
-Nothing here knows Flax: use these functions from any JAX library, under `jax.jit`, `jax.grad` and `jax.vmap`. Images are
-`(n, h, w, c)`, convolution kernels `(h, w, c_in / groups, c_out)`; every function works in the dtype of its input.
+Images are `(n, h, w, c)`, convolution kernels `(h, w, c_in / groups, c_out)`; every function works in the dtype of its input.
 
-JAX has functions of the same names whose results differ from PyTorch's (padding of strided convolutions, the index rule of
-nearest-neighbour resizing, what an average over padding is divided by). Checkpoints were trained with PyTorch's rules, so
-those are written out here once.
+    2020: self_calibration, self_calibrated_conv             Liu et al., CVPR 2020
+    2023: spatial_reconstruction, channel_reconstruction     Li, Wen, He, CVPR 2023
+    PyTorch's rules, from `scconv_jax.spatial`: conv, avg_pool, max_pool, global_avg_pool, resize_nearest
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+
+from scconv_jax.spatial import avg_pool, conv, global_avg_pool, max_pool, resize_nearest
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     Branch = Callable[[Array], Array]
 
-
-def conv(
-    x: Float[Array, "n h w c"],
-    kernel: Float[Array, "kh kw i o"],
-    *,
-    strides: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
-) -> Float[Array, "n p q o"]:
-    """Convolve as `torch.nn.functional.conv2d` does: `padding` zeros on every side.
-
-    Args:
-        x: images, `(n, h, w, c)`.
-        kernel: `(kh, kw, c / groups, o)`.
-        strides: step of the window, the same along height and width; so for `padding` and `dilation`.
-        padding: zeros added on each of the four sides.
-        dilation: distance between the kernel's taps.
-        groups: the channels are cut into this many runs, each convolved by itself.
-
-    Returns:
-        `(n, p, q, o)` with `p = (h + 2 padding - dilation (kh - 1) - 1) // strides + 1`.
-
-    Raises:
-        ValueError: if the channels do not fit the kernel.
-    """
-    channels, (kh, kw, per_group, _) = x.shape[-1], kernel.shape
-    if channels != per_group * groups:
-        raise ValueError(
-            f"conv: the input has {channels} channels; a kernel of shape {kernel.shape} with groups={groups} takes "
-            f"{per_group * groups}."
-        )
-    if (kh, kw, padding, groups) == (1, 1, 0, 1):
-        # A 1×1 convolution is a matmul over pixels. Flattened to two dimensions it runs at the matmul's rate on CPU,
-        # forward and backward; as a convolution it takes two to six times as long.
-        x = x[:, ::strides, ::strides]
-        return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(strides, strides),
-        padding=((padding, padding), (padding, padding)),
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-def avg_pool(
-    x: Float[Array, "n h w c"],
-    window: int,
-    strides: int | None = None,
-    *,
-    padding: int = 0,
-    count_include_pad: bool = True,
-    ceil_mode: bool = False,
-) -> Float[Array, "n p q c"]:
-    """Average over windows as `torch.nn.functional.avg_pool2d` does.
-
-    Args:
-        x: maps, `(n, h, w, c)`.
-        window: height and width of the window, pixels.
-        strides: step of the window; `window` where not given.
-        padding: zeros on each side.
-        count_include_pad: divide by the window's size within the padded map, not by its pixels within the map.
-        ceil_mode: keep a last window that sticks out, where it starts within the map (or its left padding).
-
-    Returns:
-        `(n, p, q, c)`, in the dtype of `x`; sums are taken in float32 at least.
-
-    Raises:
-        ValueError: if the padded map is smaller than the window, for which there is no output.
-    """
-    strides = window if strides is None else strides
-    height, width = x.shape[1:3]
-    if min(height, width) + 2 * padding < window:
-        raise ValueError(
-            f"avg_pool: a window of {window}×{window} needs a map of at least {max(window - 2 * padding, 1)} px in height "
-            f"and width; got {height}×{width}. Use larger images or a smaller window."
-        )
-    fits = not ceil_mode or (height % window == 0 and width % window == 0)
-    if strides == window and padding == 0 and fits:
-        # Windows that neither overlap nor stick out: a reshape and a mean, several times faster than a window reduction.
-        p, q = height // window, width // window
-        windows = x[:, : p * window, : q * window].reshape(-1, p, window, q, window, x.shape[-1])
-        return windows.mean(axis=(2, 4))
-    rows, columns = (_windows(size, window, strides, padding, ceil_mode) for size in (height, width))
-    accumulated = jnp.promote_types(x.dtype, jnp.float32)
-    sums = lax.reduce_window(
-        x.astype(accumulated),
-        np.zeros((), accumulated),
-        lax.add,
-        window_dimensions=(1, window, window, 1),
-        window_strides=(1, strides, strides, 1),
-        padding=((0, 0), (padding, rows.high), (padding, columns.high), (0, 0)),
-    )
-    if count_include_pad:
-        counts = np.multiply.outer(rows.padded, columns.padded)
-    else:
-        counts = np.multiply.outer(rows.inside, columns.inside)
-    return (sums / counts[None, :, :, None].astype(accumulated)).astype(x.dtype)
-
-
-class _Windows(NamedTuple):
-    """The windows along one axis: padding needed at its end, and how many positions of each window count."""
-
-    high: int
-    padded: np.ndarray  # within the padded map
-    inside: np.ndarray  # within the map itself
-
-
-def _windows(size: int, window: int, strides: int, padding: int, ceil_mode: bool) -> _Windows:
-    span = size + 2 * padding - window
-    count = (-(-span // strides) if ceil_mode else span // strides) + 1
-    if ceil_mode and (count - 1) * strides >= size + padding:
-        count -= 1  # the last window would start in the padding on the right
-    starts = np.arange(count) * strides - padding
-    ends = np.minimum(starts + window, size + padding)
-    high = max(int(starts[-1]) + window - size, 0)
-    return _Windows(high, ends - starts, np.minimum(ends, size) - np.maximum(starts, 0))
-
-
-def max_pool(x: Float[Array, "n h w c"], window: int, strides: int, *, padding: int = 0) -> Float[Array, "n p q c"]:
-    """Take the largest value of each window as `torch.nn.functional.max_pool2d` does; padding never wins.
-
-    Args:
-        x: maps, `(n, h, w, c)`.
-        window: height and width of the window, pixels.
-        strides: step of the window.
-        padding: pixels on each side, below every value.
-
-    Returns:
-        `(n, p, q, c)` with `p = (h + 2 padding - window) // strides + 1`.
-    """
-    # The taps of all windows, compared in turn: one fused pass either way. The gradient of a window reduction is a scatter,
-    # on CPU twenty times slower. Of equal values the first wins and takes the gradient, and NaN wins over all, as in PyTorch.
-    low = np.array(-np.inf, x.dtype)
-    padded = lax.pad(x, low, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
-    p, q = ((size + 2 * padding - window) // strides + 1 for size in (x.shape[1], x.shape[2]))
-    taps = [
-        padded[:, i : i + (p - 1) * strides + 1 : strides, j : j + (q - 1) * strides + 1 : strides]
-        for i in range(window)
-        for j in range(window)
-    ]
-    largest = taps[0]
-    for tap in taps[1:]:
-        largest = jnp.where((tap > largest) | jnp.isnan(tap), tap, largest)
-    return largest
-
-
-def global_avg_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n c"]:
-    """Average over all pixels: `(n, h, w, c)` to `(n, c)`, in the dtype of `x`."""
-    return x.mean(axis=(1, 2))
-
-
-def resize_nearest(x: Float[Array, "n h w c"], size: tuple[int, int]) -> Float[Array, "n p q c"]:
-    """Resize as `torch.nn.functional.interpolate(mode="nearest")` does: output `i` copies input `floor(i * in / out)`.
-
-    PyTorch takes that product in float32, which for a few sizes (24 → 74, say) falls below the whole number it should
-    reach; the same pixels are copied here. `jax.image.resize` samples at pixel centres and copies others (3 → 14, say).
-
-    Args:
-        x: maps, `(n, h, w, c)`.
-        size: height and width of the result.
-    """
-    for axis, out in zip((1, 2), size, strict=True):
-        x = _repeat_nearest(x, axis, out)
-    return x
-
-
-def _repeat_nearest(x: Float[Array, "n h w c"], axis: int, out: int) -> Float[Array, "n p q c"]:
-    size = x.shape[axis]
-    if out == size:
-        return x
-    if out % size == 0:
-        return jnp.repeat(x, out // size, axis=axis, total_repeat_length=out)
-    scale = np.float32(size) / np.float32(out)
-    source = np.minimum(np.floor(np.arange(out, dtype=np.float32) * scale).astype(int), size - 1)
-    return jnp.take(x, source, axis=axis, indices_are_sorted=True, unique_indices=False, mode="clip")
+__all__ = [
+    "avg_pool",
+    "channel_reconstruction",
+    "conv",
+    "global_avg_pool",
+    "halves",
+    "max_pool",
+    "resize_nearest",
+    "self_calibrated_conv",
+    "self_calibration",
+    "spatial_reconstruction",
+]
 
 
 def self_calibration(x: Float[Array, "n h w c"], k2: Branch, k3: Branch, k4: Branch, *, pooling: int = 4) -> Array:
@@ -261,8 +94,193 @@ def halves(x: Float[Array, "n h w c"]) -> tuple[Float[Array, "n h w d"], Float[A
         ValueError: if their number is odd.
     """
     channels = x.shape[-1]
+    halves_exist(channels)
+    return x[..., : channels // 2], x[..., channels // 2 :]
+
+
+def spatial_reconstruction(
+    x: Float[Array, "n h w c"],
+    gamma: Float[Array, " c"],
+    beta: Float[Array, " c"],
+    *,
+    groups: int,
+    epsilon: float = 1e-5,
+    unbiased: bool = False,
+    threshold: float = 0.5,
+    gate: Literal["soft", "hard"] = "soft",
+    inclusive: bool = False,
+    gated: Literal["input", "norm"] = "input",
+    floor: float = 0.0,
+) -> Float[Array, "n h w c"]:
+    """Separate a map into informative and redundant parts and cross them: SRU (Li et al., CVPR 2023, Eqs. 1-4).
+
+        W  = σ(γ / Σγ · GN(X))         W1, W2 = gate(W)        X1 = W1 · X, X2 = W2 · X
+        Y  = [X11 + X22, X12 + X21]    (second index: half of the channels)
+
+    Args:
+        x: X, maps `(n, h, w, c)`, c even.
+        gamma: scale of the group norm, `(c,)`; also weighs the channels.
+        beta: offset of the group norm, `(c,)`.
+        groups: of the group norm; must divide c.
+        epsilon: added to the variance, or with `unbiased` to the standard deviation.
+        unbiased: divide by the unbiased standard deviation plus `epsilon`, not by the root of the variance plus `epsilon`.
+        threshold: t, between 0 and 1.
+        gate: what becomes of weights W. Above t, "soft" gives W1 = 1 and W2 = 0, "hard" the same; else "soft" gives
+            W1 = W2 = W, "hard" W1 = 0 and W2 = 1.
+        inclusive: a weight equal to t counts as above it.
+        gated: what the gates multiply, X or GN(X).
+        floor: least magnitude of Σγ; a smaller one is set to it, with its sign.
+
+    Returns:
+        Y, of the shape and dtype of `x`. Statistics and gate are computed in float32 at least.
+
+    Raises:
+        ValueError: if c is odd or `groups` does not divide it.
+    """
+    channels = x.shape[-1]
+    check_divides("groups", groups, "the channels", channels)
+    halves_exist(channels)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    gamma, beta = gamma.astype(wide.dtype), beta.astype(wide.dtype)
+    mean, deviation = _group_statistics(wide, groups, epsilon, unbiased)
+    scale = gamma / deviation  # (n, c)
+    total = gamma.sum()
+    if floor:
+        total = jnp.where(jnp.abs(total) < floor, jnp.where(total < 0, -floor, floor), total)
+    weights = gamma / total  # (c,)
+
+    # W comes from X by one subtraction, one multiplication and one addition per element; GN(X) itself is needed only where it is
+    # gated. The mean is subtracted, not multiplied into the offset, so that equal values give exactly β.
+    def over(per_channel: jax.Array) -> jax.Array:
+        axes = (0, 3) if per_channel.ndim == 2 else (3,)
+        return lax.broadcast_in_dim(per_channel, x.shape, axes)
+
+    centred = wide - over(mean)
+    w = jax.nn.sigmoid(centred * over(scale * weights[None]) + over(beta * weights))
+    above = w >= threshold if inclusive else w > threshold
+    content = centred * over(scale) + over(beta) if gated == "norm" else wide
+    below = w if gate == "soft" else 0.0
+    x1 = jnp.where(above, 1.0, below) * content
+    x2 = jnp.where(above, 0.0, below if gate == "soft" else 1.0) * content
+    # [X11 + X22, X12 + X21] = X1 + [X22, X21]
+    swapped = x2.reshape(*x.shape[:-1], 2, channels // 2)[..., ::-1, :].reshape(x.shape)
+    return (x1 + swapped).astype(x.dtype)
+
+
+def _group_statistics(
+    x: Float[Array, "n h w c"], groups: int, epsilon: float, unbiased: bool
+) -> tuple[Float[Array, "n c"], Float[Array, "n c"]]:
+    """Mean of each image's group of channels, and what to divide by, repeated for each channel."""
+    n, height, width, channels = x.shape
+    size = channels // groups
+
+    def per_group(sums: jax.Array) -> jax.Array:
+        grouped = sums.reshape(n, groups, size).sum(axis=-1, keepdims=True)
+        return jnp.broadcast_to(grouped, (n, groups, size)).reshape(n, channels)
+
+    count = height * width * size
+    mean = per_group(x.sum(axis=(1, 2))) / count
+    centred = x - lax.broadcast_in_dim(mean, x.shape, (0, 3))
+    squares = per_group(jnp.square(centred).sum(axis=(1, 2)))
+    if unbiased:
+        return mean, _safe_sqrt(squares / max(count - 1, 1)) + epsilon
+    return mean, jnp.sqrt(squares / count + epsilon)
+
+
+def _safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root whose gradient at 0 is 0, not infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def channel_reconstruction(
+    x: Float[Array, "n h w c"],
+    squeeze1: Float[Array, "1 1 u us"],
+    squeeze2: Float[Array, "1 1 l ls"],
+    gwc: Float[Array, "k k g o"],
+    gwc_bias: Float[Array, " o"],
+    pwc1: Float[Array, "1 1 us o"],
+    pwc2: Float[Array, "1 1 ls p"] | None,
+    *,
+    conv_groups: int = 2,
+    dilation: int = 1,
+    fuse: Literal["pair", "all"] = "pair",
+) -> Float[Array, "n h w o"]:
+    """Split, transform and fuse the channels: CRU (Li et al., CVPR 2023, Eqs. 5-9).
+
+        [Xup; Xlow] = X    U = Xup ∗ squeeze1    L = Xlow ∗ squeeze2
+        Y1 = U ∗ GWC + U ∗ PWC1                  Y2 = [L ∗ PWC2, L]
+        β1, β2 = softmax of the maps' averages   Y  = β1 · Y1 + β2 · Y2
+
+    Args:
+        x: X, maps `(n, h, w, c)`.
+        squeeze1: `(1, 1, αc, αc / r)`; its input channels say where X is split.
+        squeeze2: `(1, 1, (1 - α)c, (1 - α)c / r)`.
+        gwc: `(k, k, αc / r / conv_groups, o)`, k odd.
+        gwc_bias: `(o,)`.
+        pwc1: `(1, 1, αc / r, o)`.
+        pwc2: `(1, 1, (1 - α)c / r, o - (1 - α)c / r)`; None where that is no channel at all.
+        conv_groups: g, of the group-wise convolution.
+        dilation: of the group-wise convolution.
+        fuse: over what the softmax is taken, for each image: "pair", the two averages of each channel (Eq. 8), or "all", the
+            2 o averages of all channels, as in the public code, which makes the output about o times smaller.
+
+    Returns:
+        Y, `(n, h, w, o)`.
+    """
+    split = squeeze1.shape[2]
+    upper = conv(x[..., :split], squeeze1)
+    lower = conv(x[..., split:], squeeze2)
+    padding = dilation * (gwc.shape[0] // 2)
+    if conv_groups <= DENSE_GROUPS:
+        dense = _with_centre(_dense(gwc, conv_groups), pwc1)
+        y1 = conv(upper, dense, padding=padding, dilation=dilation)
+    else:
+        y1 = conv(upper, gwc, padding=padding, dilation=dilation, groups=conv_groups) + conv(upper, pwc1)
+    y1 = y1 + lax.broadcast_in_dim(gwc_bias, y1.shape, (3,))
+    y2 = lower if pwc2 is None else jnp.concatenate([conv(lower, pwc2), lower], axis=-1)
+    averages = jnp.stack([global_avg_pool(y1), global_avg_pool(y2)], axis=1)  # (n, 2, o)
+    weights = jax.nn.softmax(averages, axis=1 if fuse == "pair" else (1, 2))
+    beta1, beta2 = (lax.broadcast_in_dim(weights[:, i], y1.shape, (0, 3)) for i in range(2))
+    return beta1 * y1 + beta2 * y2
+
+
+# Up to so many groups, GWC and PWC1 are computed as one dense convolution: more arithmetic, but one large operation in place of
+# a grouped one and a sum; measured by `python -m benchmarks.operators`.
+DENSE_GROUPS = 2
+
+
+def _dense(kernel: Float[Array, "k k g o"], groups: int) -> Float[Array, "k k i o"]:
+    """Write a grouped convolution's kernel as that of a dense one: zero between groups."""
+    size, per_group = kernel.shape[2], kernel.shape[3] // groups
+    blocks = [
+        jnp.pad(
+            kernel[..., i * per_group : (i + 1) * per_group],
+            ((0, 0), (0, 0), (i * size, (groups - 1 - i) * size), (0, 0)),
+        )
+        for i in range(groups)
+    ]
+    return jnp.concatenate(blocks, axis=-1)
+
+
+def _with_centre(kernel: Float[Array, "k k i o"], pointwise: Float[Array, "1 1 i o"]) -> Float[Array, "k k i o"]:
+    """Add a 1×1 kernel to the tap in the middle."""
+    margin = kernel.shape[0] // 2
+    return kernel + jnp.pad(pointwise, ((margin, margin), (margin, margin), (0, 0), (0, 0)))
+
+
+def halves_exist(channels: int) -> None:
+    """Raise a ValueError where channels cannot be split in two halves."""
     if channels % 2:
         raise ValueError(
             f"The channels are split in two halves; {channels} is odd. Use {channels - 1} or {channels + 1} channels."
         )
-    return x[..., : channels // 2], x[..., channels // 2 :]
+
+
+def check_divides(name: str, divisor: int, what: str, channels: int) -> None:
+    """Raise a ValueError, naming the nearest values that would do, unless `divisor` divides `channels`."""
+    if divisor < 1 or channels % divisor:
+        divisors = sorted((d for d in range(1, channels + 1) if channels % d == 0), key=lambda d: (abs(d - divisor), d))
+        raise ValueError(
+            f"{name}={divisor} must divide {what}, {channels}. Nearest that do: {' and '.join(map(str, sorted(divisors[:2])))}."
+        )

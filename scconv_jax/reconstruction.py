@@ -1,0 +1,368 @@
+"""Spatial and channel reconstruction convolution (ScConv): SRU, then CRU.
+
+Paper: Li, Wen, He, "SCConv: Spatial and Channel Reconstruction Convolution for Feature Redundancy", CVPR 2023, pp. 6153-6162,
+DOI 10.1109/CVPR52729.2023.00596. Its authors published no code; what people use is https://github.com/cheng-haha/ScConv, in three
+versions that differ from the paper and from each other. All are here, as `variant`:
+
+    variant    group norm              γ at first  gate at t            gates    softmax over      groups
+    paper      √(σ² + 1e-5)            1           W > t: 1, else W     X        pair (Eq. 8)      4
+    2023-07    unbiased σ + 1e-10      normal      W >= t: 1, else 0    X        all channels      16
+    2023-09    unbiased σ + 1e-10      normal      W >= t: 1, else 0    GN(X)    all channels      4
+    2023-10    √(σ² + 1e-5)            1           W > t: 1, else W     X        all channels      4
+
+What they do, and which to choose:
+
+- "paper" for new networks: the output has the scale of the convolution it stands in for. γ and β learn through the weights W
+  that are at or below t.
+- "2023-10" for checkpoints of the last public code. The softmax over all 2C averages makes the output about C times smaller,
+  which a norm after it makes up for; γ and β learn as above.
+- "2023-09": as small. γ and β learn, since GN(X) itself passes on.
+- "2023-07": as small. The gate is a step and what it passes is X: γ and β get no gradient at all, and stay as they were drawn.
+
+The weights are γ / Σγ. A γ whose sum is near zero, which one drawn from a normal can have, makes them huge and the gate a
+step; "paper" starts at γ = 1 and does not let |Σγ| fall below 1e-6, so that its output is always finite. Where all values of a
+group are equal, GN(X) is β, and with β = 0 every W is 0.5: not above t = 0.5, but not below it either ("2023-07"
+and "2023-09" count it as informative).
+
+Differences from the paper, which leaves these open: the number of groups and ε of the norm; weights at or below t are kept (as in
+the last public code); strides are an average pool before the units, and a 1×1 convolution follows where the channels change; the
+parallel arrangement adds both units' outputs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from scconv_jax import functional as F
+from scconv_jax.layers import Conv, Dtype, kaiming_normal
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+class Variant(NamedTuple):
+    """What the versions of the operator differ in; see `functional.spatial_reconstruction` for the terms."""
+
+    groups: int = 4
+    epsilon: float = 1e-5
+    unbiased: bool = False
+    gate: Literal["soft", "hard"] = "soft"
+    inclusive: bool = False
+    gated: Literal["input", "norm"] = "input"
+    fuse: Literal["pair", "all"] = "pair"
+    floor: float = 0.0
+    norm_names: tuple[str, str] = ("scale", "bias")  # of γ and β, as their checkpoints have them
+    norm_axes: int = 0  # axes of length 1 after theirs
+    norm_init: nn.initializers.Initializer = nn.initializers.ones
+
+
+_HARD = Variant(
+    epsilon=1e-10,
+    unbiased=True,
+    gate="hard",
+    inclusive=True,
+    fuse="all",
+    norm_axes=2,
+    norm_init=nn.initializers.normal(1.0),
+)
+VARIANTS = {
+    "paper": Variant(floor=1e-6),
+    "2023-07": _HARD._replace(groups=16, norm_names=("gamma", "beta")),
+    "2023-09": _HARD._replace(gated="norm"),
+    "2023-10": Variant(fuse="all"),
+}
+
+ARRANGEMENTS = ("S+C", "C+S", "S&C", "S", "C")
+
+
+class Norm(nn.Module):
+    """The parameters γ and β of a group norm, under the names and in the shapes that the variant's checkpoints have."""
+
+    variant: Variant
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """Return γ and β, each `(channels,)`."""
+        shape = (channels, *[1] * self.variant.norm_axes)
+        gamma, beta = self.variant.norm_names
+        return (
+            self.param(gamma, self.variant.norm_init, shape, jnp.float32).reshape(channels),
+            self.param(beta, nn.initializers.zeros, shape, jnp.float32).reshape(channels),
+        )
+
+
+class SRU(nn.Module):
+    """Spatial reconstruction unit: `(n, h, w, c)` to the same shape; see `functional.spatial_reconstruction`.
+
+    Attributes:
+        variant: "paper", "2023-07", "2023-09" or "2023-10": sets what is not given below.
+        groups: of the group norm; must divide c, which must be even.
+        threshold: t, of the gate.
+        epsilon: of the group norm.
+        unbiased: whether the group norm divides by the unbiased standard deviation.
+        gate: "soft" or "hard".
+        inclusive: whether a weight equal to t is informative.
+        gated: "input" or "norm".
+        dtype: of the result; where not given, that of `x`. Statistics and gate are computed in float32 at least.
+
+    Raises:
+        ValueError: for a variant that does not exist, an odd c, or `groups` that do not divide it.
+    """
+
+    variant: str = "paper"
+    groups: int | None = None
+    threshold: float = 0.5
+    epsilon: float | None = None
+    unbiased: bool | None = None
+    gate: Literal["soft", "hard"] | None = None
+    inclusive: bool | None = None
+    gated: Literal["input", "norm"] | None = None
+    dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without an input."""
+        _check_choice("variant", self.variant, VARIANTS)
+        if self.gate is not None:
+            _check_choice("gate", self.gate, ("soft", "hard"))
+        if self.gated is not None:
+            _check_choice("gated", self.gated, ("input", "norm"))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n h w c"]:
+        """Reconstruct; `train` changes nothing."""
+        del train
+        variant = VARIANTS[self.variant]
+        gamma, beta = Norm(variant, name="gn")(x.shape[-1])
+        options = {
+            name: getattr(variant, name) if getattr(self, name) is None else getattr(self, name)
+            for name in ("groups", "epsilon", "unbiased", "gate", "inclusive", "gated")
+        }
+        x = x if self.dtype is None else x.astype(self.dtype)
+        return F.spatial_reconstruction(x, gamma, beta, threshold=self.threshold, floor=variant.floor, **options)
+
+
+class CRU(nn.Module):
+    """Channel reconstruction unit: `(n, h, w, c)` to `(n, h, w, features)`; see `functional.channel_reconstruction`.
+
+    Attributes:
+        features: channels of the output; where not given, c.
+        variant: "paper", "2023-07", "2023-09" or "2023-10": sets `fuse` where that is not given.
+        alpha: α, share of the channels that are transformed richly; between 0 and 1, rounded down to whole channels.
+        squeeze: r, by which the channels of both parts are divided.
+        conv_groups: g, of the group-wise convolution.
+        kernel_size: k, of the group-wise convolution, odd.
+        dilation: of the group-wise convolution.
+        fuse: "pair" or "all".
+        dtype: of the computation; where not given, what `x` and the parameters promote to.
+
+    Raises:
+        ValueError: for a value out of its range, or channels that it does not divide.
+    """
+
+    features: int | None = None
+    variant: str = "paper"
+    alpha: float = 0.5
+    squeeze: int = 2
+    conv_groups: int = 2
+    kernel_size: int = 3
+    dilation: int = 1
+    fuse: Literal["pair", "all"] | None = None
+    dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without an input."""
+        _check_choice("variant", self.variant, VARIANTS)
+        if self.fuse is not None:
+            _check_choice("fuse", self.fuse, ("pair", "all"))
+        check_alpha(self.alpha)
+        if self.squeeze < 1:
+            raise ValueError(f"squeeze={self.squeeze} divides the channels; it must be 1 or more. The paper's is 2.")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size={self.kernel_size} must be odd, for the 1×1 convolution to stand at its centre. "
+                f"Use {max(self.kernel_size - 1, 1)} or {max(self.kernel_size + 1, 3)}."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n h w d"]:
+        """Reconstruct; `train` changes nothing."""
+        del train
+        channels = x.shape[-1]
+        features = self.features or channels
+        upper = int(self.alpha * channels)
+        lower = channels - upper
+        upper_squeezed, lower_squeezed = upper // self.squeeze, lower // self.squeeze
+        self._check(channels, features, upper_squeezed, lower_squeezed)
+        rest = features - lower_squeezed
+
+        window = (self.kernel_size, self.kernel_size)
+        squeeze1 = _Kernel((1, 1, upper, upper_squeezed), name="squeeze1")
+        squeeze2 = _Kernel((1, 1, lower, lower_squeezed), name="squeeze2")
+        gwc = _Kernel((*window, upper_squeezed // self.conv_groups, features), use_bias=True, name="GWC")
+        pwc1 = _Kernel((1, 1, upper_squeezed, features), name="PWC1")
+        pwc2 = _Kernel((1, 1, lower_squeezed, rest), name="PWC2").kernel if rest else None
+        arrays = promote_dtype(x, squeeze1.kernel, squeeze2.kernel, gwc.kernel, gwc.bias, pwc1.kernel, pwc2, dtype=self.dtype)
+        return F.channel_reconstruction(
+            *arrays,
+            conv_groups=self.conv_groups,
+            dilation=self.dilation,
+            fuse=self.fuse or VARIANTS[self.variant].fuse,
+        )
+
+    def _check(self, channels: int, features: int, upper: int, lower: int) -> None:
+        split = f"alpha={self.alpha:g} and squeeze={self.squeeze} of {channels} channels"
+        if min(upper, lower) < 1:
+            raise ValueError(
+                f"CRU: {split} leave {upper} and {lower} channels in the two parts; each needs at least one. "
+                f"Use more channels, a smaller squeeze, or an alpha nearer to 0.5."
+            )
+        F.check_divides("conv_groups", self.conv_groups, f"the channels that {split} leave to the group-wise convolution", upper)
+        F.check_divides("conv_groups", self.conv_groups, "the channels of the output", features)
+        if features < lower:
+            raise ValueError(
+                f"CRU: {split} pass {lower} channels straight to the output, which has only {features}. "
+                "Use more features, a larger alpha or a larger squeeze."
+            )
+
+
+class _Kernel(nn.Module):
+    """The kernel of a convolution, and its bias where it has one, for a function that applies several."""
+
+    shape: tuple[int, ...]
+    use_bias: bool = False
+
+    def setup(self) -> None:
+        self.kernel = self.param("kernel", kaiming_normal, self.shape, jnp.float32)
+        if self.use_bias:
+            self.bias = self.param("bias", nn.initializers.zeros, self.shape[-1:], jnp.float32)
+
+
+class ScConv(nn.Module):
+    """The whole operator: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`; stands in for a 3×3 convolution.
+
+    Called `layer(x)`: it has no batch norm, and `train`, which it takes as other layers do, changes nothing.
+
+    Attributes:
+        features: channels of the output; where not given, c. A 1×1 convolution, `projection`, follows where they differ.
+        strides: of an average pool before the units, whose windows at the border average the pixels they have; maps of h
+            by w become ⌈h / strides⌉ by ⌈w / strides⌉, as by a 3×3 convolution.
+        dilation: of the group-wise convolution.
+        variant: "paper", "2023-07", "2023-09" or "2023-10" (see the module's docstring): sets what is not given below.
+        groups: of the SRU's group norm.
+        threshold: t, of the SRU's gate.
+        alpha: α, share of the channels that the CRU transforms richly, between 0 and 1.
+        squeeze: r, by which the CRU divides the channels.
+        conv_groups: g, of the CRU's group-wise convolution.
+        kernel_size: k, of the CRU's group-wise convolution, odd.
+        arrangement: "S+C" the SRU, then the CRU; "C+S" the other way round; "S&C" both on the input, added; "S" and "C" one
+            alone.
+        epsilon: of the SRU's group norm.
+        unbiased: see `SRU`; so for `gate`, `inclusive` and `gated`.
+        gate: see there.
+        inclusive: see there.
+        gated: see there.
+        fuse: see `CRU`.
+        dtype: of the computation; where not given, what `x` and the parameters promote to.
+
+    Raises:
+        ValueError: for a value out of its range, or channels that it does not divide.
+    """
+
+    features: int | None = None
+    strides: int = 1
+    dilation: int = 1
+    variant: str = "paper"
+    groups: int | None = None
+    threshold: float = 0.5
+    alpha: float = 0.5
+    squeeze: int = 2
+    conv_groups: int = 2
+    kernel_size: int = 3
+    arrangement: str = "S+C"
+    epsilon: float | None = None
+    unbiased: bool | None = None
+    gate: Literal["soft", "hard"] | None = None
+    inclusive: bool | None = None
+    gated: Literal["input", "norm"] | None = None
+    fuse: Literal["pair", "all"] | None = None
+    dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without an input."""
+        _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("arrangement", self.arrangement, ARRANGEMENTS)
+        check_alpha(self.alpha)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
+        """Apply the operator; `train` changes nothing."""
+        del train
+        if self.strides != 1:
+            x = F.avg_pool(x, self.strides, ceil_mode=True, count_include_pad=False)
+
+        sru = partial(
+            SRU,
+            variant=self.variant,
+            groups=self.groups,
+            threshold=self.threshold,
+            epsilon=self.epsilon,
+            unbiased=self.unbiased,
+            gate=self.gate,
+            inclusive=self.inclusive,
+            gated=self.gated,
+            dtype=self.dtype,
+            name="SRU",
+        )
+        cru = partial(
+            CRU,
+            variant=self.variant,
+            alpha=self.alpha,
+            squeeze=self.squeeze,
+            conv_groups=self.conv_groups,
+            kernel_size=self.kernel_size,
+            dilation=self.dilation,
+            fuse=self.fuse,
+            dtype=self.dtype,
+            name="CRU",
+        )
+        match self.arrangement:
+            case "S+C":
+                y = cru()(sru()(x))
+            case "C+S":
+                y = sru()(cru()(x))
+            case "S&C":
+                y = sru()(x) + cru()(x)
+            case "S":
+                y = sru()(x)
+            case _:
+                y = cru()(x)
+        if self.features not in (None, y.shape[-1]):
+            y = Conv(self.features, 1, dtype=self.dtype, name="projection")(y)
+        return y
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise a ValueError unless α is between 0 and 1, both excluded."""
+    if not 0 < alpha < 1:
+        raise ValueError(
+            f"alpha={alpha:g} is the share of the channels that is transformed richly; it must lie between 0 and 1, "
+            f"both excluded. Nearest that the paper tried: {'1/8' if alpha <= 0 else '7/8'}."
+        )
+
+
+def _check_choice(name: str, value: str | None, choices: Iterable[str]) -> None:
+    known = list(choices)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"There is no {name} {value!r}.{hint} There are: {', '.join(map(repr, known))}.")

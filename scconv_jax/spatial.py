@@ -1,0 +1,197 @@
+"""Convolution, pooling and resizing by PyTorch's rules, as pure functions of arrays.
+
+JAX has functions of the same names whose results differ from PyTorch's (padding of strided convolutions, the index rule of
+nearest-neighbour resizing, what an average over padding is divided by). Checkpoints were trained with PyTorch's rules, so
+those are written out here once. Users find these functions in `scconv_jax.functional`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+def conv(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "kh kw i o"],
+    *,
+    strides: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Float[Array, "n p q o"]:
+    """Convolve as `torch.nn.functional.conv2d` does: `padding` zeros on every side.
+
+    Args:
+        x: images, `(n, h, w, c)`.
+        kernel: `(kh, kw, c / groups, o)`.
+        strides: step of the window, the same along height and width; so for `padding` and `dilation`.
+        padding: zeros added on each of the four sides.
+        dilation: distance between the kernel's taps.
+        groups: the channels are cut into this many runs, each convolved by itself.
+
+    Returns:
+        `(n, p, q, o)` with `p = (h + 2 padding - dilation (kh - 1) - 1) // strides + 1`.
+
+    Raises:
+        ValueError: if the channels do not fit the kernel.
+    """
+    channels, (kh, kw, per_group, _) = x.shape[-1], kernel.shape
+    if channels != per_group * groups:
+        raise ValueError(
+            f"conv: the input has {channels} channels; a kernel of shape {kernel.shape} with groups={groups} takes "
+            f"{per_group * groups}."
+        )
+    if (kh, kw, padding, groups) == (1, 1, 0, 1):
+        # A 1×1 convolution is a matmul over pixels. Flattened to two dimensions it runs at the matmul's rate on CPU,
+        # forward and backward; as a convolution it takes two to six times as long.
+        x = x[:, ::strides, ::strides]
+        return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(strides, strides),
+        padding=((padding, padding), (padding, padding)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def avg_pool(
+    x: Float[Array, "n h w c"],
+    window: int,
+    strides: int | None = None,
+    *,
+    padding: int = 0,
+    count_include_pad: bool = True,
+    ceil_mode: bool = False,
+) -> Float[Array, "n p q c"]:
+    """Average over windows as `torch.nn.functional.avg_pool2d` does.
+
+    Args:
+        x: maps, `(n, h, w, c)`.
+        window: height and width of the window, pixels.
+        strides: step of the window; `window` where not given.
+        padding: zeros on each side.
+        count_include_pad: divide by the window's size within the padded map, not by its pixels within the map.
+        ceil_mode: keep a last window that sticks out, where it starts within the map (or its left padding).
+
+    Returns:
+        `(n, p, q, c)`, in the dtype of `x`; sums are taken in float32 at least.
+
+    Raises:
+        ValueError: if the padded map is smaller than the window, for which there is no output.
+    """
+    strides = window if strides is None else strides
+    height, width = x.shape[1:3]
+    if min(height, width) + 2 * padding < window:
+        raise ValueError(
+            f"avg_pool: a window of {window}×{window} needs a map of at least {max(window - 2 * padding, 1)} px in height "
+            f"and width; got {height}×{width}. Use larger images or a smaller window."
+        )
+    fits = not ceil_mode or (height % window == 0 and width % window == 0)
+    if strides == window and padding == 0 and fits:
+        # Windows that neither overlap nor stick out: a reshape and a mean, several times faster than a window reduction.
+        p, q = height // window, width // window
+        windows = x[:, : p * window, : q * window].reshape(-1, p, window, q, window, x.shape[-1])
+        return windows.mean(axis=(2, 4))
+    rows, columns = (_windows(size, window, strides, padding, ceil_mode) for size in (height, width))
+    accumulated = jnp.promote_types(x.dtype, jnp.float32)
+    sums = lax.reduce_window(
+        x.astype(accumulated),
+        np.zeros((), accumulated),
+        lax.add,
+        window_dimensions=(1, window, window, 1),
+        window_strides=(1, strides, strides, 1),
+        padding=((0, 0), (padding, rows.high), (padding, columns.high), (0, 0)),
+    )
+    if count_include_pad:
+        counts = np.multiply.outer(rows.padded, columns.padded)
+    else:
+        counts = np.multiply.outer(rows.inside, columns.inside)
+    return (sums / counts[None, :, :, None].astype(accumulated)).astype(x.dtype)
+
+
+class _Windows(NamedTuple):
+    """The windows along one axis: padding needed at its end, and how many positions of each window count."""
+
+    high: int
+    padded: np.ndarray  # within the padded map
+    inside: np.ndarray  # within the map itself
+
+
+def _windows(size: int, window: int, strides: int, padding: int, ceil_mode: bool) -> _Windows:
+    span = size + 2 * padding - window
+    count = (-(-span // strides) if ceil_mode else span // strides) + 1
+    if ceil_mode and (count - 1) * strides >= size + padding:
+        count -= 1  # the last window would start in the padding on the right
+    starts = np.arange(count) * strides - padding
+    ends = np.minimum(starts + window, size + padding)
+    high = max(int(starts[-1]) + window - size, 0)
+    return _Windows(high, ends - starts, np.minimum(ends, size) - np.maximum(starts, 0))
+
+
+def max_pool(x: Float[Array, "n h w c"], window: int, strides: int, *, padding: int = 0) -> Float[Array, "n p q c"]:
+    """Take the largest value of each window as `torch.nn.functional.max_pool2d` does; padding never wins.
+
+    Args:
+        x: maps, `(n, h, w, c)`.
+        window: height and width of the window, pixels.
+        strides: step of the window.
+        padding: pixels on each side, below every value.
+
+    Returns:
+        `(n, p, q, c)` with `p = (h + 2 padding - window) // strides + 1`.
+    """
+    # The taps of all windows, compared in turn: one fused pass either way. The gradient of a window reduction is a scatter,
+    # on CPU twenty times slower. Of equal values the first wins and takes the gradient, and NaN wins over all, as in PyTorch.
+    low = np.array(-np.inf, x.dtype)
+    padded = lax.pad(x, low, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
+    p, q = ((size + 2 * padding - window) // strides + 1 for size in (x.shape[1], x.shape[2]))
+    taps = [
+        padded[:, i : i + (p - 1) * strides + 1 : strides, j : j + (q - 1) * strides + 1 : strides]
+        for i in range(window)
+        for j in range(window)
+    ]
+    largest = taps[0]
+    for tap in taps[1:]:
+        largest = jnp.where((tap > largest) | jnp.isnan(tap), tap, largest)
+    return largest
+
+
+def global_avg_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n c"]:
+    """Average over all pixels: `(n, h, w, c)` to `(n, c)`, in the dtype of `x`."""
+    return x.mean(axis=(1, 2))
+
+
+def resize_nearest(x: Float[Array, "n h w c"], size: tuple[int, int]) -> Float[Array, "n p q c"]:
+    """Resize as `torch.nn.functional.interpolate(mode="nearest")` does: output `i` copies input `floor(i * in / out)`.
+
+    PyTorch takes that product in float32, which for a few sizes (24 → 74, say) falls below the whole number it should
+    reach; the same pixels are copied here. `jax.image.resize` samples at pixel centres and copies others (3 → 14, say).
+
+    Args:
+        x: maps, `(n, h, w, c)`.
+        size: height and width of the result.
+    """
+    for axis, out in zip((1, 2), size, strict=True):
+        x = _repeat_nearest(x, axis, out)
+    return x
+
+
+def _repeat_nearest(x: Float[Array, "n h w c"], axis: int, out: int) -> Float[Array, "n p q c"]:
+    size = x.shape[axis]
+    if out == size:
+        return x
+    if out % size == 0:
+        return jnp.repeat(x, out // size, axis=axis, total_repeat_length=out)
+    scale = np.float32(size) / np.float32(out)
+    source = np.minimum(np.floor(np.arange(out, dtype=np.float32) * scale).astype(int), size - 1)
+    return jnp.take(x, source, axis=axis, indices_are_sorted=True, unique_indices=False, mode="clip")
