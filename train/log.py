@@ -98,6 +98,10 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def restart_clock(self) -> None:
+        """Leave what has passed so far (a compilation) out of images/s and time left."""
+        self._bar.unpause()
+
     def advance(self, where: str) -> None:
         """Count one step; `where` the run is stands before the bar."""
         self._bar.set_description_str(where, refresh=False)

@@ -81,6 +81,7 @@ def train(config: Config, workdir: Path) -> int:
                 if step == first_step + 1:
                     jax.block_until_ready(values)  # until here it compiled
                     window.restart_clock()
+                    progress.restart_clock()
                 epoch, position = divmod(step, plan.steps_per_epoch)
                 progress.advance(f"epoch {min(epoch + 1, config.epochs)}/{config.epochs}")
 
