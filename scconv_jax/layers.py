@@ -75,6 +75,11 @@ class Conv(nn.Module):
         return x if bias is None else x + jnp.broadcast_to(bias, x.shape)
 
 
+def conv1x1(features: int, **options: Any) -> Conv:
+    """Make a 1×1 convolution."""
+    return Conv(features, 1, **options)
+
+
 def conv3x3(features: int, *, strides: int = 1, dilation: int = 1, groups: int = 1, **options: Any) -> Conv:
     """Make the 3×3 convolution that keeps the size (at stride 1): what every operator here stands in for."""
     return Conv(features, 3, strides=strides, padding=dilation, dilation=dilation, groups=groups, **options)

@@ -9,9 +9,18 @@ from typing import Any
 
 from flax import linen as nn
 
-from scconv_jax import resnet, scnet
+from scconv_jax import densenet, ghostnet, resnet, scconv_resnet, scnet, wide_resnet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {**resnet.MODELS, **scnet.MODELS}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    **resnet.MODELS,
+    **scnet.MODELS,
+    **scconv_resnet.MODELS,
+    **wide_resnet.MODELS,
+    **densenet.MODELS,
+    **ghostnet.MODELS,
+}
+
+TRUNK_OPTIONS = ("num_classes", "output_stride", "dtype", "axis_name")
 
 
 def list_models() -> list[str]:
@@ -27,9 +36,16 @@ def create_model(name: str, **options: Any) -> nn.Module:
         **options: what the network is to differ in. All take
 
             - `num_classes`: length of the logits; 1000 for the ImageNet networks, 10 for the small ones;
-            - `output_stride`: size of the images over size of the last map: 32, 16 or 8 for the ImageNet networks;
             - `dtype`: of the computation: `jnp.float32`, `jnp.bfloat16` or, with 64-bit JAX, `jnp.float64`;
-            - `axis_name`: mapped axis over which BatchNorm takes its statistics; None for each device its own.
+            - `axis_name`: mapped axis over which BatchNorm takes its statistics; None for each device its own;
+
+            the residual networks
+
+            - `output_stride`: size of the images over size of the last map: 32, 16 or 8 for the ImageNet networks;
+
+            and those of ScConv
+
+            - `alpha` and `variant`: see `ScConv`.
 
     Returns:
         A Flax module: `model.init(key, images, train=False)`, `model.apply(variables, images, train=False)`.
@@ -40,7 +56,10 @@ def create_model(name: str, **options: Any) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"There is no model {name!r}.{_nearest(name, MODELS)} All: {', '.join(list_models())}.")
     constructor = MODELS[name]
-    known = [option for option in inspect.signature(constructor).parameters if option not in ("parent", "name")]
+    parameters = inspect.signature(constructor).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in ("parent", "name")]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):  # a constructor that passes on what the trunk takes
+        known += [option for option in TRUNK_OPTIONS if option not in known]
     for option in options:
         if option not in known:
             raise ValueError(f"Model {name!r} has no option {option!r}.{_nearest(option, known)} All: {', '.join(known)}.")

@@ -252,7 +252,9 @@ class ScConv(nn.Module):
     Called `layer(x)`: it has no batch norm, and `train`, which it takes as other layers do, changes nothing.
 
     Attributes:
-        features: channels of the output; where not given, c. A 1×1 convolution, `projection`, follows where they differ.
+        features: channels of the output; where not given, c.
+        widen: how `features` come about where they are not c: by "projection", a 1×1 convolution after the units, or by "cru",
+            whose own last convolutions can have another number of outputs than inputs.
         strides: of an average pool before the units, whose windows at the border average the pixels they have; maps of h
             by w become ⌈h / strides⌉ by ⌈w / strides⌉, as by a 3×3 convolution.
         dilation: of the group-wise convolution.
@@ -294,11 +296,13 @@ class ScConv(nn.Module):
     inclusive: bool | None = None
     gated: Literal["input", "norm"] | None = None
     fuse: Literal["pair", "all"] | None = None
+    widen: Literal["projection", "cru"] = "projection"
     dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without an input."""
         _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("widen", self.widen, ("projection", "cru"))
         _check_choice("arrangement", self.arrangement, ARRANGEMENTS)
         check_alpha(self.alpha)
         super().__post_init__()
@@ -325,6 +329,7 @@ class ScConv(nn.Module):
         )
         cru = partial(
             CRU,
+            features=self.features if self.widen == "cru" else None,
             variant=self.variant,
             alpha=self.alpha,
             squeeze=self.squeeze,

@@ -1,16 +1,10 @@
-"""The trunk that the networks share: stem, stages of blocks, head; and the plain residual networks.
+"""The trunk that the residual networks share: stem, stages of blocks, head; and the plain networks by name.
 
-He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, with the stride in the 3×3 convolution, as in
-torchvision, whose parameter names these are. Tricks of the "v1d" networks: He et al., "Bag of Tricks for Image Classification
-with Convolutional Neural Networks", CVPR 2019. Dilated networks: Yu, Koltun, Funkhouser, "Dilated Residual Networks", CVPR 2017.
+He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016; parameter names are torchvision's.
+Tricks of the "v1d" networks: He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019.
+Dilated networks: Yu, Koltun, Funkhouser, "Dilated Residual Networks", CVPR 2017.
 
-The trunk knows no operator by name. It takes a block, any module factory that can be called
-
-    block(planes=..., strides=..., dilation=..., transition=..., norm=..., dtype=..., name=...)(x, train=...)
-
-where `transition` says that the block begins a stage that halves the map (or would, were the network not dilated).
-`Bottleneck` in turn takes its 3×3 convolution as `conv`, called `conv(features, strides=..., dilation=..., dtype=...,
-name=...)(x, train=...)`: hand it another operator to make another network.
+The trunk knows no operator by name: it takes a block, any factory that can be called as `blocks.py` says.
 """
 
 from __future__ import annotations
@@ -22,76 +16,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
+from scconv_jax.blocks import BasicBlock, Bottleneck
 from scconv_jax.layers import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-
-
-class Shortcut(nn.Module):
-    """The identity where shapes allow it, else a 1×1 convolution and a norm: `(n, h, w, c)` to `(n, p, q, features)`.
-
-    Attributes:
-        features: channels of the output.
-        strides: of the convolution, or of the average pool before it.
-        average: pool by averaging, then convolve without strides ("ResNet-D"); windows at the border average the pixels
-            they have.
-        norm: factory of the norm.
-        dtype: of the computation.
-    """
-
-    features: int
-    strides: int = 1
-    average: bool = False
-    norm: Factory = BatchNorm
-    dtype: Dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Bring `x` to the shape of the block's output."""
-        strides, first = self.strides, 0
-        if self.average:
-            x = F.avg_pool(x, strides, ceil_mode=True, count_include_pad=False)
-            strides, first = 1, 1
-        x = Conv(self.features, 1, strides=strides, dtype=self.dtype, name=str(first))(x)
-        return self.norm(dtype=self.dtype, name=str(first + 1))(x, train=train)
-
-
-class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 and a shortcut: `(n, h, w, c)` to `(n, h / strides, w / strides, 4 planes)`.
-
-    Attributes:
-        planes: channels of the 3×3 convolution.
-        strides: of the 3×3 convolution.
-        dilation: of the 3×3 convolution.
-        transition: unused here; see the module's docstring.
-        conv: factory of the 3×3 convolution, or of what stands in for it.
-        norm: factory of the norms.
-        dtype: of the computation.
-    """
-
-    planes: int
-    strides: int = 1
-    dilation: int = 1
-    transition: bool = False
-    conv: Factory = conv3x3
-    norm: Factory = BatchNorm
-    dtype: Dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Apply the block; `train` is the norms'."""
-        features = 4 * self.planes
-        norm = partial(self.norm, dtype=self.dtype)
-        y = Conv(self.planes, 1, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(norm(name="bn1")(y, train=train))
-        y = self.conv(self.planes, strides=self.strides, dilation=self.dilation, dtype=self.dtype, name="conv2")(y, train=train)
-        y = nn.relu(norm(name="bn2")(y, train=train))
-        y = Conv(features, 1, dtype=self.dtype, name="conv3")(y)
-        y = norm(name="bn3")(y, train=train)
-        if self.strides != 1 or x.shape[-1] != features:
-            x = Shortcut(features, self.strides, norm=self.norm, dtype=self.dtype, name="downsample")(x, train=train)
-        return nn.relu(y + x)
 
 
 class DeepStem(nn.Module):
@@ -162,7 +91,7 @@ class ResNet(nn.Module):
     """A residual network of any block: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
-        block: factory of the blocks; see the module's docstring.
+        block: factory of the blocks; see `blocks.py`.
         stage_sizes: number of blocks of each stage.
         planes: width of the blocks of each stage.
         stem: factory of what comes before `bn1` and the stages, called `stem(norm=..., dtype=...)(x, train=...)`.
@@ -242,18 +171,20 @@ class ResNet(nn.Module):
         return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
 
-# For images of 32×32 or so (He et al. 2016, section 4.2): no pool, three stages, bottlenecks 16, 32 and 64 wide.
-SMALL = {
-    "planes": (16, 32, 64),
-    "stem": partial(stem, 16, 3, 1),
-    "stem_pool": False,
-    "stem_stride": 1,
-    "output_stride": 4,
-    "num_classes": 10,
-}
+# For images of 32×32 or so: a 3×3 stem and no pool.
+SMALL = {"stem_pool": False, "stem_stride": 1, "num_classes": 10}
+# He et al. 2016, section 4.2: three stages, 16, 32 and 64 wide.
+NARROW = {**SMALL, "planes": (16, 32, 64), "stem": partial(stem, 16, 3, 1), "output_stride": 4}
+# An ImageNet network with the stem changed: four stages.
+WIDE = {**SMALL, "stem": partial(stem, 64, 3, 1), "output_stride": 8}
+# Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017; 4 groups, 64 channels each at first.
+RESNEXT29 = {**SMALL, "planes": (256, 512, 1024), "stem": partial(stem, 64, 1, 1), "output_stride": 4}
 
 MODELS = {
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
-    "resnet20_small": partial(ResNet, Bottleneck, (2, 2, 2), **SMALL),
+    "resnet20_small": partial(ResNet, Bottleneck, (2, 2, 2), **NARROW),
+    "resnet56_small": partial(ResNet, BasicBlock, (9, 9, 9), **NARROW),
+    "resnet50_small": partial(ResNet, Bottleneck, (3, 4, 6, 3), **WIDE),
+    "resnext29_small": partial(ResNet, partial(Bottleneck, expansion=2, conv=partial(conv3x3, groups=4)), (3, 3, 3), **RESNEXT29),
 }

@@ -21,35 +21,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
+from scconv_jax.blocks import Shortcut
 from scconv_jax.layers import BatchNorm, Conv, ConvNorm, Dtype, Factory
-from scconv_jax.resnet import SMALL, DeepStem, ResNet, Shortcut
+from scconv_jax.resnet import NARROW, DeepStem, ResNet
 from scconv_jax.self_calibrated import SelfCalibration
+from scconv_jax.squeeze_excitation import SqueezeExcitation
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 POOLING = 4  # r in every published network
-
-
-class SqueezeExcitation(nn.Module):
-    """Rescale channels by what their averages say: `(n, h, w, c)` to the same shape.
-
-    Attributes:
-        reduction: c over the width of the hidden layer.
-        dtype: of the computation.
-    """
-
-    reduction: int = 16
-    dtype: Dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        """Weigh each channel by a number between 0 and 1."""
-        channels = x.shape[-1]
-        weights = x.mean(axis=(1, 2), keepdims=True)
-        weights = nn.relu(Conv(channels // self.reduction, 1, use_bias=True, dtype=self.dtype, name="fc1")(weights))
-        weights = nn.sigmoid(Conv(channels, 1, use_bias=True, dtype=self.dtype, name="fc2")(weights))
-        return x * jnp.broadcast_to(weights, x.shape)
 
 
 class SCBottleneck(nn.Module):
@@ -64,7 +45,7 @@ class SCBottleneck(nn.Module):
         bottleneck_width: channels of a branch per group, for planes of 64.
         avd: in a transition, stride by an average pool 3×3 after the branches, not by K1 and K4 ("v1d").
         avg_down: stride in the shortcut by an average pool ("v1d").
-        se_reduction: that of a `SqueezeExcitation` before the addition; where not given, there is none.
+        se_reduction: channels over the hidden ones of a `SqueezeExcitation` before the addition; where not given, there is none.
         norm: factory of the norms.
         dtype: of the computation.
     """
@@ -108,7 +89,7 @@ class SCBottleneck(nn.Module):
         y = pointwise(features, name="conv3")(jnp.concatenate([a, b], axis=-1))
         y = norm(name="bn3")(y, train=train)
         if self.se_reduction is not None:
-            y = SqueezeExcitation(self.se_reduction, dtype=self.dtype, name="se")(y)
+            y = SqueezeExcitation(features // self.se_reduction, dtype=self.dtype, name="se")(y)
         if self.strides != 1 or x.shape[-1] != features:
             x = Shortcut(features, self.strides, average=self.avg_down, norm=self.norm, dtype=self.dtype, name="downsample")(
                 x, train=train
@@ -130,5 +111,5 @@ MODELS = {
     "scnext101": partial(SCNet, _NEXT, (3, 4, 23, 3)),
     "se_scnet50": partial(SCNet, _SE, (3, 4, 6, 3)),
     "se_scnet101": partial(SCNet, _SE, (3, 4, 23, 3)),
-    "scnet20_small": partial(SCNet, SCBottleneck, (2, 2, 2), **SMALL),
+    "scnet20_small": partial(SCNet, SCBottleneck, (2, 2, 2), **NARROW),
 }

@@ -1,7 +1,8 @@
 """How large a network is: parameters and multiply-adds by part, counted from shapes alone, at any size of image.
 
 A multiply-add is one multiplication and one addition ("FLOPs" in both papers): those of convolutions and matrix products, and
-one for each element that batch normalisation scales and shifts. What is added, pooled or gated is not counted.
+one for each element that a norm scales and shifts. What is added, pooled or gated is not counted. Counted is the network as the
+papers write it, also where another form of the same thing is computed because it runs faster.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-
-from scconv_jax.layers import BatchNorm
 
 
 class Part(NamedTuple):
@@ -42,21 +41,33 @@ def summarise(model: nn.Module, size: tuple[int, int] = (224, 224), depth: int =
 
     def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         result = next_call(*args, **kwargs)
-        if context.method_name == "__call__" and hasattr(result, "shape"):
-            outputs["/".join(context.module.path)] = type(context.module).__name__, result.shape
+        if context.method_name == "__call__" and (last := jax.tree.leaves(result)[-1]).ndim > 1:
+            outputs["/".join(context.module.path)] = type(context.module).__name__, last.shape
         return result
 
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     with nn.intercept_methods(record):
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    counts = _multiply_adds(model, variables, images)
-    counts |= {name: math.prod(shape) for name, (kind, shape) in outputs.items() if kind == BatchNorm.__name__}
-    parameters = {path: math.prod(leaf.shape) for path, leaf in _leaves(variables["params"])}
+    leaves = {path: math.prod(leaf.shape) for path, leaf in _leaves(variables["params"])}
+    # Each number of a kernel or scale is multiplied once for each position of the map that its module makes.
+    counts = {
+        path: number * math.prod(_owner(path, outputs)[1:-1]) for path, number in leaves.items() if path.endswith(_MULTIPLIED)
+    }
     return [
-        Part(name, kind, shape, _within(name, parameters), _within(name, counts))
+        Part(name, kind, shape, _within(name, leaves), _within(name, counts))
         for name, (kind, shape) in outputs.items()
         if name and _is_listed(name, outputs, depth)
     ]
+
+
+_MULTIPLIED = ("/kernel", "/scale", "/gamma")
+
+
+def _owner(path: str, outputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
+    """Shape of the output of the innermost module that a leaf belongs to and that makes a map."""
+    while path not in outputs:
+        path = path.rpartition("/")[0]
+    return outputs[path][1]
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int] = (224, 224)) -> int:
@@ -86,40 +97,3 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
             yield from _leaves(value, here)
         else:
             yield here, value
-
-
-def _multiply_adds(model: nn.Module, variables: Any, images: Any) -> dict[str, int]:
-    """Multiply-adds by module path, read off the traced program."""
-    program = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
-    counts: dict[str, int] = {}
-    for equation, scope in _equations(program.jaxpr):
-        # Flax names scopes Class/Class.method/child/...: the path is what is left without the network's own.
-        own = type(model).__name__
-        path = "/".join(part for part in scope.split("/") if part != own and not part.startswith(f"{own}."))
-        counts[path] = counts.get(path, 0) + _cost(equation)
-    return {path: count for path, count in counts.items() if count}
-
-
-def _equations(jaxpr: Any, outer: str = "") -> Iterator[tuple[Any, str]]:
-    for equation in jaxpr.eqns:
-        scope = "/".join(filter(None, (outer, str(equation.source_info.name_stack))))
-        yield equation, scope
-        for parameter in jax.tree.leaves(equation.params, is_leaf=_is_program):
-            if _is_program(parameter):
-                yield from _equations(getattr(parameter, "jaxpr", parameter), scope)
-
-
-def _is_program(value: Any) -> bool:
-    return hasattr(value, "eqns")
-
-
-def _cost(equation: Any) -> int:
-    shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
-    if equation.primitive.name == "conv_general_dilated":
-        _, kernel, output = shapes
-        features = equation.params["dimension_numbers"].rhs_spec[0]
-        return math.prod(output) * math.prod(kernel) // kernel[features]
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        return math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
-    return 0

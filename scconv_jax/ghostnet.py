@@ -1,0 +1,211 @@
+"""GhostNet, and residual networks of ghost convolutions: what both papers compare with.
+
+Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Table 1. Reference
+implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch), whose parameter names these are.
+
+Differences: none in GhostNet. In the residual networks every convolution of the blocks, but not stem and shortcuts, is a ghost
+convolution without norm or ReLU of its own, since the block's follow.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from scconv_jax import functional as F
+from scconv_jax.blocks import BasicBlock, Bottleneck
+from scconv_jax.ghost import GhostConv
+from scconv_jax.layers import BatchNorm, Conv, Dense, Dtype, Factory, check_images
+from scconv_jax.resnet import NARROW, ResNet
+from scconv_jax.squeeze_excitation import SqueezeExcitation
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+class Row(NamedTuple):
+    """One row of the paper's Table 1."""
+
+    kernel_size: int
+    expansion: int  # channels within the block
+    features: int
+    se: bool
+    strides: int
+
+
+# Grouped as the reference's blocks are numbered: a new number where the map is halved, and once after.
+GHOSTNET = (
+    (Row(3, 16, 16, False, 1),),
+    (Row(3, 48, 24, False, 2),),
+    (Row(3, 72, 24, False, 1),),
+    (Row(5, 72, 40, True, 2),),
+    (Row(5, 120, 40, True, 1),),
+    (Row(3, 240, 80, False, 2),),
+    (
+        Row(3, 200, 80, False, 1),
+        Row(3, 184, 80, False, 1),
+        Row(3, 184, 80, False, 1),
+        Row(3, 480, 112, True, 1),
+        Row(3, 672, 112, True, 1),
+    ),
+    (Row(5, 672, 160, True, 2),),
+    (Row(5, 960, 160, False, 1), Row(5, 960, 160, True, 1), Row(5, 960, 160, False, 1), Row(5, 960, 160, True, 1)),
+)
+
+
+class GhostBottleneck(nn.Module):
+    """Ghost module, depthwise convolution where strided, rescaling, ghost module: `(n, h, w, c)` to `(n, p, q, features)`.
+
+    Attributes:
+        row: kernel size, channels, strides and rescaling.
+        norm: factory of the norms.
+        dtype: of the computation.
+    """
+
+    row: Row
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
+        """Apply the block; `train` is the norms'."""
+        size, expansion, features, se, strides = self.row
+        norm = partial(self.norm, dtype=self.dtype)
+        ghost = partial(GhostConv, kernel_size=1, norm=self.norm, dtype=self.dtype)
+
+        y = ghost(expansion, relu=True, name="ghost1")(x, train=train)
+        if strides > 1:
+            y = _depthwise(expansion, size, strides, dtype=self.dtype, name="conv_dw")(y)
+            y = norm(name="bn_dw")(y, train=train)
+        if se:
+            hidden = _divisible(expansion / 4, 4)
+            names = ("conv_reduce", "conv_expand")
+            y = SqueezeExcitation(hidden, gate=nn.hard_sigmoid, names=names, dtype=self.dtype, name="se")(y)
+        y = ghost(features, name="ghost2")(y, train=train)
+        if strides > 1 or x.shape[-1] != features:
+            x = _Shortcut(features, size, strides, self.norm, self.dtype, name="shortcut")(x, train=train)
+        return y + x
+
+
+def _depthwise(channels: int, size: int, strides: int, **options: Any) -> Conv:
+    return Conv(channels, size, strides=strides, padding=size // 2, groups=channels, **options)
+
+
+class _Shortcut(nn.Module):
+    """A depthwise and a 1×1 convolution, each with its norm."""
+
+    features: int
+    kernel_size: int
+    strides: int
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
+        norm = partial(self.norm, dtype=self.dtype)
+        x = _depthwise(x.shape[-1], self.kernel_size, self.strides, dtype=self.dtype, name="0")(x)
+        x = Conv(self.features, 1, dtype=self.dtype, name="2")(norm(name="1")(x, train=train))
+        return norm(name="3")(x, train=train)
+
+
+class _Blocks(nn.Module):
+    """Blocks one after the other, numbered as in PyTorch's `Sequential`."""
+
+    rows: tuple[Row, ...]
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
+        for i, row in enumerate(self.rows):
+            x = GhostBottleneck(row, self.norm, self.dtype, name=str(i))(x, train=train)
+        return x
+
+
+class _Last(nn.Module):
+    """The 1×1 convolution after the blocks, with norm and ReLU."""
+
+    features: int
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
+        x = Conv(self.features, 1, dtype=self.dtype, name="conv")(x)
+        return nn.relu(self.norm(dtype=self.dtype, name="bn1")(x, train=train))
+
+
+class _Trunk(nn.Module):
+    """All blocks; returns the map before each halving, and the last."""
+
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+        maps: dict[str, jax.Array] = {}
+        for i, rows in enumerate(GHOSTNET):
+            if rows[0].strides == 2:
+                maps[f"layer{len(maps) + 1}"] = x
+            x = _Blocks(rows, self.norm, self.dtype, name=str(i))(x, train=train)
+        x = _Last(GHOSTNET[-1][-1].expansion, self.norm, self.dtype, name=str(len(GHOSTNET)))(x, train=train)
+        return maps | {f"layer{len(maps) + 1}": x}
+
+
+class GhostNet(nn.Module):
+    """GhostNet 1.0×: images `(n, h, w, 3)` to logits `(n, num_classes)`.
+
+    Attributes:
+        num_classes: length of the logits.
+        dtype: of the computation; logits are float32 at least.
+        axis_name: mapped axis over which BatchNorm takes its statistics; where not given, each device takes its own.
+
+    Raises:
+        ValueError: for images that are not float `(n, h, w, 3)`.
+    """
+
+    num_classes: int = 1000
+    dtype: Dtype = jnp.float32
+    axis_name: str | tuple[str, ...] | None = None
+
+    def setup(self) -> None:
+        """Name the parts as the reference does: conv_stem, bn1, blocks, conv_head, classifier."""
+        norm = partial(BatchNorm, axis_name=self.axis_name)
+        self.conv_stem = Conv(16, 3, strides=2, padding=1, dtype=self.dtype)
+        self.bn1 = norm(dtype=self.dtype)
+        self.blocks = _Trunk(norm, self.dtype)
+        self.conv_head = Conv(1280, 1, use_bias=True, dtype=self.dtype)
+        self.classifier = Dense(self.num_classes, dtype=self.dtype)
+
+    def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+        """Return the last map of each size: `{"layer1": (n, h / 2, w / 2, 16), ..., "layer5": (n, h / 32, w / 32, 960)}`."""
+        check_images(images, smallest=1)
+        x = nn.relu(self.bn1(self.conv_stem(images), train=train))
+        return self.blocks(x, train=train)
+
+    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
+        """Return the logits."""
+        last = self.features(images, train=train)["layer5"]
+        pooled = F.global_avg_pool(last)[:, None, None]
+        logits = self.classifier(nn.relu(self.conv_head(pooled))[:, 0, 0])
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+
+def _divisible(value: float, divisor: int) -> int:
+    """Round to a multiple of `divisor`, but not down by more than a tenth."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+_GHOST_BOTTLENECK = partial(Bottleneck, conv=GhostConv, pointwise=partial(GhostConv, kernel_size=1))
+_GHOST_BASIC = partial(BasicBlock, conv=GhostConv, first=GhostConv)
+
+MODELS = {
+    "ghostnet_100": GhostNet,
+    "ghost_resnet50": partial(ResNet, _GHOST_BOTTLENECK, (3, 4, 6, 3)),
+    "ghost_resnet56_small": partial(ResNet, _GHOST_BASIC, (9, 9, 9), **NARROW),
+}
