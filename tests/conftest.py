@@ -78,6 +78,16 @@ def precision(request):
 
 
 @pytest.fixture
+def unchecked():
+    """The library as its users have it, without the checks of shapes that would find a wrong input before it does."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def seed(request) -> int:
     """A seed of the test's own: the same in every run, another in every test."""
     return zlib.crc32(request.node.nodeid.encode())

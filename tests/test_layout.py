@@ -11,10 +11,10 @@ OURS = {"scconv_jax", "train", "configs", "benchmarks", "tests"}
 
 # A file imports only files of lower ranks: functions, layers, operators, networks, the table of them, what uses it.
 LIBRARY = {
-    "spatial": 0, "functional": 1, "layers": 2,
-    "self_calibrated": 3, "reconstruction": 3, "ghost": 3,
-    "resnet": 4, "scnet": 5, "scconv_resnet": 5, "densenet": 5, "ghostnet": 5,
-    "models": 6, "fuse": 7, "summary": 7, "cli": 8, "__main__": 9,
+    "published": 0, "spatial": 0, "functional": 1, "layers": 2,
+    "self_calibrated": 3, "reconstruction": 3, "ghost": 3, "squeeze_excitation": 3,
+    "blocks": 4, "resnet": 5, "scnet": 6, "scconv_resnet": 6, "wide_resnet": 6, "densenet": 6, "ghostnet": 6,
+    "models": 7, "fuse": 8, "summary": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
 ABOVE_NO_NETWORK = {"convert", "weights"}  # they know arrays and names, not networks
 TRAINER = {
@@ -22,7 +22,7 @@ TRAINER = {
     "parallel": 2, "loop": 3, "main": 4,
 }  # fmt: skip
 
-LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "safetensors", "jaxtyping"}  # ml_dtypes is jax's own
+LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors", "jaxtyping"}  # ml_dtypes is jax's, rich flax's
 LATE_ONLY = {"matplotlib", "sklearn", "tensorboardX", "wandb", "tensorflow", "tensorflow_datasets", "torch"}
 
 

@@ -56,16 +56,22 @@ def test_network_in_float32_at_the_size_it_was_trained_on(close, name):
     compare_network(close, name, (224, 224), np.dtype(np.float32))
 
 
-# Batches of 5: at 97 px the last pool leaves one pixel, and a BatchNorm over two values has no gradient to speak of.
+# At these sizes the last pool leaves one pixel or two. A BatchNorm over so few values has a gradient that is a small
+# difference of large terms, hence batches of 5, and for the deep network a limit of its own for gradients.
 @pytest.mark.parametrize(
-    ("name", "size"), [("scnet20_small", (15, 18)), pytest.param("scnet50_v1d", (97, 97), marks=pytest.mark.slow)]
+    ("name", "size", "limit"),
+    [("scnet20_small", (15, 18), 1e-12), pytest.param("scnet50_v1d", (97, 97), 1e-11, marks=pytest.mark.slow)],
 )
 @pytest.mark.usefixtures("x64")
-def test_training_pass(close, name, size):
+def test_training_pass(close, name, size, limit):
     """Logits, gradients to the images and to every parameter, and running statistics, in training."""
     oracle = randomise(build(name, num_classes=7), 0)
     model = create_model(name, num_classes=7, dtype=jnp.float64)
-    compare_module(close, model, oracle, random_images((5, *size, 3), 1), train=True)
+
+    def close_within(ours, theirs, what="output"):
+        close(ours, theirs, what, limit=limit if what.startswith("gradient") else None)
+
+    compare_module(close_within, model, oracle, random_images((5, *size, 3), 1), train=True)
 
 
 @pytest.mark.parametrize("name", ["scnet50", "resnet20_small"])

@@ -99,7 +99,7 @@ _SC = {"block": SCBottleneck}
 _SCNEXT = _SC | {"block": partial(SCBottleneck, bottleneck_width=2, cardinality=32)}
 _SE = _SC | {"block": partial(SCBottleneck, se_reduction=16)}
 _V1D = _SC | {"avd": True, "avg_down": True}
-_SMALL = {"depths": (2, 2, 2), "planes": 16, "stem": (16,), "small": True}
+_SMALL = {"depths": (2, 2, 2), "planes": 16, "stem": (16,), "small": True, "num_classes": 10}
 
 NETWORKS = {
     "resnet50": {"block": Bottleneck, "depths": _50},

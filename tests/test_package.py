@@ -1,0 +1,62 @@
+"""What `import scconv_jax` does and does not do, each time in a fresh interpreter."""
+
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+import scconv_jax
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_nothing_heavy():
+    modules = json.loads(python("import scconv_jax, sys, json; print(json.dumps(sorted(sys.modules)))"))
+    roots = {name.partition(".")[0] for name in modules}
+    assert {"jax", "flax", "scconv_jax"} <= roots
+    # flax itself imports optax and orbax; what only the tests or only the training program need must not be there.
+    unwanted = {"torch", "tensorflow", "train", "matplotlib", "tyro", "grain", "sklearn", "jaxtyping", "beartype", "timm"}
+    assert not roots & unwanted
+
+
+def test_import_adds_little_to_that_of_flax():
+    """Processor time, which other processes on the machine disturb least; the median of three."""
+    code = """
+import time, flax.linen, jax.numpy
+start = time.process_time()
+import scconv_jax
+print(time.process_time() - start)
+"""
+    assert statistics.median(float(python(code)) for _ in range(3)) < 0.3
+
+
+def test_import_allocates_nothing():
+    """No array on a device and no backend: users set platform and precision after their imports too."""
+    code = "import scconv_jax; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    assert python(code).strip() == "False"
+
+
+def test_the_ambiguous_name_is_explained():
+    with pytest.raises(AttributeError) as error:
+        scconv_jax.SCConv  # noqa: B018
+    assert "SelfCalibratedConv" in str(error.value)
+    assert "ScConv" in str(error.value).replace("SCConv", "")
+
+
+def test_an_unknown_name_is_refused_as_python_does():
+    with pytest.raises(AttributeError, match=r"module 'scconv_jax' has no attribute 'SelfCalibratedConvs'"):
+        scconv_jax.SelfCalibratedConvs  # noqa: B018
+
+
+def test_everything_that_is_exported_exists():
+    assert sorted(scconv_jax.__all__) == sorted(set(scconv_jax.__all__))
+    for name in scconv_jax.__all__:
+        assert getattr(scconv_jax, name) is not None
+    assert "SCConv" not in scconv_jax.__all__
