@@ -56,8 +56,7 @@ class Checkpoints:
         for name, leaf in _named_leaves(state).items():
             if not np.isfinite(leaf).all():
                 raise FloatingPointError(f"{name} is not finite at step {step}")
-        if step != self.latest():
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics=metrics)
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics=metrics)
 
     def restore(self, like: Any) -> Any:
         """The latest state, as NumPy arrays; `like` is a state of the same structure, or its shapes.
