@@ -145,4 +145,4 @@ def _percent(ours: float, paper: float) -> float:
 
 def _print(table: Table) -> None:
     # A table read by another program, or kept in a file, is not cut to 80 columns.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
