@@ -1,4 +1,9 @@
-"""What a run tells: `metrics.jsonl` for programs, a progress bar and lines for people, `curves.png` for both."""
+"""What a run tells: `metrics.jsonl` for programs, a progress bar and lines for people, `curves.png` for both.
+
+Each line of `metrics.jsonl` has `step` and `epoch`. Training lines add, as means since the line before, `train/loss`
+(the objective: label smoothing is part of it), `train/top1` (a share, 0 to 1) and `images_per_second` (without
+compilation and tests), and `lr`. Test lines, one per epoch, add `eval/loss` and `eval/top1` over all test images.
+"""
 
 import json
 import sys

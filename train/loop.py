@@ -23,7 +23,7 @@ from train.log import Metrics, Progress, Window, best_line, draw_curves, read_me
 from train.optim import make_optimizer, make_schedule
 from train.parallel import Parallel, make_parallel, run_once
 from train.step import AXIS, TrainState, eval_step, init_state, train_step
-from train.workdir import open_workdir
+from train.workdir import open_workdir, save_config
 
 
 def train(config: Config, workdir: Path) -> int:
@@ -40,7 +40,7 @@ def train(config: Config, workdir: Path) -> int:
     job = prepare(config)
     batch_size = config.data.batch_size
     plan = make_plan(config, len(job.dataset.train), jax.local_device_count())
-    open_workdir(workdir, config)
+    open_workdir(workdir)
 
     schedule = make_schedule(config.optim, plan)
     optimizer = make_optimizer(config.optim, schedule)
@@ -60,6 +60,7 @@ def train(config: Config, workdir: Path) -> int:
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Signals() as signals:
         resumes = checkpoints.latest() is not None
         state = checkpoints.restore(like=jax.eval_shape(first_state)) if resumes else run_once(first_state)
+        save_config(workdir, config)
         first_step = step = int(state.step)
         print(
             f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "

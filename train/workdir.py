@@ -1,6 +1,6 @@
 """The folder of a run: which one it is, and that nothing in it is overwritten by mistake.
 
-A folder holds a run when it holds `config.json`, which is written first.
+A folder holds a run when it holds `config.json`, which is written before any metrics or checkpoint.
 """
 
 from itertools import count
@@ -62,19 +62,26 @@ def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
     return [f"{name}: {before!r} → {after!r}" for name, (before, after) in changes.items()]
 
 
-def open_workdir(workdir: Path, config: Config) -> None:
-    """Make the folder and write the config of the run into it.
+def open_workdir(workdir: Path) -> None:
+    """Make the folder, or see that it can be written.
 
     Raises:
-        ConfigError: it cannot be made or written.
+        ConfigError: it cannot.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / "config.json.partial"
-        partial.write_text(to_json(config))
-        partial.replace(workdir / "config.json")
+        probe = workdir / "config.json.partial"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write to the workdir {workdir}: {error.strerror}; choose another --workdir") from error
+
+
+def save_config(workdir: Path, config: Config) -> None:
+    """Write the config of the run into its folder, whole or not at all."""
+    partial = workdir / "config.json.partial"
+    partial.write_text(to_json(config))
+    partial.replace(workdir / "config.json")
 
 
 def _numbered(name: str):

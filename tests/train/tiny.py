@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import scconv_jax
 from scconv_jax.layers import BatchNorm, Conv
 
+_create_model = scconv_jax.create_model
+
 
 class Tiny(nn.Module):
     """Convolution, BatchNorm, ReLU, mean, linear: `(n, h, w, 3)` to logits `(n, num_classes)`."""
@@ -30,8 +32,8 @@ class Tiny(nn.Module):
 
 
 def create_tiny(name: str, **options: Any) -> Tiny:
-    """`create_model`, but for the size: the names are still checked."""
-    scconv_jax.models.MODELS[name] if name in scconv_jax.list_models() else scconv_jax.models.create_model(name)
+    """`create_model`, but for the size: the name is still checked."""
+    _create_model(name)
     return Tiny(**options)
 
 
