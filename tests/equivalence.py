@@ -1,7 +1,7 @@
 """How a Flax module is compared with its PyTorch oracle: same state, same input, every number that comes out."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ def variables_of(oracle: torch.nn.Module, model: Any, x: np.ndarray) -> dict[str
     return jax.tree.map(jnp.asarray, from_torch(oracle.state_dict(), template))
 
 
-def compare_module(close, model: Any, oracle: torch.nn.Module, x: np.ndarray, *, train: bool) -> None:
+def compare_module(close, model: Any, oracle: torch.nn.Module, x: np.ndarray, *, train: bool, dead: Collection[str] = ()) -> None:
     """Compares outputs, gradients to the input and to each parameter, and each running statistic.
 
     Args:
@@ -42,6 +42,7 @@ def compare_module(close, model: Any, oracle: torch.nn.Module, x: np.ndarray, *,
         oracle: its counterpart, in any dtype; it is left as it is.
         x: input, `(n, h, w, c)` or `(n, c)`; both sides compute in its dtype.
         train: whether to normalise by the batch's statistics.
+        dead: names of parameters that must get no gradient.
     """
     to_torch_layout, from_torch_layout = (nchw, nhwc) if x.ndim == 4 else (torch.from_numpy, lambda t: t.detach().numpy())
     oracle = copy.deepcopy(oracle).to(torch_dtype(x.dtype)).train(train)
@@ -66,18 +67,22 @@ def compare_module(close, model: Any, oracle: torch.nn.Module, x: np.ndarray, *,
     output, (gradients, gradient), new = run(variables, x, cotangent)
     close(output, y)
     close(gradient, from_torch_layout(tensor.grad), "gradient of the input")
-    compare_gradients(close, gradients, oracle)
+    compare_gradients(close, gradients, oracle, dead)
     if new:
         compare_statistics(close, variables["params"], new["batch_stats"], oracle)
 
 
-def compare_gradients(close, gradients: Any, oracle: torch.nn.Module) -> None:
+def compare_gradients(close, gradients: Any, oracle: torch.nn.Module, dead: Collection[str] = ()) -> None:
     """Compares a tree of gradients with what `backward` left in the oracle, name by name."""
     found = to_torch({"params": gradients})
     expected = {name: parameter.grad for name, parameter in oracle.named_parameters()}
     assert set(found) == set(expected)
+    assert set(dead) == {name for name, value in expected.items() if value is None or not value.any()}
     for name, value in expected.items():
-        close(found[name], value.numpy(), f"gradient of {name}")
+        if name in dead:
+            np.testing.assert_array_equal(found[name], 0, err_msg=f"gradient of {name}")
+        else:
+            close(found[name], value.numpy(), f"gradient of {name}")
 
 
 def compare_statistics(close, params: Any, batch_stats: Any, oracle: torch.nn.Module) -> None:

@@ -27,9 +27,9 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
             value.copy_(0.3 * normal(value))
         elif kind == "running_var":
             value.copy_(uniform(value, 0.5, 2.0))
-        elif value.ndim > 1:  # a kernel: unit variance in, unit variance out
+        elif value.ndim in (2, 4):  # a kernel: unit variance in, unit variance out
             value.copy_(normal(value) * (1 / np.sqrt(value[0].numel())))
-        elif kind == "weight":  # a norm's scale, a fifth of them negative
+        elif kind in ("weight", "gamma"):  # a norm's scale, a fifth of them negative
             sign = torch.where(uniform(value, 0, 1) < 0.2, -1.0, 1.0).to(value.dtype)
             value.copy_(uniform(value, 0.5, 1.5) * sign)
         else:
