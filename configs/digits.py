@@ -1,9 +1,11 @@
 """SCNet-20 for small images on real handwritten digits: the job that `python -m train.main` runs by itself.
 
+The settings were chosen by cross-validation within the training images; the 360 test images had no say.
+
 Command    python -m train.main
-Hardware   not measured
-Time       not measured
-Result     not measured
+Hardware   two cores of an AMD EPYC, busy with other work at the same time; no accelerator
+Time       190 s of processor time (start-up and compilation included); 3 to 5 minutes by the clock, so busy
+Result     test accuracy after the last epoch, seeds 0 to 4: 99.72, 99.44, 99.44, 99.17, 99.72 %
 """
 
 from train.config import Config, Data, Model, Optim
