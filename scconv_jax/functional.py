@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from scconv_jax.spatial import avg_pool, conv, global_avg_pool, max_pool, resize_nearest
+from scconv_jax.spatial import avg_pool, conv, dense_blocks, dense_kernel, global_avg_pool, max_pool, resize_nearest
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -231,12 +231,11 @@ def channel_reconstruction(
     split = squeeze1.shape[2]
     upper = conv(x[..., :split], squeeze1)
     lower = conv(x[..., split:], squeeze2)
-    padding = dilation * (gwc.shape[0] // 2)
-    if conv_groups <= DENSE_GROUPS:
-        dense = _with_centre(_dense(gwc, conv_groups), pwc1)
-        y1 = conv(upper, dense, padding=padding, dilation=dilation)
+    options = {"padding": dilation * (gwc.shape[0] // 2), "dilation": dilation}
+    if dense_blocks(conv_groups, upper.shape[-1]) == 1:
+        y1 = conv(upper, reconstruction_kernel(gwc, pwc1, conv_groups), **options)
     else:
-        y1 = conv(upper, gwc, padding=padding, dilation=dilation, groups=conv_groups) + conv(upper, pwc1)
+        y1 = conv(upper, gwc, groups=conv_groups, **options) + conv(upper, pwc1)
     y1 = y1 + lax.broadcast_in_dim(gwc_bias, y1.shape, (3,))
     y2 = lower if pwc2 is None else jnp.concatenate([conv(lower, pwc2), lower], axis=-1)
     averages = jnp.stack([global_avg_pool(y1), global_avg_pool(y2)], axis=1)  # (n, 2, o)
@@ -245,28 +244,12 @@ def channel_reconstruction(
     return beta1 * y1 + beta2 * y2
 
 
-# Up to so many groups, GWC and PWC1 are computed as one dense convolution: more arithmetic, but one large operation in place of
-# a grouped one and a sum; measured by `python -m benchmarks.operators`.
-DENSE_GROUPS = 2
-
-
-def _dense(kernel: Float[Array, "k k g o"], groups: int) -> Float[Array, "k k i o"]:
-    """Write a grouped convolution's kernel as that of a dense one: zero between groups."""
-    size, per_group = kernel.shape[2], kernel.shape[3] // groups
-    blocks = [
-        jnp.pad(
-            kernel[..., i * per_group : (i + 1) * per_group],
-            ((0, 0), (0, 0), (i * size, (groups - 1 - i) * size), (0, 0)),
-        )
-        for i in range(groups)
-    ]
-    return jnp.concatenate(blocks, axis=-1)
-
-
-def _with_centre(kernel: Float[Array, "k k i o"], pointwise: Float[Array, "1 1 i o"]) -> Float[Array, "k k i o"]:
-    """Add a 1×1 kernel to the tap in the middle."""
-    margin = kernel.shape[0] // 2
-    return kernel + jnp.pad(pointwise, ((margin, margin), (margin, margin), (0, 0), (0, 0)))
+def reconstruction_kernel(
+    gwc: Float[Array, "k k g o"], pwc1: Float[Array, "1 1 i o"], conv_groups: int
+) -> Float[Array, "k k i o"]:
+    """Assemble the group-wise and the point-wise kernel of a CRU into that of one ordinary convolution: one pass, no sum."""
+    margin = gwc.shape[0] // 2
+    return dense_kernel(gwc, conv_groups) + jnp.pad(pwc1, ((margin, margin), (margin, margin), (0, 0), (0, 0)))
 
 
 def halves_exist(channels: int) -> None:

@@ -7,6 +7,8 @@ those are written out here once. Users find these functions in `scconv_jax.funct
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
@@ -53,6 +55,8 @@ def conv(
         # forward and backward; as a convolution it takes two to six times as long.
         x = x[:, ::strides, ::strides]
         return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+    if groups > 1:
+        return _grouped_conv(x, kernel, strides, padding, dilation, groups)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -60,8 +64,68 @@ def conv(
         padding=((padding, padding), (padding, padding)),
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
     )
+
+
+def _grouped_conv(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw i o"], strides: int, padding: int, dilation: int, groups: int
+) -> Float[Array, "n p q o"]:
+    """Convolve in groups by ordinary convolutions, or by products where each channel is its own group.
+
+    XLA's own grouped convolution takes on CPU up to two hundred times as long in the backward pass
+    (`python -m benchmarks.operators`).
+    """
+    channels, features = x.shape[-1], kernel.shape[-1]
+    if groups == channels == features:
+        reach = (dilation * (kernel.shape[0] - 1) + 1, dilation * (kernel.shape[1] - 1) + 1)
+        taps = _taps(x, 0.0, reach, strides, padding, dilation)
+        weights = kernel.reshape(-1, features)
+        products = [tap * lax.broadcast_in_dim(w, tap.shape, (3,)) for tap, w in zip(taps, weights, strict=True)]
+        return functools.reduce(operator.add, products)
+    blocks = dense_blocks(groups, channels)
+    options = {"strides": strides, "padding": padding, "dilation": dilation}
+    inputs, outputs = channels // blocks, features // blocks
+    return jnp.concatenate(
+        [
+            conv(
+                x[..., i * inputs : (i + 1) * inputs],
+                dense_kernel(kernel[..., i * outputs : (i + 1) * outputs], groups // blocks),
+                **options,
+            )
+            for i in range(blocks)
+        ],
+        axis=-1,
+    )
+
+
+def dense_blocks(groups: int, channels: int) -> int:
+    """Into how many ordinary convolutions a grouped one is best merged: at most 8, each of 16 channels at least."""
+    fitting = [n for n in range(1, 9) if groups % n == 0 and channels // n >= 16]
+    return max(fitting, default=1)
+
+
+def dense_kernel(kernel: Float[Array, "kh kw i o"], groups: int) -> Float[Array, "kh kw c o"]:
+    """Write the kernel of a grouped convolution as that of an ordinary one, with zeros between the groups."""
+    size, per_group = kernel.shape[2], kernel.shape[3] // groups
+    blocks = [
+        jnp.pad(kernel[..., i * per_group : (i + 1) * per_group], ((0, 0), (0, 0), (i * size, (groups - 1 - i) * size), (0, 0)))
+        for i in range(groups)
+    ]
+    return jnp.concatenate(blocks, axis=-1)
+
+
+def _taps(
+    x: Float[Array, "n h w c"], fill: float, window: tuple[int, int], strides: int, padding: int, dilation: int = 1
+) -> list[Float[Array, "n p q c"]]:
+    """List what each position of a window sees as it moves over the padded map, row by row; `window` is its whole reach."""
+    margins = ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0))
+    padded = lax.pad(x, np.array(fill, x.dtype), margins)
+    last = [(padded.shape[axis] - reach) // strides * strides for axis, reach in zip((1, 2), window, strict=True)]
+    return [
+        padded[:, i : i + last[0] + 1 : strides, j : j + last[1] + 1 : strides]
+        for i in range(0, window[0], dilation)
+        for j in range(0, window[1], dilation)
+    ]
 
 
 def avg_pool(
@@ -152,14 +216,7 @@ def max_pool(x: Float[Array, "n h w c"], window: int, strides: int, *, padding: 
     """
     # The taps of all windows, compared in turn: one fused pass either way. The gradient of a window reduction is a scatter,
     # on CPU twenty times slower. Of equal values the first wins and takes the gradient, and NaN wins over all, as in PyTorch.
-    low = np.array(-np.inf, x.dtype)
-    padded = lax.pad(x, low, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
-    p, q = ((size + 2 * padding - window) // strides + 1 for size in (x.shape[1], x.shape[2]))
-    taps = [
-        padded[:, i : i + (p - 1) * strides + 1 : strides, j : j + (q - 1) * strides + 1 : strides]
-        for i in range(window)
-        for j in range(window)
-    ]
+    taps = _taps(x, -np.inf, (window, window), strides, padding)
     largest = taps[0]
     for tap in taps[1:]:
         largest = jnp.where((tap > largest) | jnp.isnan(tap), tap, largest)
@@ -190,8 +247,11 @@ def _repeat_nearest(x: Float[Array, "n h w c"], axis: int, out: int) -> Float[Ar
     size = x.shape[axis]
     if out == size:
         return x
-    if out % size == 0:
-        return jnp.repeat(x, out // size, axis=axis, total_repeat_length=out)
     scale = np.float32(size) / np.float32(out)
     source = np.minimum(np.floor(np.arange(out, dtype=np.float32) * scale).astype(int), size - 1)
+    copies = out // size
+    if copies and np.array_equal(
+        source, np.arange(out) // copies
+    ):  # every pixel as often: no gather, and no scatter in the gradient
+        return jnp.repeat(x, copies, axis=axis, total_repeat_length=out)
     return jnp.take(x, source, axis=axis, indices_are_sorted=True, unique_indices=False, mode="clip")
