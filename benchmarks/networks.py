@@ -19,7 +19,8 @@ import scconv_jax
 from benchmarks.timing import alternate, milliseconds, ratio, record, table
 from tests.reference import scnet
 
-NETWORKS = ("scnet50", "resnet50")
+NETWORKS = ("scnet50", "resnet50")  # against PyTorch
+TWIN = ("scconv_resnet50", "resnet50")  # against each other
 BATCH, SIZE = 8, 224
 ROUNDS = 11
 
@@ -40,9 +41,13 @@ def main() -> None:
                     ratio(seconds["jax"], seconds["torch"]),
                 ]
             )
+    ours = {name: jax_functions(name, step=False)["inference"] for name in TWIN}
+    seconds = alternate(ours, ROUNDS)
+    first, second = (seconds[name] for name in TWIN)
+    twin = f"{TWIN[0]} {milliseconds(first)} ms, {TWIN[1]} {milliseconds(second)} ms: ratio {ratio(first, second)}."
     header = ["network", "work", "JAX, ms", "PyTorch, ms", "JAX / PyTorch (least to greatest)"]
     text = f"Batch {BATCH} at {SIZE} px, float32, medians of {ROUNDS} alternating rounds; PyTorch eager, channels_last.\n\n"
-    record("networks", "Networks against PyTorch", text + table(header, rows))
+    record("networks", "Networks against PyTorch", f"{text}{table(header, rows)}\n\nInference, both in JAX: {twin}")
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
@@ -51,8 +56,8 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return images, np.arange(BATCH)
 
 
-def jax_functions(name: str) -> dict[str, Callable[[], object]]:
-    """Compile inference and step."""
+def jax_functions(name: str, *, step: bool = True) -> dict[str, Callable[[], object]]:
+    """Compile inference, and the training step where it is wanted."""
     images, labels = (jnp.asarray(x) for x in batch())
     model = scconv_jax.create_model(name)
     variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
@@ -62,13 +67,13 @@ def jax_functions(name: str) -> dict[str, Callable[[], object]]:
         logits, new = model.apply({"params": params, "batch_stats": batch_stats}, images, train=True, mutable=["batch_stats"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
 
-    def step(params: Any, batch_stats: Any, state: optax.OptState) -> tuple[Any, Any, optax.OptState]:
+    def train_step(params: Any, batch_stats: Any, state: optax.OptState) -> tuple[Any, Any, optax.OptState]:
         (_, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch_stats)
         updates, state = optimiser.update(gradients, state, params)
         return optax.apply_updates(params, updates), batch_stats, state
 
     infer = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
-    compiled_step = jax.jit(step, donate_argnums=(0, 1, 2))
+    compiled_step = jax.jit(train_step, donate_argnums=(0, 1, 2))
     trained = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
     state = (*trained, optimiser.init(trained[0]))
 
@@ -76,7 +81,8 @@ def jax_functions(name: str) -> dict[str, Callable[[], object]]:
         nonlocal state
         state = jax.block_until_ready(compiled_step(*state))
 
-    return {"inference": lambda: jax.block_until_ready(infer(variables, images)), "training step": run_step}
+    functions: dict[str, Callable[[], object]] = {"inference": lambda: jax.block_until_ready(infer(variables, images))}
+    return functions | ({"training step": run_step} if step else {})
 
 
 def torch_functions(name: str) -> dict[str, Callable[[], object]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import networks
+from benchmarks import networks, operators
 
-BENCHMARKS = {"networks": networks.main}
+BENCHMARKS = {"networks": networks.main, "operators": operators.main}
 
 
 def main(names: list[str]) -> None:
