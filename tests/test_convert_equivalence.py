@@ -12,7 +12,7 @@ from torch import nn
 
 from scconv_jax import ConversionError, SelfCalibratedConv, SelfCalibration, create_model, from_torch, layers, to_torch
 from tests.reference import scnet
-from tests.reference.scnet import NETWORKS, build
+from tests.reference.networks import NETWORKS, build
 from tests.reference.state import randomise
 
 

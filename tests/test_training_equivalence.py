@@ -9,7 +9,7 @@ import torch
 
 from scconv_jax import create_model, to_torch
 from tests.equivalence import compare_statistics, jit, variables_of
-from tests.reference.scnet import build
+from tests.reference.networks import build
 from tests.reference.state import nchw, random_images, randomise
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, SMOOTHING, CLASSES, STEPS = 0.05, 0.9, 1e-2, 0.1, 10, 5

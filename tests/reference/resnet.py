@@ -5,6 +5,7 @@ for small images (3×3 stem, no pool, three stages). The block is handed in.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -22,19 +23,65 @@ class SqueezeExcite(nn.Module):
         return x * self.fc2(self.fc1(mean).relu()).sigmoid()
 
 
+def plain_conv(n_in: int, n_out: int, kernel_size: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size, at stride 1."""
+    pad = dilation * (kernel_size // 2)
+    return nn.Conv2d(n_in, n_out, kernel_size, stride, pad, dilation, groups, bias=False)
+
+
+plain_conv1x1 = partial(plain_conv, kernel_size=1)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3, plus the shortcut."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        *,
+        stride: int,
+        dilation: int,
+        downsample: nn.Module | None,
+        conv1: Callable[..., nn.Module] = plain_conv,
+        conv2: Callable[..., nn.Module] = plain_conv,
+    ):
+        super().__init__()
+        self.conv1 = conv1(in_channels, planes, 3, stride=stride, dilation=dilation)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv2(planes, planes, 3, dilation=dilation)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn2(self.conv2(y))
+        return (y + shortcut).relu()
+
+
 class Bottleneck(nn.Module):
     """1×1 down, 3×3, 1×1 up, plus the shortcut."""
 
-    expansion = 4
-
-    def __init__(self, in_channels: int, planes: int, *, stride: int, dilation: int, downsample: nn.Module | None):
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        *,
+        stride: int,
+        dilation: int,
+        downsample: nn.Module | None,
+        expansion: int = 4,
+        conv: Callable[..., nn.Module] = plain_conv,
+        pointwise: Callable[..., nn.Module] = plain_conv1x1,
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
+        self.conv1 = pointwise(in_channels, planes)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = conv(planes, planes, 3, stride=stride, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.conv3 = pointwise(planes, planes * expansion)
+        self.bn3 = nn.BatchNorm2d(planes * expansion)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +119,8 @@ class ResNet(nn.Module):
         block: makes a block from `(in_channels, planes, *, stride, dilation, downsample)`, and `avd` where asked.
         depths: blocks in each stage.
         planes: of the first stage, doubled in each following one.
-        stem: channels of the stem's convolutions; `small` makes it one 3×3 with stride 1 and no pool after it.
+        stem: channels of the stem's convolutions; `small` makes it one with stride 1, 3×3 or
+            `small_kernel`, and no pool after it.
         output_stride: 32, or 16 or 8, where the last stage or two trade their stride for dilation.
         avg_down: a shortcut's stride is an average pool before its 1×1.
         avd: the first block of each stage but the first takes its stride by an average pool after its 3×3s; it has that
@@ -92,10 +140,11 @@ class ResNet(nn.Module):
         avg_down: bool = False,
         avd: bool = False,
         expansion: int = 4,
+        small_kernel: int = 3,
     ):
         super().__init__()
         self.small = small
-        self.conv1 = nn.Conv2d(3, stem[0], 3, padding=1, bias=False) if small else _imagenet_stem(stem)
+        self.conv1 = plain_conv(3, stem[0], small_kernel) if small else _imagenet_stem(stem)
         self.bn1 = nn.BatchNorm2d(stem[-1])
         channels = stem[-1]
         # (stride, dilation, dilation of the first block) of each stage

@@ -118,7 +118,8 @@ class ScConv(nn.Module):
     """SRU and CRU as arranged: S+C, C+S, S&C (added), S or C.
 
     The paper defines neither strides nor other channels out than in. Here a stride is an average pool before the units,
-    over the pixels that there are, and a 1×1 convolution follows them where the channels change.
+    over the pixels that there are, and a 1×1 convolution follows them where the channels change, or (`projects=False`)
+    the last convolutions of the CRU have as many outputs as are wanted.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class ScConv(nn.Module):
         groups: int | None = None,
         threshold: float = 0.5,
         arrangement: str = "S+C",
+        projects: bool = True,
         **cru: float,
     ):
         super().__init__()
@@ -140,8 +142,9 @@ class ScConv(nn.Module):
         if "S" in arrangement:
             self.SRU = SRU(channels, version, groups, threshold)
         if "C" in arrangement:
-            self.CRU = CRU(channels, version, **cru)
-        self.projection = nn.Conv2d(channels, features, 1, bias=False) if features not in (None, channels) else None
+            self.CRU = CRU(channels, version, None if projects else features, **cru)
+        changes = projects and features not in (None, channels)
+        self.projection = nn.Conv2d(channels, features, 1, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(x)

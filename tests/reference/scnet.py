@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tests.reference.resnet import Bottleneck, ResNet, SqueezeExcite
+from tests.reference.resnet import Bottleneck, SqueezeExcite
 
 
 def _conv3x3(channels: int, *, stride: int = 1, dilation: int, groups: int) -> nn.Conv2d:
@@ -50,8 +50,6 @@ class SelfCalibratedConv(nn.Module):
 class SCBottleneck(nn.Module):
     """Two 1×1 branches, one through K1, one through the calibrated branch, joined by the last 1×1."""
 
-    expansion = 4
-
     def __init__(
         self,
         in_channels: int,
@@ -68,7 +66,7 @@ class SCBottleneck(nn.Module):
     ):
         super().__init__()
         width = int(planes * bottleneck_width / 64) * cardinality
-        out_channels = planes * self.expansion
+        out_channels = 4 * planes
         self.avd = nn.AvgPool2d(3, stride, padding=1) if avd else None
         stride = 1 if avd else stride
         self.conv1_a = nn.Conv2d(in_channels, width, 1, bias=False)
@@ -115,8 +113,3 @@ NETWORKS = {
     "resnet20_small": {"block": Bottleneck} | _SMALL,
     "scnet20_small": _SC | _SMALL,
 }
-
-
-def build(name: str, **options: object) -> ResNet:
-    """The network of that name; `options` are ResNet's (num_classes, output_stride)."""
-    return ResNet(**(NETWORKS[name] | options))

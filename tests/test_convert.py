@@ -1,0 +1,129 @@
+"""The converter by itself, on state dicts of plain NumPy arrays: nothing is lost, nothing is guessed."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scconv_jax import ConversionError, SelfCalibratedConv, create_model, from_torch, to_torch
+
+X = jnp.zeros((1, 8, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """A layer's variables with a value of its own in every element."""
+    shapes = jax.eval_shape(partial(SelfCalibratedConv(8).init, train=False), jax.random.key(0), X)
+    leaves, tree = jax.tree.flatten(shapes)
+    numbers = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [numbers.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+@pytest.fixture
+def state_dict(variables):
+    return to_torch(variables)
+
+
+def assert_same(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_over_and_back(variables, state_dict):
+    assert_same(from_torch(state_dict, variables), variables)
+    shapes = jax.eval_shape(lambda: variables)
+    assert_same(from_torch(state_dict, shapes), variables)
+
+
+@pytest.mark.parametrize("name", ["scnet50_v1d", "se_scnet50", "scnext50", "scnet20_small"])
+def test_names_of_a_network_are_one_to_one(name):
+    model = create_model(name)
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 97, 97, 3)))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    found = to_torch(variables)
+    counted = [key for key in found if not key.endswith("num_batches_tracked")]
+    assert len(counted) == len(jax.tree.leaves(variables))
+
+
+def test_layout(variables, state_dict):
+    """(h, w, in, out) here, (out, in, h, w) there; a BatchNorm's five entries from our four."""
+    kernel = variables["params"]["k1"]["0"]["kernel"]
+    np.testing.assert_array_equal(state_dict["k1.0.weight"], np.einsum("hwio->oihw", kernel))
+    norm = {key.rpartition(".")[2]: value for key, value in state_dict.items() if key.startswith("scconv.k2.2.")}
+    assert set(norm) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    ours = {kind: variables[kind]["scconv"]["k2"]["2"] for kind in ("params", "batch_stats")}
+    np.testing.assert_array_equal(norm["weight"], ours["params"]["scale"])
+    np.testing.assert_array_equal(norm["bias"], ours["params"]["bias"])
+    np.testing.assert_array_equal(norm["running_mean"], ours["batch_stats"]["mean"])
+    np.testing.assert_array_equal(norm["running_var"], ours["batch_stats"]["var"])
+    assert norm["num_batches_tracked"].dtype == np.int64
+
+
+def test_arrays_are_fit_for_writing_to_files_and_for_torch(variables):
+    """Contiguous, or safetensors writes another order; writable, or torch warns."""
+    for given in (variables, jax.tree.map(jnp.asarray, variables)):
+        for name, value in to_torch(given).items():
+            assert value.flags.c_contiguous, name
+            assert value.flags.writeable, name
+
+
+def test_results_are_copies(variables, state_dict):
+    loaded = from_torch(state_dict, variables)
+    for value in state_dict.values():
+        value[...] = 7
+    for leaf in jax.tree.leaves(variables):
+        assert not (leaf == 7).any()
+    for leaf in jax.tree.leaves(loaded):
+        assert not (leaf == 7).any()
+
+
+def test_every_difference_is_listed_at_once(variables, state_dict):
+    del state_dict["k1.0.weight"]
+    state_dict["k1.0.wieght"] = np.zeros((4, 4, 3, 3), np.float32)
+    state_dict["scconv.k4.1.running_var"] = np.zeros(5, np.float32)
+    with pytest.raises(ConversionError) as error:
+        from_torch(state_dict, variables)
+    message = str(error.value)
+    assert "k1.0.wieght (4, 4, 3, 3) (nearest: k1.0.weight)" in message
+    assert "k1.0.weight (4, 4, 3, 3) (nearest: k1.0.wieght)" in message
+    assert "scconv.k4.1.running_var: (5,) in the state dict, (4,) expected" in message
+
+
+def test_equal_sizes_are_not_equal_shapes(variables, state_dict):
+    """A kernel with its axes in another order has as many elements, and is refused."""
+    state_dict["k1.0.weight"] = state_dict["k1.0.weight"].transpose(2, 3, 1, 0)
+    with pytest.raises(ConversionError, match=r"k1\.0\.weight: \(3, 3, 4, 4\) in the state dict, \(4, 4, 3, 3\) expected"):
+        from_torch(state_dict, variables)
+
+
+def test_rename(variables, state_dict):
+    other = {key.replace("scconv.", "branch.").replace("k1.", "plain."): value for key, value in state_dict.items()}
+    assert_same(from_torch(other, variables, rename=[(r"^branch\.", "scconv."), (r"^plain\.", "k1.")]), variables)
+    with pytest.raises(ConversionError, match=r"Two entries.*k1\.0\.weight"):
+        from_torch(state_dict, variables, rename=[(r"^scconv\.k3", "k1")])
+
+
+def test_ignore_and_not_strict(variables, state_dict):
+    template = jax.tree.map(np.zeros_like, variables)
+    state_dict["extra.weight"] = np.zeros(3, np.float32)
+    with pytest.raises(ConversionError, match=r"extra\.weight"):
+        from_torch(state_dict, template)
+    assert_same(from_torch(state_dict, template, ignore=["extra.*"]), variables)
+    del state_dict["k1.1.bias"]
+    loaded = from_torch(state_dict, template, strict=False)
+    np.testing.assert_array_equal(loaded["params"]["k1"]["1"]["bias"], 0)
+    np.testing.assert_array_equal(loaded["params"]["k1"]["0"]["kernel"], variables["params"]["k1"]["0"]["kernel"])
+    with pytest.raises(ConversionError, match=r"k1\.1\.bias.*only shapes"):
+        from_torch(state_dict, jax.eval_shape(lambda: template), strict=False)
+
+
+def test_a_whole_checkpoint_in_place_of_its_state_dict(variables):
+    with pytest.raises(ConversionError, match=r"epoch.*int"):
+        from_torch({"epoch": 3, "model": {}}, variables)
+
+
+def test_a_leaf_of_no_known_kind():
+    with pytest.raises(ConversionError, match=r"params/layer/wait"):
+        to_torch({"params": {"layer": {"wait": np.zeros(3)}}})
