@@ -143,7 +143,7 @@ def spatial_reconstruction(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     gamma, beta = gamma.astype(wide.dtype), beta.astype(wide.dtype)
     mean, deviation = _group_statistics(wide, groups, epsilon, unbiased)
-    scale = gamma / deviation  # (n, c)
+    scale = gamma[None] / deviation  # (n, c)
     total = gamma.sum()
     if floor:
         total = jnp.where(jnp.abs(total) < floor, jnp.where(total < 0, -floor, floor), total)
@@ -263,7 +263,11 @@ def halves_exist(channels: int) -> None:
 def check_divides(name: str, divisor: int, what: str, channels: int) -> None:
     """Raise a ValueError, naming the nearest values that would do, unless `divisor` divides `channels`."""
     if divisor < 1 or channels % divisor:
-        divisors = sorted((d for d in range(1, channels + 1) if channels % d == 0), key=lambda d: (abs(d - divisor), d))
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        nearest = [
+            max((d for d in divisors if d < divisor), default=None),
+            min((d for d in divisors if d > divisor), default=None),
+        ]
         raise ValueError(
-            f"{name}={divisor} must divide {what}, {channels}. Nearest that do: {' and '.join(map(str, sorted(divisors[:2])))}."
+            f"{name}={divisor} must divide {what}, {channels}. Nearest that do: {' and '.join(str(d) for d in nearest if d)}."
         )
