@@ -34,11 +34,15 @@ def compare_network(close, name: str, size: tuple[int, int], dtype: np.dtype, **
     close(found_logits, logits.numpy(), f"{name} logits")
 
 
+def deep(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def test_every_model_has_an_oracle():
     assert set(list_models()) == set(NETWORKS)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [deep(name) if "101" in name else name for name in NETWORKS])
 @pytest.mark.usefixtures("x64")
 def test_network(close, name):
     compare_network(close, name, SIZES[4 if name.endswith("_small") else 32], np.dtype(np.float64))
@@ -51,7 +55,7 @@ def test_dilated_network(close, name, output_stride):
     compare_network(close, name, SIZES[output_stride], np.dtype(np.float64), output_stride=output_stride)
 
 
-@pytest.mark.parametrize("name", ["scnet50", "scnet50_v1d", "se_scnet50"])
+@pytest.mark.parametrize("name", [deep("scnet50"), deep("scnet50_v1d")])
 def test_network_in_float32_at_the_size_it_was_trained_on(close, name):
     compare_network(close, name, (224, 224), np.dtype(np.float32))
 
@@ -60,7 +64,7 @@ def test_network_in_float32_at_the_size_it_was_trained_on(close, name):
 # difference of large terms, hence batches of 5, and for the deep network a limit of its own for gradients.
 @pytest.mark.parametrize(
     ("name", "size", "limit"),
-    [("scnet20_small", (15, 18), 1e-12), pytest.param("scnet50_v1d", (97, 97), 1e-11, marks=pytest.mark.slow)],
+    [("scnet20_small", (15, 18), 1e-12), deep("scnet50_v1d", (97, 97), 1e-11)],
 )
 @pytest.mark.usefixtures("x64")
 def test_training_pass(close, name, size, limit):
