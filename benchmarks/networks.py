@@ -17,7 +17,7 @@ import torch
 
 import scconv_jax
 from benchmarks.timing import alternate, milliseconds, ratio, record, table
-from tests.reference import scnet
+from tests.reference import networks as oracles
 
 NETWORKS = ("scnet50", "resnet50")  # against PyTorch
 TWIN = ("scconv_resnet50", "resnet50")  # against each other
@@ -88,7 +88,7 @@ def jax_functions(name: str, *, step: bool = True) -> dict[str, Callable[[], obj
 def torch_functions(name: str) -> dict[str, Callable[[], object]]:
     """Make PyTorch's inference and step."""
     images, labels = batch()
-    model: Any = scnet.build(name)
+    model: Any = oracles.build(name)
     model = model.to(memory_format=torch.channels_last)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last as it is
     y = torch.from_numpy(labels)
