@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, arg
+try:
+    import tyro
+    from tyro.conf import FlagCreatePairsOff, arg
+except ModuleNotFoundError:
+    print("error: the trainer needs more packages than the library: pip install -e '.[train]', or make setup", file=sys.stderr)
+    sys.exit(2)
 
 from train.config import DEFAULT, Config, ConfigError, load_config, shown
 from train.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run
