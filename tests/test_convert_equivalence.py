@@ -16,6 +16,10 @@ from tests.reference.networks import NETWORKS, build
 from tests.reference.state import randomise
 
 
+# Random numbers for many kernels take LLVM half a minute to optimise.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def template_of(model, *shape: int):
     return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros(shape))
 
@@ -75,7 +79,7 @@ def small():
 def test_our_own_initial_variables_load_into_pytorch(small):
     _, template = small
     model = create_model("scnet20_small")
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 13, 13, 3)))
+    variables = quick_jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 13, 13, 3)))
     assert jax.tree.structure(variables) == jax.tree.structure(template)
     state_dict = to_torch(variables)
     fresh = build("scnet20_small")
@@ -122,7 +126,7 @@ def test_another_network_is_refused_and_every_difference_named(small):
 def test_a_head_of_another_size_is_refused_or_left(small):
     oracle, _ = small
     model = create_model("scnet20_small", num_classes=3)
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 13, 13, 3)))
+    variables = quick_jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 13, 13, 3)))
     with pytest.raises(ConversionError, match=r"fc\.weight.*\(10, 256\).*\(3, 256\)"):
         from_torch(oracle.state_dict(), variables)
     loaded = from_torch(oracle.state_dict(), variables, ignore=["fc.*"])

@@ -54,6 +54,10 @@ TRUNKS = {
 }
 
 
+# Random numbers for many kernels take LLVM half a minute to optimise.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.cache
 def shapes_of(name: str, size: tuple[int, int] = (128, 128)):
     """Logits, maps and variables of the bfloat16 network, as shapes: nothing is allocated, and it is traced once."""
@@ -116,7 +120,7 @@ def test_num_classes(num_classes):
 def test_initial_values():
     """He's normal distribution by fan-out for convolutions, PyTorch's uniform one for the last layer, BatchNorm at rest."""
     model = create_model("scnet50")
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 97, 97, 3)))
+    variables = quick_jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 97, 97, 3)))
     for path, value in jax.tree_util.tree_flatten_with_path(variables)[0]:
         kind = path[-1].key
         where = jax.tree_util.keystr(path)
@@ -140,7 +144,7 @@ def test_statistics_over_devices_are_those_of_the_whole_batch():
     """`axis_name` makes four devices with two images each one batch of eight."""
     images = jax.random.normal(jax.random.key(1), (8, 16, 16, 3))
     local, whole = create_model("scnet20_small", axis_name="devices"), create_model("scnet20_small")
-    variables = jax.jit(partial(whole.init, train=False))(jax.random.key(0), images)
+    variables = quick_jit(partial(whole.init, train=False))(jax.random.key(0), images)
     expected, expected_stats = jax.jit(partial(whole.apply, train=True, mutable=["batch_stats"]))(variables, images)
 
     def step(images):
