@@ -15,7 +15,6 @@ from tests.reference import scnet
 from tests.reference.networks import NETWORKS, build
 from tests.reference.state import randomise
 
-
 # Random numbers for many kernels take LLVM half a minute to optimise.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
