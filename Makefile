@@ -39,7 +39,7 @@ train: $(VENV)/.train
 	$(HUGE_PAGES) $(BIN)/python -m train.main $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -101,7 +101,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         variables: `{"params": ..., "batch_stats": ...}`, the latter where there is any.
 
     Returns:
-        Name to NumPy array, with the names, shapes and order that the reference's `state_dict()` has. Flax has no
+        Name to NumPy array, with the names and shapes that the reference's `state_dict()` has. Flax has no
         `num_batches_tracked`; it is 0, and PyTorch uses it only in a norm without momentum.
 
     Raises:
@@ -110,8 +110,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     modules: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     for leaf in _leaves(variables):
         value = np.asarray(leaf.value)
-        if leaf.axes is not None:
-            value = np.ascontiguousarray(value.transpose(np.argsort(leaf.axes)))
+        value = _copy(value if leaf.axes is None else value.transpose(np.argsort(leaf.axes)))
         entries = modules.setdefault(leaf.path[1:-1], {})
         entries[leaf.names[0]] = value
         if leaf.path[0] == "batch_stats":
@@ -158,7 +157,7 @@ def match(
             differing.append((name, leaf))
         else:
             value = available[name].reshape(leaf.shape)
-            value = np.ascontiguousarray(value if leaf.axes is None else value.transpose(leaf.axes))
+            value = _copy(value if leaf.axes is None else value.transpose(leaf.axes))
             converted.append(name)
         _insert(variables, leaf.path, value)
     used = {*converted, *(name for name, _ in differing)}
@@ -223,6 +222,11 @@ def _to_numpy(name: str, value: Any) -> np.ndarray:
             "checkpoint or model."
         )
     return np.asarray(value)
+
+
+def _copy(value: np.ndarray) -> np.ndarray:
+    """Copy to contiguous memory of its own: what is written to the result must not reach the source."""
+    return np.array(value, order="C")
 
 
 def _same_shape(source: tuple[int, ...], target: tuple[int, ...]) -> bool:

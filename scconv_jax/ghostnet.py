@@ -126,8 +126,8 @@ class _Blocks(nn.Module):
         return x
 
 
-class _Last(nn.Module):
-    """The 1×1 convolution after the blocks, with norm and ReLU."""
+class _ConvNormRelu(nn.Module):
+    """A 1×1 convolution, a norm and a ReLU."""
 
     features: int
     norm: Factory
@@ -137,6 +137,18 @@ class _Last(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
         x = Conv(self.features, 1, dtype=self.dtype, name="conv")(x)
         return nn.relu(self.norm(dtype=self.dtype, name="bn1")(x, train=train))
+
+
+class _Last(nn.Module):
+    """What follows the blocks: one layer, in a `Sequential` of its own in the reference."""
+
+    features: int
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
+        return _ConvNormRelu(self.features, self.norm, self.dtype, name="0")(x, train=train)
 
 
 class _Trunk(nn.Module):

@@ -178,7 +178,7 @@ NARROW = {**SMALL, "planes": (16, 32, 64), "stem": partial(stem, 16, 3, 1), "out
 # An ImageNet network with the stem changed: four stages.
 WIDE = {**SMALL, "stem": partial(stem, 64, 3, 1), "output_stride": 8}
 # Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017; 4 groups, 64 channels each at first.
-RESNEXT29 = {**SMALL, "planes": (256, 512, 1024), "stem": partial(stem, 64, 1, 1), "output_stride": 4}
+RESNEXT29 = {**SMALL, "planes": (256, 512, 1024), "stem": partial(stem, 64, 3, 1), "output_stride": 4}
 
 MODELS = {
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),

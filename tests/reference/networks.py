@@ -236,7 +236,7 @@ _SMALL = {"small": True, "num_classes": 10}
 _20 = _SMALL | {"depths": (2, 2, 2), "planes": 16, "stem": (16,)}
 _50 = {"depths": (3, 4, 6, 3)}
 _56 = _SMALL | {"depths": (9, 9, 9), "planes": 16, "stem": (16,), "expansion": 1}
-_X29 = _SMALL | {"depths": (3, 3, 3), "planes": 256, "expansion": 2, "small_kernel": 1}
+_X29 = _SMALL | {"depths": (3, 3, 3), "planes": 256, "expansion": 2}
 _X29_BLOCK = partial(resnet.Bottleneck, expansion=2)
 _GHOST = {"conv": GhostConv, "pointwise": partial(GhostConv, kernel_size=1)}
 

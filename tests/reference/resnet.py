@@ -119,8 +119,8 @@ class ResNet(nn.Module):
         block: makes a block from `(in_channels, planes, *, stride, dilation, downsample)`, and `avd` where asked.
         depths: blocks in each stage.
         planes: of the first stage, doubled in each following one.
-        stem: channels of the stem's convolutions; `small` makes it one with stride 1, 3×3 or
-            `small_kernel`, and no pool after it.
+        stem: channels of the stem's convolutions; `small` makes it one 3×3 with stride 1, and no pool
+            after it.
         output_stride: 32, or 16 or 8, where the last stage or two trade their stride for dilation.
         avg_down: a shortcut's stride is an average pool before its 1×1.
         avd: the first block of each stage but the first takes its stride by an average pool after its 3×3s; it has that
@@ -140,11 +140,10 @@ class ResNet(nn.Module):
         avg_down: bool = False,
         avd: bool = False,
         expansion: int = 4,
-        small_kernel: int = 3,
     ):
         super().__init__()
         self.small = small
-        self.conv1 = plain_conv(3, stem[0], small_kernel) if small else _imagenet_stem(stem)
+        self.conv1 = plain_conv(3, stem[0], 3) if small else _imagenet_stem(stem)
         self.bn1 = nn.BatchNorm2d(stem[-1])
         channels = stem[-1]
         # (stride, dilation, dilation of the first block) of each stage
