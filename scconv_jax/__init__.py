@@ -5,12 +5,13 @@
     logits = model.apply(variables, images, train=False)
 
 Networks by name: `create_model`, `list_models`. Layers for your own: `SelfCalibratedConv`, `SelfCalibration`,
-`ScConv`, `SRU`, `CRU`. The operators as
+`ScConv`, `SRU`, `CRU`, `GhostConv`. The operators as
 pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`.
 """
 
 from scconv_jax import functional
 from scconv_jax.convert import ConversionError, from_torch, to_torch
+from scconv_jax.ghost import GhostConv
 from scconv_jax.models import create_model, list_models
 from scconv_jax.reconstruction import CRU, SRU, ScConv
 from scconv_jax.self_calibrated import SelfCalibratedConv, SelfCalibration
@@ -21,6 +22,7 @@ __all__ = [
     "CRU",
     "SRU",
     "ConversionError",
+    "GhostConv",
     "ScConv",
     "SelfCalibratedConv",
     "SelfCalibration",

@@ -253,11 +253,8 @@ class ScConv(nn.Module):
 
     Attributes:
         features: channels of the output; where not given, c.
-        widen: how `features` come about where they are not c: by "projection", a 1×1 convolution after the units, or by "cru",
-            whose own last convolutions can have another number of outputs than inputs.
         strides: of an average pool before the units, whose windows at the border average the pixels they have; maps of h
             by w become ⌈h / strides⌉ by ⌈w / strides⌉, as by a 3×3 convolution.
-        dilation: of the group-wise convolution.
         variant: "paper", "2023-07", "2023-09" or "2023-10" (see the module's docstring): sets what is not given below.
         groups: of the SRU's group norm.
         threshold: t, of the SRU's gate.
@@ -267,13 +264,16 @@ class ScConv(nn.Module):
         kernel_size: k, of the CRU's group-wise convolution, odd.
         arrangement: "S+C" the SRU, then the CRU; "C+S" the other way round; "S&C" both on the input, added; "S" and "C" one
             alone.
+        dtype: of the computation; where not given, what `x` and the parameters promote to.
+        dilation: of the group-wise convolution.
         epsilon: of the SRU's group norm.
         unbiased: see `SRU`; so for `gate`, `inclusive` and `gated`.
         gate: see there.
         inclusive: see there.
         gated: see there.
         fuse: see `CRU`.
-        dtype: of the computation; where not given, what `x` and the parameters promote to.
+        widen: how `features` come about where they are not c: by "projection", a 1×1 convolution after the units, or by "cru",
+            whose own last convolutions can have another number of outputs than inputs.
 
     Raises:
         ValueError: for a value out of its range, or channels that it does not divide.
@@ -281,7 +281,6 @@ class ScConv(nn.Module):
 
     features: int | None = None
     strides: int = 1
-    dilation: int = 1
     variant: str = "paper"
     groups: int | None = None
     threshold: float = 0.5
@@ -290,6 +289,8 @@ class ScConv(nn.Module):
     conv_groups: int = 2
     kernel_size: int = 3
     arrangement: str = "S+C"
+    dtype: Dtype | None = None
+    dilation: int = 1
     epsilon: float | None = None
     unbiased: bool | None = None
     gate: Literal["soft", "hard"] | None = None
@@ -297,7 +298,6 @@ class ScConv(nn.Module):
     gated: Literal["input", "norm"] | None = None
     fuse: Literal["pair", "all"] | None = None
     widen: Literal["projection", "cru"] = "projection"
-    dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without an input."""

@@ -79,6 +79,11 @@ def test_the_library_points_downwards(path):
         assert used <= allowed | ({""} if path.stem in ("cli", "__main__") else set())
 
 
+@pytest.mark.parametrize("name", ["spatial", "functional"])
+def test_the_pure_functions_know_no_flax(name):
+    assert others(ROOT / "scconv_jax" / f"{name}.py") <= {"jax", "numpy", "jaxtyping"}
+
+
 @pytest.mark.parametrize("path", files("train"), ids=relative)
 def test_the_trainer_points_downwards_and_uses_the_library_by_its_public_names(path):
     assert ours(path) <= {"train", "scconv_jax"}

@@ -220,8 +220,9 @@ def test_a_cru_that_widens_by_itself_has_no_projection_and_no_empty_kernel():
         (CRU(), images()),
         (ScConv(32, strides=2), images()),
         (ScConv(arrangement="S&C"), images()),
+        (scconv_jax.GhostConv(16), images()),
     ],
-    ids=["SRU", "CRU", "ScConv", "ScConv S&C"],
+    ids=["SRU", "CRU", "ScConv", "ScConv S&C", "GhostConv"],
 )
 def test_nnx(module, x):
     wrapped = flax.nnx.bridge.ToNNX(module, rngs=flax.nnx.Rngs(0)).lazy_init(x)
