@@ -6,8 +6,9 @@ the bottleneck of SCNet). The same recipe for all, chosen for none of them in pa
 choice was made by it.
 
     python -m benchmarks.digits_study [--seeds 5] [--jobs 2]
+    python -m benchmarks.digits_study --times     # the times of a step again, the accuracies kept
 
-Each process runs on one core, so that the times of a step compare.
+Each process runs on one core; a step's time is processor time, so that what else runs disturbs it little.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from benchmarks.timing import RESULTS, record, table
 
 SIZE = 16
+TIMED_STEPS = 40
 
 # Label of each row, in the order of the table.
 OPERATORS = (
@@ -63,7 +65,7 @@ def build(operator: str) -> Any:
 
 
 def study(operator: str, seeds: int) -> dict[str, Any]:
-    """Train the network of one row once for each seed, compiled once for all."""
+    """Train the network of one row once for each seed, compiled once for all; with no seeds, only time some steps."""
     import jax
     import numpy as np
 
@@ -104,15 +106,17 @@ def study(operator: str, seeds: int) -> dict[str, Any]:
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(first_state, 0).params))
     accuracies, seconds = [], []
-    for seed in range(seeds):
+    for seed in range(max(seeds, 1)):
         state = first_state(seed)
         batches = train_batches(dataset.train, data.batch_size, seed=seed, first_step=0, threads=1)
-        for _ in range(plan.total_steps):
+        for _ in range(plan.total_steps if seeds else TIMED_STEPS):
             batch = next(batches)
-            start = time.perf_counter()
+            start = time.process_time()
             state, metrics = next_state(state, batch, seed)
             jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
+        if not seeds:
+            break
         sums = [test(state, batch) for batch in eval_batches(dataset.test, data.batch_size, threads=1)]
         accuracies.append(100 * float(np.sum([s["correct"] for s in sums]) / np.sum([s["count"] for s in sums])))
     return {
@@ -136,14 +140,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each network (default: 5)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side (default: one per core)")
+    parser.add_argument("--times", action="store_true", help="only measure the times of a step again")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     number = context.Value("i", 0)
     with concurrent.futures.ProcessPoolExecutor(options.jobs, context, _on_one_core, (number, options.jobs)) as pool:
         rows = []
-        for row in pool.map(functools.partial(study, seeds=options.seeds), OPERATORS):
+        for row in pool.map(functools.partial(study, seeds=0 if options.times else options.seeds), OPERATORS):
             rows.append(row)
-            print(f"{row['operator']:24} {summary(row['accuracies'])}", flush=True)
+            print(
+                f"{row['operator']:24} {row['step_ms']:6.1f} ms",
+                *(f"{accuracy:.2f}" for accuracy in row["accuracies"]),
+                flush=True,
+            )
+    if options.times:
+        times = {row["operator"]: row["step_ms"] for row in rows}
+        rows = json.loads((RESULTS / "digits_study.json").read_text())
+        rows = [row | {"step_ms": times[row["operator"]]} for row in rows]
+    report(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Write table, numbers and plot."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "digits_study.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     plot(rows)
@@ -151,12 +169,17 @@ def main() -> None:
         ["operator", "test accuracy, %", "parameters", "step, ms"],
         [[r["operator"], summary(r["accuracies"]), f"{r['parameters']:,}", f"{r['step_ms']:.1f}"] for r in rows],
     )
+    seeds = len(rows[0]["accuracies"])
     note = (
         f"`resnet20_small` with each operator in the place of its 3×3 convolutions; digits at {SIZE}×{SIZE} px, the recipe of "
-        f"`configs/digits.py`, mean ± standard deviation over {options.seeds} seeds, batch 32 on one core. One test image is "
-        "0.28 %: differences of a few tenths are noise. It shows that all operators train; it ranks none of them.\n\n"
+        f"`configs/digits.py`, mean ± standard deviation over {seeds} seeds; processor time of a step of batch 32 on one core.\n\n"
     )
-    record("digits_study", "The operators on the digits", note + text)
+    meaning = (
+        "\n\nOne test image is 0.28 %, so differences of a few tenths are noise, and a task this small ranks no operators for "
+        "another. What it does show: the paper's forms train in every arrangement; the two oldest public versions, whose γ is "
+        "drawn from a normal and can sum to nearly nothing, depend on the seed, and with this recipe one of them fails for some."
+    )
+    record("digits_study", "The operators on the digits", note + text + meaning)
 
 
 def summary(accuracies: list[float]) -> str:
@@ -179,7 +202,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     labels = [f"{row['operator']}  ({row['parameters'] / 1e3:.0f} k, {row['step_ms']:.0f} ms)" for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_xlabel("test accuracy, % (one point per seed, bar: mean)")
-    axes.set_title("Digits: operators in the place of the 3×3 convolution (parameters, step on one core)", fontsize=10)
+    figure.suptitle("Digits: operators in the place of the 3×3 convolution (parameters, step on one core)", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(RESULTS / "digits_study.png", dpi=130)
 
