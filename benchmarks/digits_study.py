@@ -172,7 +172,8 @@ def report(rows: list[dict[str, Any]]) -> None:
     seeds = len(rows[0]["accuracies"])
     note = (
         f"`resnet20_small` with each operator in the place of its 3×3 convolutions; digits at {SIZE}×{SIZE} px, the "
-        f"recipe of `configs/digits.py`, mean ± standard deviation over {seeds} seeds; processor time of a step of 32 images on one core.\n\n"
+        f"recipe of `configs/digits.py`, mean ± standard deviation over {seeds} seeds; "
+        "processor time of a step of 32 images on one core.\n\n"
     )
     meaning = (
         "\n\nOne test image is 0.28 %, so differences of a few tenths are noise, and a task this small ranks no operators for "
