@@ -6,7 +6,7 @@
 
 Networks by name: `create_model`, `list_models`. Layers for your own: `SelfCalibratedConv`, `SelfCalibration`,
 `ScConv`, `SRU`, `CRU`, `GhostConv`. The operators as
-pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`.
+pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`. Files: `save`, `load`.
 """
 
 from scconv_jax import functional
@@ -15,6 +15,7 @@ from scconv_jax.ghost import GhostConv
 from scconv_jax.models import create_model, list_models
 from scconv_jax.reconstruction import CRU, SRU, ScConv
 from scconv_jax.self_calibrated import SelfCalibratedConv, SelfCalibration
+from scconv_jax.weights import WeightsError, load, save
 
 __version__ = "0.1.0"
 
@@ -26,10 +27,13 @@ __all__ = [
     "ScConv",
     "SelfCalibratedConv",
     "SelfCalibration",
+    "WeightsError",
     "create_model",
     "from_torch",
     "functional",
     "list_models",
+    "load",
+    "save",
     "to_torch",
 ]
 

@@ -16,7 +16,14 @@ LIBRARY = {
     "blocks": 4, "resnet": 5, "scnet": 6, "scconv_resnet": 6, "wide_resnet": 6, "densenet": 6, "ghostnet": 6,
     "models": 7, "fuse": 8, "summary": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
-ABOVE_NO_NETWORK = {"convert", "weights"}  # they know arrays and names, not networks
+ABOVE_NO_NETWORK = {
+    "convert",
+    "files",
+    "pickles",
+    "torch_files",
+    "weights",
+    "download",
+}  # they know arrays and names, not networks
 TRAINER = {
     "config": 0, "data": 1, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "log": 1, "workdir": 1,
     "parallel": 2, "loop": 3, "main": 4,

