@@ -22,7 +22,7 @@ from tests.reference import networks as oracles
 NETWORKS = ("scnet50", "resnet50")  # against PyTorch
 TWIN = ("scconv_resnet50", "resnet50")  # against each other
 BATCH, SIZE = 8, 224
-ROUNDS = 11
+ROUNDS = {"inference": 31, "training step": 11}
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     for name in NETWORKS:
         ours, theirs = jax_functions(name), torch_functions(name)
         for work in ("inference", "training step"):
-            seconds = alternate({"jax": ours[work], "torch": theirs[work]}, ROUNDS)
+            seconds = alternate({"jax": ours[work], "torch": theirs[work]}, ROUNDS[work])
             rows.append(
                 [
                     name,
@@ -42,11 +42,12 @@ def main() -> None:
                 ]
             )
     ours = {name: jax_functions(name, step=False)["inference"] for name in TWIN}
-    seconds = alternate(ours, ROUNDS)
+    seconds = alternate(ours, ROUNDS["inference"])
     first, second = (seconds[name] for name in TWIN)
     twin = f"{TWIN[0]} {milliseconds(first)} ms, {TWIN[1]} {milliseconds(second)} ms: ratio {ratio(first, second)}."
     header = ["network", "work", "JAX, ms", "PyTorch, ms", "JAX / PyTorch (least to greatest)"]
-    text = f"Batch {BATCH} at {SIZE} px, float32, medians of {ROUNDS} alternating rounds; PyTorch eager, channels_last.\n\n"
+    rounds = " and ".join(f"{count} of {work}" for work, count in ROUNDS.items())
+    text = f"Batch {BATCH} at {SIZE} px, float32, medians of {rounds}, alternating; PyTorch eager, channels_last.\n\n"
     record("networks", "Networks against PyTorch", f"{text}{table(header, rows)}\n\nInference, both in JAX: {twin}")
 
 

@@ -1,7 +1,8 @@
 """Layers against PyTorch and against the plain 3×3 convolution that they stand in for: batch 8, float32.
 
 PyTorch runs eagerly, with channels-last memory format, on as many threads as there are cores. "Training" is forward and backward,
-to the input and all parameters. The last table shows why grouped convolutions are not left to XLA (see `scconv_jax/spatial.py`).
+to the input and all parameters. The tables after ScConv's show where its group-wise and point-wise convolution are best run as
+one dense convolution, and why grouped convolutions are not left to XLA (see `scconv_jax/spatial.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jax import lax
 
 import scconv_jax
 from benchmarks.timing import alternate, milliseconds, ratio, record, table
+from scconv_jax.spatial import dense_blocks
 from tests.reference import scconv
 
 SIZES = ((64, 56), (128, 28), (256, 14), (512, 7))
@@ -28,6 +30,7 @@ def main() -> None:
     tables = [
         f"Batch {BATCH}, float32, medians in ms of {ROUNDS} alternating rounds; PyTorch eager, channels_last.",
         scconv_table(),
+        dense_table(),
         grouped_table(),
     ]
     record("operators", "Operators against PyTorch and the plain convolution", "\n\n".join(tables))
@@ -62,6 +65,35 @@ def scconv_table() -> str:
             )
     header = ["channels / px", "work", "ScConv, JAX", "ScConv, PyTorch", "plain 3×3, JAX", "JAX / PyTorch", "ScConv / plain 3×3"]
     return "## ScConv\n\n" + table(header, rows)
+
+
+def dense_table() -> str:
+    """GWC + PWC1 of a CRU (α = 1/2, r = 2, g = 2): as one convolution with an assembled kernel, and as two."""
+
+    def dense(kernels: Any, x: jax.Array) -> jax.Array:
+        kernel = scconv_jax.functional.reconstruction_kernel(*kernels, 2)
+        return scconv_jax.functional.conv(x, kernel, padding=1)
+
+    def separate(kernels: Any, x: jax.Array) -> jax.Array:
+        gwc, pwc1 = kernels
+        return scconv_jax.functional.conv(x, gwc, padding=1, groups=2) + scconv_jax.functional.conv(x, pwc1)
+
+    rows = []
+    for channels, size in SIZES:
+        squeezed = channels // 4
+        x, _ = arrays(squeezed, size)
+        _, cotangent = arrays(channels, size)
+        gwc, pwc1 = jax.random.split(jax.random.key(1))
+        shapes = (3, 3, squeezed // 2, channels), (1, 1, squeezed, channels)
+        kernels = jax.random.normal(gwc, shapes[0]), jax.random.normal(pwc1, shapes[1])
+        for work, wrap in (("inference", forward), ("training", both_ways)):
+            functions = {"dense": wrap(dense, cotangent, kernels, x), "separate": wrap(separate, cotangent, kernels, x)}
+            seconds = alternate(functions, ROUNDS)
+            times = (milliseconds(seconds[name]) for name in ("dense", "separate"))
+            used = "dense" if dense_blocks(2, squeezed) == 1 else "separate"
+            rows.append([f"{channels} / {size}", work, *times, ratio(seconds["dense"], seconds["separate"]), used])
+    header = ["channels / px", "work", "dense", "separate", "dense / separate", "used"]
+    return "## Group-wise and point-wise convolution of the CRU\n\n" + table(header, rows)
 
 
 def grouped_table() -> str:
