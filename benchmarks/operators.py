@@ -71,7 +71,8 @@ def dense_table() -> str:
     """GWC + PWC1 of a CRU (α = 1/2, r = 2, g = 2): as one convolution with an assembled kernel, and as two."""
 
     def dense(kernels: Any, x: jax.Array) -> jax.Array:
-        kernel = scconv_jax.functional.reconstruction_kernel(*kernels, 2)
+        gwc, pwc1 = kernels
+        kernel = scconv_jax.functional.reconstruction_kernel(gwc, pwc1, conv_groups=2)
         return scconv_jax.functional.conv(x, kernel, padding=1)
 
     def separate(kernels: Any, x: jax.Array) -> jax.Array:
