@@ -25,7 +25,7 @@ ABOVE_NO_NETWORK = {
     "download",
 }  # they know arrays and names, not networks
 TRAINER = {
-    "config": 0, "data": 1, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "log": 1, "workdir": 1,
+    "config": 0, "batches": 1, "data": 2, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "log": 1, "workdir": 1,
     "parallel": 2, "loop": 3, "main": 4,
 }  # fmt: skip
 

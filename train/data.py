@@ -1,20 +1,12 @@
-"""Where images come from, and the order in which a run sees them.
+"""Where images come from: the data sets by name, each a training and a test source and the numbers that go with them."""
 
-A data set is two random-access sources of `{"image": uint8 (h, w, 3), "label": int32 ()}` and the numbers that go with
-them. Batches are a function of (seed, step) alone, so that a resumed run continues with exactly the batch that was
-next. Grain does the shuffling, batching and reading ahead, in threads.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import grain
 import numpy as np
 
+from train.batches import Source
 from train.config import Data
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -27,16 +19,23 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Any) -> Batch:
-        return {"image": self.images[index], "label": self.labels[index]}
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, 3)."""
+        return self.images.shape[1:]
+
+    def load(self, index: int, key: tuple[int, ...]) -> tuple[np.ndarray, int]:
+        """The image and its label; nothing is random here."""
+        del key
+        return self.images[index], self.labels[index]
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Training and test images, disjoint, and what a model and a step need to know of them."""
 
-    train: ArraySource
-    test: ArraySource
+    train: Source
+    test: Source
     num_classes: int
     mean: tuple[float, float, float]
     """Of the training pixels, per channel, as shares of 255."""
@@ -45,7 +44,7 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(h, w, 3)."""
-        return self.train[0]["image"].shape
+        return self.train.image_shape
 
 
 def load_dataset(data: Data) -> Dataset:
@@ -91,23 +90,6 @@ def load_synthetic(data: Data) -> Dataset:
 DATASETS: dict[str, Callable[[Data], Dataset]] = {"digits": load_digits, "synthetic": load_synthetic}
 
 
-def train_batches(source: ArraySource, batch_size: int, *, seed: int, first_step: int, threads: int) -> Iterator[Batch]:
-    """Endless training batches from step `first_step` on, `{"image": (b, h, w, 3), "label": (b,)}`.
-
-    Each epoch is shuffled anew and gives `len(source) // batch_size` whole batches.
-    """
-    steps = grain.MapDataset.source(source).seed(seed).shuffle().batch(batch_size, drop_remainder=True).repeat()
-    batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
-    batches.set_state({"next_index": first_step})
-    return batches
-
-
-def eval_batches(source: ArraySource, batch_size: int, *, threads: int) -> Iterator[Batch]:
-    """Every test image once, in order; the last batch is filled up with images of `"weight"` 0."""
-    steps = grain.MapDataset.source(source).batch(batch_size).map(lambda batch: _fill_up(batch, batch_size))
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
-
-
 def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
     """(n, h, w) → (n, size, size), pixel centres at half integers, edges repeated: what PIL does when it enlarges."""
 
@@ -121,9 +103,3 @@ def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
 def _from_arrays(train: ArraySource, test: ArraySource, num_classes: int) -> Dataset:
     pixels = train.images.reshape(-1, 3) / 255
     return Dataset(train, test, num_classes, mean=tuple(pixels.mean(0).tolist()), std=tuple(pixels.std(0).tolist()))
-
-
-def _fill_up(batch: Batch, size: int) -> Batch:
-    count = len(batch["label"])
-    filled = {key: np.concatenate([x, np.repeat(x[:1], size - count, axis=0)]) for key, x in batch.items()}
-    return filled | {"weight": (np.arange(size) < count).astype(np.float32)}

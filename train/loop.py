@@ -16,9 +16,10 @@ import numpy as np
 
 import scconv_jax
 from train.augment import make_augment, normalize
+from train.batches import Staged, eval_batches, train_batches
 from train.checkpoint import Checkpoints
 from train.config import Config, ConfigError, make_plan
-from train.data import Dataset, eval_batches, load_dataset, train_batches
+from train.data import Dataset, load_dataset
 from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
 from train.parallel import Parallel, make_parallel, run_once
@@ -71,12 +72,13 @@ def train(config: Config, workdir: Path) -> int:
         state = job.parallel.put_state(state)
         batches = train_batches(job.dataset.train, batch_size, seed=config.seed, first_step=step, threads=config.data.threads)
         with (
+            Staged(batches, job.parallel.put_batch) as staged,
             Metrics(workdir / "metrics.jsonl", first_step) as metrics,
             Progress(plan.total_steps, first_step, batch_size) as progress,
         ):
             window, train_metrics = Window(batch_size), {}
             while step < plan.total_steps and not signals.received:
-                state, values = next_state(state, job.parallel.put_batch(next(batches)))
+                state, values = next_state(state, next(staged))
                 step += 1
                 window.add(step, values)
                 if step == first_step + 1:
@@ -167,7 +169,8 @@ def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, floa
 
     def test(state: TrainState) -> dict[str, float]:
         batches = eval_batches(job.dataset.test, config.data.batch_size, threads=config.data.threads)
-        sums = jax.device_get([sums_of(state, job.parallel.put_batch(batch)) for batch in batches])
+        with Staged(batches, job.parallel.put_batch) as staged:
+            sums = jax.device_get([sums_of(state, batch) for batch in staged])
         totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
         return {"eval/loss": totals["loss"] / totals["count"], "eval/top1": totals["correct"] / totals["count"]}
 

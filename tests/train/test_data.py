@@ -1,22 +1,16 @@
 import hashlib
-import itertools
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from train.config import Data
-from train.data import DATASETS, ArraySource, eval_batches, load_dataset, resize_bilinear, train_batches
+from train.data import DATASETS, load_dataset, resize_bilinear
 
 
 @pytest.fixture(scope="module")
 def digits():
     return load_dataset(Data(name="digits"))
-
-
-def numbered(count):
-    """A source whose images tell which one they are."""
-    return ArraySource(np.zeros((count, 2, 2, 3), np.uint8), np.arange(count, dtype=np.int32))
 
 
 def test_digits_are_1437_and_360_in_proportion(digits):
@@ -64,38 +58,6 @@ def test_resize_is_that_of_pil(size):
     images = np.random.default_rng(0).uniform(0, 16, (3, 8, 8)).astype(np.float32)
     expected = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in images]
     np.testing.assert_allclose(resize_bilinear(images, size), expected, atol=1e-5)
-
-
-def test_an_epoch_shows_each_image_once_and_the_next_in_another_order():
-    batches = train_batches(numbered(23), 5, seed=0, first_step=0, threads=1)
-    epochs = [np.concatenate([next(batches)["label"] for _ in range(4)]) for _ in range(3)]
-    for epoch in epochs:
-        assert len(set(epoch.tolist())) == 20
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert set(np.concatenate(epochs).tolist()) == set(range(23)), "the images left out differ between epochs"
-
-
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_batches_are_a_function_of_seed_and_step(threads):
-    def labels(seed, first_step, steps):
-        batches = train_batches(numbered(23), 5, seed=seed, first_step=first_step, threads=threads)
-        return [batch["label"].tolist() for batch in itertools.islice(batches, steps)]
-
-    whole = labels(seed=4, first_step=0, steps=12)
-    for first_step in (1, 4, 7):
-        assert labels(seed=4, first_step=first_step, steps=12 - first_step) == whole[first_step:]
-    assert labels(seed=5, first_step=0, steps=12) != whole
-
-
-@pytest.mark.parametrize("threads", [0, 2])
-@pytest.mark.parametrize("count", [4, 7, 8])
-def test_evaluation_shows_each_image_once(count, threads):
-    batches = list(eval_batches(numbered(count), 4, threads=threads))
-    assert all(len(batch["label"]) == len(batch["image"]) == len(batch["weight"]) == 4 for batch in batches)
-    weights = np.concatenate([batch["weight"] for batch in batches])
-    labels = np.concatenate([batch["label"] for batch in batches])
-    assert weights.sum() == count
-    assert labels[weights == 1].tolist() == list(range(count))
 
 
 def test_synthetic_data_is_as_large_as_asked_and_the_same_each_time():

@@ -1,0 +1,219 @@
+"""The order in which a run sees its images, and their way to the device.
+
+Each batch is a function of (seed, step) alone, whatever the number of hosts, threads or restarts: the global batch of
+a step is a fixed list of images, of which each host reads its part. So the step of a checkpoint is the position in the data,
+and a resumed run continues with exactly the batch that was next. Grain reads ahead, in threads.
+"""
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, Self
+
+import grain
+import numpy as np
+
+from train.config import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+PIECE = 16
+"""Images that one thread reads at a time: few, so that the first batch is soon there and memory small."""
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded. The source that raises it has counted it."""
+
+
+class Source(Protocol):
+    """Images at random access."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, 3) of every image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, key: tuple[int, ...]) -> tuple[np.ndarray, int]:
+        """Image uint8 (h, w, 3) and label; all randomness comes from `key`.
+
+        Raises:
+            UnreadableImageError: and so it does each time.
+        """
+        ...
+
+
+class Batches(Iterator[Batch]):
+    """Batches of this host, read ahead in threads."""
+
+    def __init__(self, pieces: Any, *, first: int, per_batch: int, threads: int) -> None:
+        ahead = max(2 * per_batch, 2 * threads) if threads else 0
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._per_batch = per_batch
+        self._pieces: Any = iter(grain.MapDataset.source(pieces).to_iter_dataset(options))
+        self._pieces.set_state({"next_index": first * per_batch})
+
+    def __next__(self) -> Batch:
+        parts = [next(self._pieces) for _ in range(self._per_batch)]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._pieces.close()
+
+
+def train_batches(
+    source: Source,
+    batch_size: int,
+    *,
+    seed: int,
+    first_step: int,
+    threads: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Endless training batches from step `first_step` on, this host's part of each.
+
+    Each epoch is shuffled anew and gives `len(source) // batch_size` whole batches. Of the batch of a step, host h of H takes
+    positions `[h * b / H, (h + 1) * b / H)`. In the place of an unreadable image stands the next readable one of the source.
+
+    Args:
+        source: the images of all hosts.
+        batch_size: images per step, all hosts together; divisible by `process_count`.
+        seed: of the run.
+        first_step: the first batch to give.
+        threads: that read; 0 reads only when asked.
+        process_index: this host.
+        process_count: all hosts.
+
+    Returns:
+        `{"image": uint8 (b / H, h, w, 3), "label": int32 (b / H,)}` at each step.
+    """
+    share, per_batch = _divide(batch_size, process_count)
+    order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+
+    def load(step: int, position: int) -> tuple[np.ndarray, int, float]:
+        epoch, batch = divmod(step, len(source) // batch_size)
+        index = order[epoch * len(source) + batch * batch_size + position]
+        for substitute in range(len(source)):
+            try:
+                image, label = source.load((index + substitute) % len(source), (seed, step, position))
+            except UnreadableImageError:
+                continue
+            return image, label, 1.0
+        raise ConfigError("not one image of the training set can be read")
+
+    pieces = _Pieces(load, share, first_position=process_index * share, steps=sys.maxsize // per_batch, keys=("image", "label"))
+    return Batches(pieces, first=first_step, per_batch=per_batch, threads=threads)
+
+
+def eval_batches(source: Source, batch_size: int, *, threads: int, process_index: int = 0, process_count: int = 1) -> Batches:
+    """Every image once, over all hosts together, in order; as many batches on every host.
+
+    Arguments are those of `train_batches`. What fills up the last batch, and what stands for an unreadable image, has weight 0.
+
+    Returns:
+        `{"image": uint8 (b / H, h, w, 3), "label": int32 (b / H,), "weight": float32 (b / H,)}` at each step.
+    """
+    share, per_batch = _divide(batch_size, process_count)
+    nothing = np.zeros(source.image_shape, np.uint8), 0, 0.0
+
+    def load(step: int, position: int) -> tuple[np.ndarray, int, float]:
+        index = step * batch_size + position
+        try:
+            return (*source.load(index, ()), 1.0) if index < len(source) else nothing
+        except UnreadableImageError:
+            return nothing
+
+    steps = -(-len(source) // batch_size)
+    pieces = _Pieces(load, share, first_position=process_index * share, steps=steps, keys=("image", "label", "weight"))
+    return Batches(pieces, first=0, per_batch=per_batch, threads=threads)
+
+
+class Staged(Iterator[Any]):
+    """What `put` makes of each batch, two ahead of use: a thread of its own calls it while the step before runs.
+
+    `waited` is the time in seconds that its reader has spent waiting. It is a share of the whole that data cost only where
+    the reader does not run far ahead of the device: a loop that waits for the results of the step before last does not.
+    """
+
+    def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Any], ahead: int = 2) -> None:
+        self.waited = 0.0
+        self._batches, self._put = batches, put
+        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="batches to the device", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        batch, error = self._queue.get()
+        self.waited += time.perf_counter() - start
+        if error is not None:
+            self._queue.put((None, error))  # and so it ends for whoever asks again
+            raise error
+        return batch
+
+    def close(self) -> None:
+        """End the threads; what was read ahead is dropped."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.01)
+            except queue.Empty:
+                continue
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+
+    def _fill(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put((self._put(next(self._batches)), None))
+            except BaseException as error:  # StopIteration too: it belongs to the reader
+                self._queue.put((None, error))
+                return
+
+
+class _Pieces:
+    """Batches in pieces of `PIECE` images, at random access, for Grain to read in threads."""
+
+    def __init__(
+        self,
+        load: Callable[[int, int], tuple[np.ndarray, int, float]],
+        share: int,
+        *,
+        first_position: int,
+        steps: int,
+        keys: tuple[str, ...],
+    ) -> None:
+        self._load, self._share, self._first_position, self._keys = load, share, first_position, keys
+        self._per_batch = -(-share // PIECE)
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps * self._per_batch
+
+    def __getitem__(self, index: Any) -> Batch:
+        step, piece = divmod(index, self._per_batch)
+        within = range(piece * PIECE, min((piece + 1) * PIECE, self._share))
+        images, labels, weights = zip(*(self._load(step, self._first_position + i) for i in within), strict=True)
+        batch = {"image": np.stack(images), "label": np.asarray(labels, np.int32), "weight": np.asarray(weights, np.float32)}
+        return {key: batch[key] for key in self._keys}
+
+
+def _divide(batch_size: int, process_count: int) -> tuple[int, int]:
+    """A host's share of a batch, and its number of pieces."""
+    if batch_size % process_count:
+        raise ValueError(f"a batch of {batch_size} images does not divide over {process_count} hosts")
+    share = batch_size // process_count
+    return share, -(-share // PIECE)
