@@ -55,3 +55,32 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_OTHER_FILES = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them"),
+    (b"\x93NUMPY", "a single NumPy array"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it"),
+    (b"Rar!", "a RAR archive; unpack it"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run `git lfs pull`"),
+    (b"{", "a JSON file, not weights"),
+    (b"\x80", "a Python pickle, but not one of PyTorch; it was not opened, for it could run code"),
+    (b"\x08", "a protocol buffer, perhaps of ONNX or TensorFlow"),
+)
+
+
+def unknown(head: bytes) -> str:
+    """Say what a file seems to be, from its first 512 bytes, that is none of those that we read."""
+    text = head.lstrip().lower()
+    if not head:
+        kind = "empty"
+    elif not head.strip(b"\0"):
+        kind = "nothing but zeros: a download that was not finished"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        kind = "a web page, perhaps the error message of a server; download it again"
+    elif head[257:262] == b"ustar":
+        kind = "a tar archive; unpack it, or, if it is PyTorch's own of before 0.1.10, save it again with a later version"
+    else:
+        kind = next((kind for start, kind in _OTHER_FILES if head.startswith(start)), "of no known kind")
+    return f"it is {kind}. PyTorch's .pth and .pt, .safetensors and the folders of our training runs can be read"

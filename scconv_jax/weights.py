@@ -19,10 +19,9 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from scconv_jax import runs, torch_files
 from scconv_jax.convert import to_torch
-from scconv_jax.files import WeightsError, replacing, sha256
-
-COLLECTIONS = ("params", "batch_stats")
+from scconv_jax.files import WeightsError, replacing, sha256, unknown
 
 Variables = dict[str, Any]
 
@@ -69,9 +68,12 @@ def read(path: str | os.PathLike[str]) -> Source:
         WeightsError: there is no such file, or it is damaged, hostile or of another kind; the message says which.
     """
     path = Path(path)
-    if not path.exists():
-        raise WeightsError(f"There is no file {path}.")
-    return _read_safetensors(path)
+    try:
+        return _read_folder(path) if path.is_dir() else _read_file(path)
+    except WeightsError as error:
+        raise WeightsError(f"{path} cannot be used: {error}.") from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def load(path: str | os.PathLike[str]) -> Loaded:
@@ -122,30 +124,59 @@ def save(path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: M
         with replacing(path) as temporary:
             safetensors.numpy.save_file(arrays, temporary, text)
     elif path.suffix in (".pth", ".pt"):
-        to_torch(variables)
-        raise WeightsError("not yet")
+        torch_files.write_zip(path, to_torch(variables))
     else:
         raise WeightsError(f"Cannot tell a format from {path.name}: its name must end in .safetensors, .pth or .pt.")
 
 
-def _read_safetensors(path: Path) -> Source:
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path} is no usable safetensors file: {error}.") from error
+def _read_file(path: Path) -> Source:
+    if path.exists() and not path.is_file():
+        raise WeightsError("it is neither a file nor a folder")
+    with path.open("rb") as file:
+        head = file.read(512)
+    metadata: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    if head.startswith(torch_files.LEGACY_MAGIC):
+        kind, (tensors, skipped) = "torch legacy", torch_files.read_legacy(path)
+    elif head.startswith(b"PK"):
+        kind, (tensors, skipped) = "torch zip", torch_files.read_zip(path)
+    elif head[8:9] == b"{" and not head.startswith(b"{"):
+        kind, (tensors, metadata) = "safetensors", _read_safetensors(path)
+    else:
+        raise WeightsError(unknown(head))
     variables = None
-    if tensors and all(name.split("/")[0] in COLLECTIONS for name in tensors):
+    if tensors and all(name.split("/")[0] in runs.COLLECTIONS for name in tensors):
         variables = traverse_util.unflatten_dict(tensors, sep="/")
     return Source(
         tensors=tensors if variables is None else None,
         variables=variables,
         metadata=metadata,
-        format="safetensors",
+        format=kind,
         path=path,
         sha256=sha256(path),
         bytes=path.stat().st_size,
-        skipped={},
-        not_finite={},
+        skipped=skipped,
+        not_finite=_not_finite(tensors),
     )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise WeightsError(f"it is no usable safetensors file ({error})") from error
+
+
+def _read_folder(path: Path) -> Source:
+    variables, metadata, skipped, size = runs.read(path)
+    leaves = traverse_util.flatten_dict(variables, sep="/")
+    return Source(None, variables, metadata, "orbax", path, "", size, skipped, _not_finite(leaves))
+
+
+def _not_finite(tensors: Mapping[str, Any]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, array in tensors.items():
+        if array.dtype.kind not in "biu" and not (finite := np.isfinite(array)).all():
+            counts[name] = int(finite.size - finite.sum())
+    return counts
