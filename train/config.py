@@ -57,6 +57,8 @@ class Model(Group):
     """Number type of the computation; parameters are always float32."""
     sync_batchnorm: bool = False
     """BatchNorm statistics of the whole batch, not of each device's share."""
+    rematerialise: bool = False
+    """Keep what convolutions make and compute the rest again for the gradient: less memory, more time."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,44 @@ class Data(Group):
 
 
 @dataclass(frozen=True)
-class Optim(Group):
-    """Stochastic gradient descent with momentum, as PyTorch defines it."""
+class Augment(Group):
+    """What the device does to training images, beside the crop and flip of `data`."""
 
+    mixup: float = 0.0
+    """Blend pairs of images, and their targets, by a share from Beta(a, a), the same for the whole batch; 0: not."""
+    cutmix: float = 0.0
+    """Paste a box of one image into another, its area from Beta(a, a); with mixup, each batch has one of the two; 0: not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("mixup", "cutmix"):
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+
+
+@dataclass(frozen=True)
+class Optim(Group):
+    """How the parameters follow the gradient."""
+
+    name: Literal["sgd", "lars"] = "sgd"
+    """SGD with momentum, as PyTorch defines it; or LARS, for batches of thousands (You et al. 2017)."""
     lr: float = 0.1
-    """Highest learning rate, for the whole batch."""
+    """Highest learning rate, for the whole batch (but see the next)."""
+    lr_reference_batch: int = 0
+    """Batch for which `lr` is meant: what is used grows with the batch in proportion. 0: `lr` as it stands."""
     momentum: float = 0.9
     """Momentum."""
     weight_decay: float = 1e-4
-    """Times the parameter, added to its gradient; every parameter."""
+    """Times the parameter, added to its gradient."""
+    decay_all: bool = True
+    """Decay every parameter; else kernels alone, not biases or what norms scale and shift by. LARS: always the latter."""
+    clip_norm: float = 0.0
+    """Shorten the gradient of all parameters together to this length; 0: not."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
+    accumulate: int = 1
+    """Parts into which each device's share of the batch is cut, one after the other: less memory, the same step."""
+    ema: float = 0.0
+    """Decay of an average over steps of parameters and BatchNorm statistics, which is then what is tested; 0: no average."""
     schedule: Literal["cosine", "step"] = "cosine"
     """How the learning rate falls after the warm-up: to 0 along a cosine, or by drops."""
     warmup_epochs: float = 0.0
@@ -115,9 +144,10 @@ class Optim(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.lr > 0, "lr", "above 0")
-        self._require(0 <= self.momentum < 1, "momentum", "at least 0 and under 1")
-        self._require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and under 1")
-        for name in ("weight_decay", "warmup_epochs", "drop_factor"):
+        for name in ("momentum", "label_smoothing", "ema"):
+            self._require(0 <= getattr(self, name) < 1, name, "at least 0 and under 1")
+        self._require(self.accumulate >= 1, "accumulate", "at least 1")
+        for name in ("lr_reference_batch", "weight_decay", "clip_norm", "warmup_epochs", "drop_factor"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
         self._require(list(self.drop_epochs) == sorted(set(self.drop_epochs)), "drop_epochs", "in rising order")
 
@@ -138,6 +168,7 @@ class Config(Group):
     """Latest checkpoints kept, beside the best."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
 
     def __post_init__(self) -> None:
@@ -156,21 +187,24 @@ class Plan:
     total_steps: int
     warmup_steps: int
     drop_steps: tuple[int, ...]
+    peak_lr: float
 
 
 def make_plan(config: Config, train_images: int, devices: int) -> Plan:
     """Turn epochs into steps. An incomplete last batch of an epoch is left out; the next epoch shuffles anew.
 
     Raises:
-        ConfigError: the batch does not divide over the devices, or is larger than the training set.
+        ConfigError: the batch does not divide over the devices and their parts, or is larger than the training set.
     """
-    batch = config.data.batch_size
-    if batch % devices:
-        lower, upper = batch // devices * devices, (batch // devices + 1) * devices
+    batch, parts = config.data.batch_size, config.optim.accumulate
+    pairs = 2 if config.augment.mixup or config.augment.cutmix else 1
+    if batch % (unit := devices * parts * pairs):
+        lower, upper = batch // unit * unit, (batch // unit + 1) * unit
         choices = f"{lower} or {upper}" if lower else f"{upper}"
-        raise ConfigError(
-            f"data.batch_size {batch} does not divide over {devices} devices: use {choices} (--data.batch-size {upper})"
-        )
+        why = f"{devices} devices"
+        why += f", each in {parts} parts (optim.accumulate)" if parts > 1 else ""
+        why += ", in pairs (augment.mixup, augment.cutmix)" if pairs > 1 else ""
+        raise ConfigError(f"data.batch_size {batch} does not divide over {why}: use {choices} (--data.batch-size {upper})")
     if batch > train_images:
         raise ConfigError(f"data.batch_size {batch} is more than the {train_images} training images of the data set")
     steps = train_images // batch
@@ -179,6 +213,7 @@ def make_plan(config: Config, train_images: int, devices: int) -> Plan:
         total_steps=config.epochs * steps,
         warmup_steps=round(config.optim.warmup_epochs * steps),
         drop_steps=tuple(round(epoch * steps) for epoch in config.optim.drop_epochs),
+        peak_lr=config.optim.lr * batch / (config.optim.lr_reference_batch or batch),
     )
 
 

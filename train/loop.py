@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import scconv_jax
-from train.augment import make_augment, normalize
+from train.augment import make_augment, make_mix, normalize
 from train.batches import Staged, eval_batches, train_batches
 from train.checkpoint import Checkpoints
 from train.config import Config, ConfigError, make_plan
@@ -45,7 +45,9 @@ def train(config: Config, workdir: Path) -> int:
 
     schedule = make_schedule(config.optim, plan)
     optimizer = make_optimizer(config.optim, schedule)
-    first_state = functools.partial(init_state, job.model, optimizer, job.dataset.image_shape, config.seed)
+    first_state = functools.partial(
+        init_state, job.model, optimizer, job.dataset.image_shape, config.seed, ema=config.optim.ema > 0
+    )
     train_fn = functools.partial(
         train_step,
         model=job.model,
@@ -54,6 +56,10 @@ def train(config: Config, workdir: Path) -> int:
         normalize=job.normalize,
         label_smoothing=config.optim.label_smoothing,
         seed=config.seed,
+        mix=make_mix(config.augment),
+        parts=config.optim.accumulate,
+        rematerialise=config.model.rematerialise,
+        ema_decay=config.optim.ema,
     )
     next_state = job.parallel.over_devices(train_fn, donate_state=True)
     test = make_test(job, config)
@@ -121,7 +127,9 @@ def evaluate(config: Config, workdir: Path) -> None:
     job = prepare(config)
     plan = make_plan(config, len(job.dataset.train), jax.local_device_count())
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
-    like = jax.eval_shape(lambda: init_state(job.model, optimizer, job.dataset.image_shape, config.seed))
+    like = jax.eval_shape(
+        lambda: init_state(job.model, optimizer, job.dataset.image_shape, config.seed, ema=config.optim.ema > 0)
+    )
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         state = checkpoints.restore(like)
     result = make_test(job, config)(job.parallel.put_state(state))
@@ -164,7 +172,7 @@ def prepare(config: Config) -> Job:
 
 
 def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, float]]:
-    """State → `eval/loss` and `eval/top1` over all test images, each counted once."""
+    """State → `eval/loss`, `eval/top1` and, of more than five classes, `eval/top5` over all test images, each counted once."""
     sums_of = job.parallel.over_devices(functools.partial(eval_step, model=job.model, normalize=job.normalize))
 
     def test(state: TrainState) -> dict[str, float]:
@@ -172,7 +180,8 @@ def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, floa
         with Staged(batches, job.parallel.put_batch) as staged:
             sums = jax.device_get([sums_of(state, batch) for batch in staged])
         totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
-        return {"eval/loss": totals["loss"] / totals["count"], "eval/top1": totals["correct"] / totals["count"]}
+        count = totals.pop("count")
+        return {f"eval/{key}": total / count for key, total in totals.items()}
 
     return test
 

@@ -9,6 +9,7 @@ from train import config as config_module
 from train.config import (
     CONFIGS,
     DEFAULT,
+    Augment,
     Config,
     ConfigError,
     Data,
@@ -34,6 +35,10 @@ from train.config import (
         (lambda: Optim(schedule="cosin"), "Optim.schedule must be one of 'cosine', 'step', found 'cosin'; did you mean cosine?"),
         (lambda: Optim(drop_epochs=[3.0]), "Optim.drop_epochs must be a tuple of float, found [3.0]"),
         (lambda: Optim(drop_epochs=(6.0, 3.0)), "Optim.drop_epochs must be in rising order, found (6.0, 3.0)"),
+        (lambda: Optim(ema=1.0), "Optim.ema must be at least 0 and under 1, found 1.0"),
+        (lambda: Optim(accumulate=0), "Optim.accumulate must be at least 1, found 0"),
+        (lambda: Optim(clip_norm=-1.0), "Optim.clip_norm must be 0 or more, found -1.0"),
+        (lambda: Augment(mixup=-0.1), "Augment.mixup must be 0 or more, found -0.1"),
         (lambda: Data(name="digit"), "Data.name must be one of 'digits', 'synthetic', found 'digit'; did you mean digits?"),
         (lambda: Data(batch_size=0), "Data.batch_size must be at least 1, found 0"),
         (lambda: Data(batch_size=6.5), "Data.batch_size must be a whole number, found 6.5"),
@@ -70,9 +75,10 @@ def test_every_field_says_what_it_is():
     """`--help` shows the string that follows a field."""
     tree = ast.parse(Path(config_module.__file__).read_text())
     groups = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    for group in (Config, Model, Data, Optim):
+    parts = typing.get_type_hints(Config)
+    for group in (Config, *(part for part in parts.values() if dataclasses.is_dataclass(part))):
         body = groups[group.__name__].body
-        for name in [field.name for field in dataclasses.fields(group) if field.name not in ("model", "data", "optim")]:
+        for name in [field.name for field in dataclasses.fields(group) if not dataclasses.is_dataclass(parts.get(field.name))]:
             at = next(i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign) and node.target.id == name)
             follows = body[at + 1]
             assert isinstance(follows, ast.Expr), f"{group.__name__}.{name} has no description"
@@ -139,6 +145,25 @@ def test_a_plan_counts_whole_batches():
 def test_a_batch_that_does_not_fit(batch_size, devices, message):
     with pytest.raises(ConfigError) as raised:
         make_plan(Config(data=Data(batch_size=batch_size)), train_images=100, devices=devices)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            Config(data=Data(batch_size=40), optim=Optim(accumulate=3)),
+            "data.batch_size 40 does not divide over 4 devices, each in 3 parts (optim.accumulate): use 36 or 48",
+        ),
+        (
+            Config(data=Data(batch_size=20), augment=Augment(mixup=0.2)),
+            "data.batch_size 20 does not divide over 4 devices, in pairs (augment.mixup, augment.cutmix): use 16 or 24",
+        ),
+    ],
+)
+def test_a_share_that_does_not_divide(config, message):
+    with pytest.raises(ConfigError) as raised:
+        make_plan(config, train_images=100, devices=4)
     assert str(raised.value).startswith(message)
 
 

@@ -46,6 +46,43 @@ def test_sgd_is_that_of_pytorch():
         np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_the_rate_grows_with_the_batch_where_it_is_meant_for_another():
+    for batch, expected in ((1024, 3.2), (64, 0.2)):
+        config = Config(data=Data(batch_size=batch), optim=Optim(lr=0.8, lr_reference_batch=256))
+        plan = make_plan(config, 4096, devices=1)
+        assert plan.peak_lr == pytest.approx(expected)
+        assert make_schedule(config.optim, plan)(0) == pytest.approx(expected)
+
+
+PARAMS = {"kernel": jnp.asarray([[3.0, 4.0]]), "bias": jnp.asarray([2.0])}
+GRADS = {"kernel": jnp.asarray([[0.6, 0.8]]), "bias": jnp.asarray([1.0])}
+
+
+def updates_of(**fields):
+    optimizer = make_optimizer(Optim(momentum=0.0, **fields), 1.0)
+    updates, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
+    return (-np.concatenate([updates["kernel"].ravel(), updates["bias"]])).tolist()
+
+
+def test_decay_may_spare_biases_and_norms():
+    assert updates_of(weight_decay=0.1) == pytest.approx([0.9, 1.2, 1.2])
+    assert updates_of(weight_decay=0.1, decay_all=False) == pytest.approx([0.9, 1.2, 1.0])
+
+
+def test_a_long_gradient_is_shortened_before_decay():
+    """The length is that of all parameters' gradients together: √(0.6² + 0.8² + 1²) = √2."""
+    scale = 0.5 / 2**0.5
+    found = updates_of(weight_decay=0.1, clip_norm=0.5)
+    assert found == pytest.approx([0.6 * scale + 0.3, 0.8 * scale + 0.4, scale + 0.2])
+    assert updates_of(weight_decay=0.0, clip_norm=2.0) == updates_of(weight_decay=0.0)
+
+
+def test_lars_adapts_kernels_alone():
+    """Kernel: 0.001 · ‖p‖ / ‖g + wd·p‖ times (g + wd·p), which points along p here; bias: g."""
+    found = updates_of(name="lars", weight_decay=0.1)
+    assert found == pytest.approx([0.003, 0.004, 1.0], rel=1e-5)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "step"])
 def test_without_warmup_the_first_step_has_the_full_rate(schedule):
     assert rates(schedule=schedule)[0] == pytest.approx(0.8)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,24 +9,25 @@ import pytest
 
 import scconv_jax
 from tests.train.tiny import Tiny
-from train.augment import make_augment
-from train.config import Data, Optim
+from train.augment import make_augment, make_mix
+from train.config import Augment, Data, Optim
 from train.optim import make_optimizer
 from train.parallel import make_parallel, run_once
-from train.step import AXIS, eval_step, image_keys, train_step
+from train.step import AXIS, eval_step, image_keys, rematerialised, train_step
 from train.step import init_state as init_state_slowly
 
 ENGINES = ("shard_map", "pmap")
 OPTIM = Optim(lr=0.1, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1)
 AUGMENT = Data(crop_padding=2, flip=True)
+NO_MIXING = Augment()
 
 
 def to_float(images):
     return jnp.asarray(images).astype(jax.dtypes.canonicalize_dtype(float)) / 255 - 0.5
 
 
-def init_state(*arguments, seed):
-    return run_once(functools.partial(init_state_slowly, *arguments, seed))
+def init_state(*arguments, seed, **options):
+    return run_once(functools.partial(init_state_slowly, *arguments, seed, **options))
 
 
 def batches_of(steps, size, pixels=7, classes=10):
@@ -39,10 +41,10 @@ def batches_of(steps, size, pixels=7, classes=10):
     ]
 
 
-def run(model, batches, devices, engine, *, optim=OPTIM, augment=AUGMENT, dtype=None):
+def run(model, batches, devices, engine, *, optim=OPTIM, augment=AUGMENT, mixing=NO_MIXING, dtype=None, **options):
     """Takes a step per batch; returns the host's copies of the last state and of every step's metrics."""
     optimizer = make_optimizer(optim, optim.lr)
-    state = init_state(model, optimizer, batches[0]["image"].shape[1:], seed=1)
+    state = init_state(model, optimizer, batches[0]["image"].shape[1:], seed=1, ema=optim.ema > 0)
     if dtype is not None:
         state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
     parallel = make_parallel(engine, jax.devices()[:devices])
@@ -55,6 +57,10 @@ def run(model, batches, devices, engine, *, optim=OPTIM, augment=AUGMENT, dtype=
             normalize=to_float,
             label_smoothing=optim.label_smoothing,
             seed=3,
+            mix=make_mix(mixing),
+            parts=optim.accumulate,
+            ema_decay=optim.ema,
+            **options,
         )
     )
     state, history = parallel.put_state(state), []
@@ -81,6 +87,78 @@ def test_eight_devices_equal_one(engine):
     assert one[0].params["conv"]["kernel"].dtype == np.float64
     assert one[0].step == 5
     assert_equal(eight, one, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parts_of_a_share_are_as_good_as_devices(engine):
+    """Two devices with four parts each take the step of eight: gradient, BatchNorm statistics, augmentation and mixing alike."""
+    batches = batches_of(steps=3, size=32)
+    mixing = Augment(mixup=0.4, cutmix=1.0)
+    eight = run(Tiny(dtype=jnp.float64), batches, 8, "shard_map", mixing=mixing, dtype=np.float64)
+    optim = dataclasses.replace(OPTIM, accumulate=4)
+    two = run(Tiny(dtype=jnp.float64), batches, 2, engine, optim=optim, mixing=mixing, dtype=np.float64)
+    assert_equal(two, eight, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_average_follows_parameters_and_statistics():
+    """By a decay of (1 + step) / (10 + step), up to the given one."""
+    model, decay = Tiny(dtype=jnp.float64), 0.2
+    batches = batches_of(steps=4, size=16)
+    optim = dataclasses.replace(OPTIM, ema=decay)
+    start = jax.device_get(init_state(model, optax.identity(), (7, 7, 3), seed=1))
+    expected = jax.tree.map(np.float64, {"params": start.params, "batch_stats": start.batch_stats})
+    for step in range(4):
+        state, _ = run(model, batches[: step + 1], 2, "shard_map", optim=optim, dtype=np.float64)
+        new = {"params": state.params, "batch_stats": state.batch_stats}
+        keep = min(decay, (1 + step) / (10 + step))
+        expected = jax.tree.map(lambda old, new, keep=keep: keep * old + (1 - keep) * new, expected, new)
+        assert_equal(state.ema, expected, 1e-6)  # the decay is float32
+    assert keep == decay
+    plain, _ = run(model, batches, 2, "shard_map", dtype=np.float64)
+    assert_equal(state.replace(ema=None), plain, 0)
+
+
+def test_the_average_is_what_is_tested():
+    model, parallel = Tiny(), make_parallel("shard_map", jax.devices())
+    state = init_state(model, optax.identity(), (7, 7, 3), seed=0)
+    other = init_state(model, optax.identity(), (7, 7, 3), seed=1)
+    (batch,) = batches_of(1, 16)
+    batch["weight"] = np.ones(16, np.float32)
+    test = parallel.over_devices(functools.partial(eval_step, model=model, normalize=to_float))
+
+    def loss(state):
+        return float(test(parallel.put_state(state), parallel.put_batch(batch))["loss"])
+
+    averaged = other.replace(ema={"params": state.params, "batch_stats": state.batch_stats})
+    assert loss(averaged) == loss(state) != loss(other)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rematerialisation_takes_the_same_step():
+    model = Tiny(dtype=jnp.float64)
+    batches = batches_of(steps=2, size=16)
+    plain = run(model, batches, 2, "shard_map", dtype=np.float64)
+    assert_equal(run(model, batches, 2, "shard_map", dtype=np.float64, rematerialise=True), plain, 1e-12)
+
+
+def test_rematerialisation_keeps_little_for_the_gradient():
+    """Bytes of what the forward pass hands to the backward pass."""
+    model = scconv_jax.create_model("scnet20_small")
+    images = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+
+    def kept(apply):
+        def forward(params, images):
+            return jax.vjp(lambda p: apply({**variables, "params": p}, images)[0], params)[1]
+
+        stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables["batch_stats"])
+        variables["batch_stats"] = stats
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(forward, variables["params"], images)))
+
+    everything = kept(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    assert kept(rematerialised(model)) < 0.15 * everything
 
 
 @pytest.mark.slow
@@ -111,11 +189,14 @@ def test_the_gradient_is_the_mean_over_the_batch(engine):
         logits, _ = whole.apply(variables | {"params": params}, to_float(batch["image"]), train=True, mutable=["batch_stats"])
         surprise = -jax.nn.log_softmax(logits)
         of_label = jnp.take_along_axis(surprise, batch["label"][:, None], axis=1)
-        return 0.9 * of_label.mean() + 0.1 * surprise.mean(), (logits.argmax(1) == batch["label"]).mean()
+        return 0.9 * of_label.mean() + 0.1 * surprise.mean(), logits
 
-    (loss, top1), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+    (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
     assert_equal(state.params, jax.tree.map(lambda p, g: p - g, variables["params"], grads), 1e-12)
-    assert_equal(metrics, {"loss": loss, "top1": top1}, 1e-12)
+    best = np.argsort(-logits, axis=1)
+    top1, top5 = ((best[:, :k] == batch["label"][:, None]).any(1).mean() for k in (1, 5))
+    assert 0 < top1 < top5 < 1
+    assert_equal(metrics, {"loss": loss, "top1": top1, "top5": top5}, 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -205,5 +286,5 @@ def test_evaluation_counts_what_has_weight(engine):
 
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(16), labels]
     assert sums["count"] == 11
-    assert sums["correct"] == 8
+    assert sums["top1"] == 8
     np.testing.assert_allclose(sums["loss"], losses[:11].sum(), rtol=1e-5)
