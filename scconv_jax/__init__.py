@@ -6,13 +6,15 @@
 
 Networks by name: `create_model`, `list_models`. Layers for your own: `SelfCalibratedConv`, `SelfCalibration`,
 `ScConv`, `SRU`, `CRU`, `GhostConv`. The operators as
-pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`. Files: `save`, `load`.
+pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`. Files: `save`, `load`;
+from any checkpoint to a network: `load_model`, `load_weights`.
 """
 
 from scconv_jax import functional
 from scconv_jax.convert import ConversionError, from_torch, to_torch
 from scconv_jax.ghost import GhostConv
 from scconv_jax.models import create_model, list_models
+from scconv_jax.pretrained import load_model, load_weights
 from scconv_jax.reconstruction import CRU, SRU, ScConv
 from scconv_jax.self_calibrated import SelfCalibratedConv, SelfCalibration
 from scconv_jax.weights import WeightsError, load, save
@@ -33,6 +35,8 @@ __all__ = [
     "functional",
     "list_models",
     "load",
+    "load_model",
+    "load_weights",
     "save",
     "to_torch",
 ]

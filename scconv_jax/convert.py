@@ -18,7 +18,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 Variables = dict[str, Any]
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 IGNORED = ("*.num_batches_tracked", "num_batches_tracked")
 
@@ -72,7 +73,7 @@ def from_torch(
     *,
     strict: bool = True,
     ignore: Sequence[str] = (),
-    rename: Sequence[tuple[str, str]] = (),
+    rename: Sequence[Rename] = (),
 ) -> Variables:
     """Fill the variables of a network or layer from a PyTorch state dict.
 
@@ -83,7 +84,8 @@ def from_torch(
         strict: raise where the two sides differ. If not, whatever has no counterpart of its shape is passed over, and keeps
             the value that it has in `template`.
         ignore: patterns (as of file names: `fc.*`) of PyTorch names to pass over on both sides, strict or not.
-        rename: pairs of a regular expression and its replacement, applied in turn to each of the state dict's names.
+        rename: pairs of a regular expression and what replaces it (as of `re.sub`, text or a function), applied in turn to each
+            of the state dict's names.
 
     Returns:
         Variables of the structure of `template`, NumPy arrays of the state dict's dtypes.
@@ -123,6 +125,11 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes that `to_torch` would give; `variables` may be shapes only. Without `num_batches_tracked`."""
+    return {_qualified(leaf)[0]: leaf.shape for leaf in _leaves(variables)}
+
+
 class Match(NamedTuple):
     """What became of each entry of a state dict and of each leaf of a template."""
 
@@ -139,10 +146,10 @@ def match(
     *,
     strict: bool = True,
     ignore: Sequence[str] = (),
-    rename: Sequence[tuple[str, str]] = (),
+    rename: Sequence[Rename] = (),
 ) -> Match:
     """Do what `from_torch` does, and account for every entry; same arguments and errors."""
-    source = _normalised(state_dict, rename)
+    source = normalised(state_dict, rename)
     leaves = list(_leaves(template))
     ignored = [name for name in source if _matches(name, (*IGNORED, *ignore))]
     available = {name: value for name, value in source.items() if name not in set(ignored)}
@@ -196,7 +203,8 @@ def _qualified(leaf: _Leaf) -> list[str]:
     return [".".join((*leaf.path[1:-1], name)) for name in leaf.names]
 
 
-def _normalised(state_dict: Mapping[str, Any], rename: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+def normalised(state_dict: Mapping[str, Any], rename: Sequence[Rename] = ()) -> dict[str, np.ndarray]:
+    """Take a state dict out of its wrapper, its names' `module.` away, and apply `rename`."""
     while "state_dict" in state_dict and isinstance(state_dict["state_dict"], Mapping):
         state_dict = state_dict["state_dict"]
     if state_dict and all(name.startswith("module.") for name in state_dict):

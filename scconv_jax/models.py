@@ -55,15 +55,20 @@ def create_model(name: str, **options: Any) -> nn.Module:
     """
     if name not in MODELS:
         raise ValueError(f"There is no model {name!r}.{_nearest(name, MODELS)} All: {', '.join(list_models())}.")
-    constructor = MODELS[name]
-    parameters = inspect.signature(constructor).parameters.values()
-    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in ("parent", "name")]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):  # a constructor that passes on what the trunk takes
-        known += [option for option in TRUNK_OPTIONS if option not in known]
+    known = options_of(name)
     for option in options:
         if option not in known:
             raise ValueError(f"Model {name!r} has no option {option!r}.{_nearest(option, known)} All: {', '.join(known)}.")
-    return constructor(**options)
+    return MODELS[name](**options)
+
+
+def options_of(name: str) -> list[str]:
+    """Return the names of the options that the network called `name` takes."""
+    parameters = inspect.signature(MODELS[name]).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in ("parent", "name")]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):  # a constructor that passes on what the trunk takes
+        known += [option for option in TRUNK_OPTIONS if option not in known]
+    return known
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

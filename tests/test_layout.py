@@ -14,10 +14,10 @@ LIBRARY = {
     "published": 0, "spatial": 0, "functional": 1, "layers": 2,
     "self_calibrated": 3, "reconstruction": 3, "ghost": 3, "squeeze_excitation": 3,
     "blocks": 4, "resnet": 5, "scnet": 6, "scconv_resnet": 6, "wide_resnet": 6, "densenet": 6, "ghostnet": 6,
-    "models": 7, "fuse": 8, "summary": 8, "cli": 9, "__main__": 10,
+    "models": 7, "fuse": 8, "summary": 8, "recognise": 8, "pretrained": 9, "cli": 12, "__main__": 13,
 }  # fmt: skip
 # They know arrays, names and files, not networks.
-ABOVE_NO_NETWORK = {"convert", "files", "pickles", "state_dicts", "torch_files", "runs", "weights", "download"}
+ABOVE_NO_NETWORK = {"convert", "naming", "files", "pickles", "state_dicts", "torch_files", "runs", "weights", "download"}
 TRAINER = {
     "config": 0, "batches": 1, "data": 2, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "log": 1, "workdir": 1,
     "parallel": 2, "loop": 3, "main": 4,

@@ -1,0 +1,230 @@
+"""Networks and their weights from files, whatever the naming and format: from a checkpoint to a model in one line.
+
+    model, variables = scconv_jax.load_model("scnet50-dc6a7e87.pth")
+
+Whose names a file has (`naming.py`) and which network it is of (`recognise.py`) is found out, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from scconv_jax import naming
+from scconv_jax.convert import ConversionError, Match, Rename, Variables, match, normalised, to_torch
+from scconv_jax.download import PUBLISHED, fetch
+from scconv_jax.layers import Dense
+from scconv_jax.models import MODELS, create_model
+from scconv_jax.recognise import head, options_shown, recognise, template
+from scconv_jax.weights import Source, read
+
+_log = logging.getLogger("scconv_jax")
+
+
+def load_model(source: str | os.PathLike[str], model: str | None = None, **options: Any) -> tuple[nn.Module, Variables]:
+    """Make the network that a file of weights is of, with these weights.
+
+    Args:
+        source: a file (`.pth` or `.pt` of PyTorch, `.safetensors` in PyTorch's naming or in ours), the folder of a training
+            run, the name of a published checkpoint (`scnet50`), or an http or https address.
+        model: name of the network, where it should not be recognised.
+        **options: of `create_model`; where not given, what the file shows. With another `num_classes` than the file has, the
+            head is drawn anew. ScConv of the paper and of the public code of 2023-10 have the same entries, and are taken
+            for the latter: give `variant="paper"` for the former.
+
+    Returns:
+        `(model, variables)`, for `model.apply(variables, images, train=False)`; variables are NumPy arrays, float32. What a user
+        should know (see `load_weights`) is logged as a warning under `scconv_jax`.
+
+    Raises:
+        WeightsError: the file cannot be read or fetched.
+        ConversionError: it is of no network here, or of another than `model`.
+        ValueError: a network or an option that does not exist.
+    """
+    found = open_entries(source)
+    name, options = choose(found, model, options)
+    network = create_model(name, **options)
+    filled = fill_model(found, name, network)
+    for note in filled.notes:
+        _log.warning("%s: %s", found.source.path.name, note)
+    return network, filled.variables
+
+
+def load_weights(
+    source: str | os.PathLike[str],
+    template: Mapping[str, Any],
+    *,
+    ignore: Sequence[str] = (),
+    rename: Sequence[Rename] = (),
+) -> tuple[Variables, list[str]]:
+    """Fill variables from a file of weights, all but the head if need be: what fine-tuning starts from.
+
+    Args:
+        source: as of `load_model`.
+        template: the variables to fill, as initialised, or only their shapes; of a network, or of a layer alone.
+        ignore: as of `from_torch`: what the network has under such names keeps the template's values.
+        rename: as of `from_torch`, after the renaming that the file's naming asks for.
+
+    Returns:
+        `(variables, notes)`. Variables have the structure, shapes and dtypes of `template`, NumPy arrays. Where the file has
+        another number of classes, or no head, the head keeps the template's values (drawn anew where there are only shapes).
+        Notes are sentences for the user: a head not taken, values that are not finite, a change of dtype, what the file's
+        names do not tell.
+
+    Raises:
+        WeightsError: the file cannot be read or fetched.
+        ConversionError: any other difference between file and template; the message lists all.
+    """
+    filled = fill(open_entries(source, rename=rename), template, ignore=ignore)
+    return filled.variables, filled.notes
+
+
+class Entries(NamedTuple):
+    """What a source holds, under the names that our networks' state dicts have."""
+
+    arrays: dict[str, np.ndarray]
+    naming: naming.Naming
+    source: Source
+
+
+class Filled(NamedTuple):
+    """Variables filled from a source, what became of each of its entries, and notes for the user."""
+
+    variables: Variables
+    match: Match
+    notes: list[str]
+
+
+def open_entries(source: str | os.PathLike[str], *, convention: str | None = None, rename: Sequence[Rename] = ()) -> Entries:
+    """Read a source, fetched first if it is a name or an address; `convention` forces the naming."""
+    path = Path(source)
+    if re.match(r"\w+://", str(source)) or (str(source) in PUBLISHED and not path.exists()):
+        path = fetch(str(source))
+    read_source = read(path)
+    if read_source.tensors is None:
+        named, arrays = naming.FLAX, to_torch(read_source.variables or {})
+    else:
+        arrays = normalised(read_source.tensors)
+        named = naming.recognise(arrays) if convention is None else naming.naming(convention)
+    return Entries(normalised(arrays, (*named.rename, *rename)), named, read_source)
+
+
+def choose(found: Entries, model: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the network that a source is of, by name, and its options; those given win.
+
+    Raises:
+        ConversionError: if none is given, none is said in the file, and its entries are those of none.
+    """
+    said = found.source.metadata
+    if model is None and said.get("model") in MODELS:
+        return said["model"], {**json.loads(said.get("arguments", "{}")), **options}
+    if model is not None:
+        if model in MODELS:
+            options = {**options_shown(model, found.arrays), **options}
+        return model, dict(options)
+    recognised = recognise(_weights(found))
+    if recognised is None:
+        raise ConversionError(
+            f"{found.source.path} is of no network here: none has entries of these names and shapes. Its names are "
+            f"{found.naming.description}. To see what differs from one, name it as the model; for a network or layer of your "
+            "own, use from_torch with its variables, or `convert --model any`."
+        )
+    return recognised.model, {**recognised.options, **options}
+
+
+def fill_model(found: Entries, name: str, model: nn.Module, ignore: Sequence[str] = ()) -> Filled:
+    """Fill the variables of a network called `name`; if another network is what fits, say which."""
+    try:
+        return fill(found, template(model), ignore=ignore)
+    except ConversionError:
+        other = recognise(_weights(found))
+        if other is None or other.model == name:
+            raise
+        raise ConversionError(
+            f"{found.source.path} is not of {name}: it looks like {other.model} (every name and shape is that network's). "
+            f"Give {other.model} as the model, or leave it out."
+        ) from None
+
+
+def fill(found: Entries, template: Mapping[str, Any], *, ignore: Sequence[str] = ()) -> Filled:
+    """Do what `load_weights` does with a source that was read."""
+    _check_dtypes(found.arrays)
+    notes = [found.naming.caution] if found.naming.caution else []
+    ignore = [*found.naming.ignore, *ignore]
+    if name := head(template):
+        kernel = template["params"][name]["kernel"]
+        difference = _head_difference(found.arrays, name, kernel.shape[::-1])
+        if difference:
+            ignore.append(f"{name}.*")
+            template = {**template, "params": {**template["params"], name: _values(template["params"][name])}}
+            notes.append(difference)
+    matched = match(found.arrays, template, ignore=ignore)
+    changes: dict[str, int] = {}
+    variables = jax.tree.map(lambda value, like: _cast(value, like.dtype, changes), matched.variables, dict(template))
+    notes += [f"{count} entries were {change}." for change, count in changes.items()]
+    if not_finite := found.source.not_finite:
+        listed = ", ".join(list(not_finite)[:3]) + (", ..." if len(not_finite) > 3 else "")
+        notes.append(f"{sum(not_finite.values())} values are NaN or infinite, in {listed}. They are kept.")
+    return Filled(variables, matched, notes)
+
+
+def _weights(found: Entries) -> dict[str, np.ndarray]:
+    """The entries but those of another task."""
+    patterns = [re.compile(pattern.replace(".", r"\.").replace("*", ".*")) for pattern in found.naming.ignore]
+    return {name: value for name, value in found.arrays.items() if not any(p.fullmatch(name) for p in patterns)}
+
+
+def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> str:
+    """Why the head cannot be taken from the file, though it may differ; empty where it can, or where it should not differ so."""
+    weight = arrays.get(f"{name}.weight")
+    if weight is None:
+        return f"The file has no head: {name}, of {shape[0]} classes, is as initialised." if f"{name}.bias" not in arrays else ""
+    if weight.shape != shape and weight.shape[1:] == shape[1:]:
+        return f"The file's head has {weight.shape[0]} classes, the network {shape[0]}: {name} is as initialised."
+    return ""
+
+
+def _values(leaves: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values of a head of which there may be only shapes."""
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
+        return leaves
+    inputs, classes = leaves["kernel"].shape
+    return Dense(classes).init(jax.random.key(0), jnp.zeros((1, inputs)))["params"]
+
+
+def _check_dtypes(arrays: Mapping[str, np.ndarray]) -> None:
+    wrong = [f"{name} ({value.dtype})" for name, value in arrays.items() if not _is_float(value) and not _is_counter(name)]
+    if wrong:
+        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ConversionError(f"Weights must be floating-point; these are not: {listed}. Quantised weights cannot be converted.")
+
+
+def _is_float(value: np.ndarray) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _cast(value: Any, dtype: Any, changes: dict[str, int]) -> np.ndarray:
+    value = np.asarray(value)
+    if value.dtype == dtype:
+        return value
+    with np.errstate(over="ignore"):
+        result = value.astype(dtype)
+    if np.isfinite(value).sum() != np.isfinite(result).sum():
+        raise ConversionError(f"Some of the values are beyond the range of {np.dtype(dtype)}, which parameters have here.")
+    change = f"{value.dtype} and are {np.dtype(dtype)} now"
+    changes[change] = changes.get(change, 0) + 1
+    return result

@@ -1,0 +1,64 @@
+"""Which network a checkpoint is of."""
+
+import jax
+import numpy as np
+import pytest
+
+from scconv_jax import create_model, list_models
+from scconv_jax.convert import shapes
+from scconv_jax.recognise import _traced, head, recognise, template
+
+
+def entries_of(name, **options):
+    """Names and shapes of a checkpoint, at no cost."""
+    found = shapes(template(create_model(name, **options)))
+    return {key: np.broadcast_to(np.float32(0), shape) for key, shape in found.items()}
+
+
+@pytest.mark.parametrize("name", ["scnet50_v1d", "scconv_resnet56_small", "resnext29_small", "ghost_resnet50", "wrn28_10_small"])
+def test_the_short_way_to_shapes_gives_the_shapes(name):
+    model = create_model(name, num_classes=7)
+    assert jax.tree.structure(template(model)) == jax.tree.structure(_traced(model))
+    assert jax.tree.leaves(template(model)) == jax.tree.leaves(_traced(model))
+
+
+SLOW = [name for name in list_models() if "densenet" in name or "ghostnet" in name]  # they are looked at last, and trace slowly
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in list_models()])
+def test_every_network_is_recognised(name):
+    found = recognise(entries_of(name, num_classes=7))
+    assert found is not None
+    assert found.model == name
+    assert found.options["num_classes"] == 7
+
+
+@pytest.mark.parametrize(("alpha", "variant"), [(0.75, "2023-10"), (0.5, "2023-07"), (0.5, "2023-09")])
+def test_options_of_scconv_show(alpha, variant):
+    found = recognise(entries_of("scconv_resnet20_small", alpha=alpha, variant=variant))
+    assert found == ("scconv_resnet20_small", {"alpha": alpha, "variant": variant, "num_classes": 10})
+
+
+def test_without_its_head():
+    entries = {name: value for name, value in entries_of("scnet20_small").items() if not name.startswith("fc.")}
+    assert recognise(entries) == ("scnet20_small", {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries: entries.pop("layer3.1.bn3.bias"),
+        lambda entries: entries.update({"layer1.0.conv3.weight": np.zeros((64, 8, 1, 1))}),
+        lambda entries: entries.update({"layer1.2.conv3.weight": np.zeros((64, 16, 1, 1))}),
+        lambda entries: entries.update({"encoder.weight": np.zeros((4, 4, 1, 1))}),
+    ],
+)
+def test_what_differs_in_one_entry_is_not_recognised(change):
+    entries = entries_of("scnet20_small")
+    change(entries)
+    assert recognise(entries) is None
+
+
+def test_heads():
+    assert {head(template(create_model(name))) for name in ("scnet20_small", "ghostnet_100")} == {"fc", "classifier"}
+    assert head({"params": {"kernel": np.zeros((3, 3, 2, 2))}}) is None
