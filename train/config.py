@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import runpy
+import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -150,6 +151,40 @@ class Optim(Group):
         for name in ("lr_reference_batch", "weight_decay", "clip_norm", "warmup_epochs", "drop_factor"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
         self._require(list(self.drop_epochs) == sorted(set(self.drop_epochs)), "drop_epochs", "in rising order")
+
+
+@dataclass(frozen=True)
+class Hosts(Group):
+    """The processes that train one network together, one per host: no part of the experiment, and not kept with it.
+
+    With nothing given they find each other under SLURM, Open MPI and Kubernetes and on Cloud TPU; elsewhere there is one.
+    """
+
+    count: int | None = None
+    """Processes, one per host."""
+    index: int | None = None
+    """Which of them this is, from 0; process 0 writes all files."""
+    address: str | None = None
+    """HOST:PORT of process 0, as the others reach it; it takes the next port too."""
+    timeout: float = 300.0
+    """Seconds to wait for the others to come."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {name: getattr(self, name) for name in ("count", "index", "address")}
+        missing = [name for name, value in given.items() if value is None]
+        if 0 < len(missing) < 3:
+            raise ConfigError(
+                f"Hosts.{missing[0]} is missing: count, index and address go together; found "
+                + ", ".join(f"{name}={value!r}" for name, value in given.items())
+            )
+        self._require(self.timeout > 0, "timeout", "above 0 (seconds)")
+        if self.count is None or self.index is None or self.address is None:
+            return
+        self._require(self.count >= 1, "count", "at least 1")
+        self._require(0 <= self.index < self.count, "index", f"0 to {self.count - 1}")
+        host, _, port = self.address.rpartition(":")
+        self._require(bool(host) and port.isdecimal() and 0 < int(port) < 65535, "address", "HOST:PORT, port 1 to 65534")
 
 
 @dataclass(frozen=True)
@@ -297,6 +332,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return value in arguments
+    if origin is types.UnionType:
+        return any(_fits(value, argument) for argument in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if annotation is float:
@@ -311,9 +348,10 @@ def _describe(annotation: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
     if typing.get_origin(annotation) is tuple:
         return f"a tuple of {typing.get_args(annotation)[0].__name__}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(
-        annotation, f"a {annotation.__name__}(...)"
-    )
+    if typing.get_origin(annotation) is types.UnionType:
+        return " or ".join(map(_describe, typing.get_args(annotation)))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", types.NoneType: "None"}
+    return names.get(annotation, f"a {annotation.__name__}(...)")
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:

@@ -13,6 +13,7 @@ from train.config import (
     Config,
     ConfigError,
     Data,
+    Hosts,
     Model,
     Optim,
     differences,
@@ -44,6 +45,14 @@ from train.config import (
         (lambda: Data(batch_size=6.5), "Data.batch_size must be a whole number, found 6.5"),
         (lambda: Data(flip=1), "Data.flip must be True or False, found 1"),
         (lambda: Model(name=3), "Model.name must be text, found 3"),
+        (lambda: Hosts(count=2.5), "Hosts.count must be a whole number or None, found 2.5"),
+        (
+            lambda: Hosts(count=2, index=1),
+            "Hosts.address is missing: count, index and address go together; found count=2, index=1",
+        ),
+        (lambda: Hosts(count=2, index=2, address="a:1"), "Hosts.index must be 0 to 1, found 2"),
+        (lambda: Hosts(count=2, index=0, address="a"), "Hosts.address must be HOST:PORT, port 1 to 65534, found 'a'"),
+        (lambda: Hosts(timeout=0), "Hosts.timeout must be above 0 (seconds), found 0"),
         (lambda: Config(model="scnet50"), "Config.model must be a Model(...), found 'scnet50'"),
         (lambda: Config(epochs=0), "Config.epochs must be at least 1, found 0"),
         (lambda: Config(epochs=2, optim=Optim(warmup_epochs=2)), "Config.epochs must be more than Optim.warmup_epochs, found 2"),
@@ -76,7 +85,7 @@ def test_every_field_says_what_it_is():
     tree = ast.parse(Path(config_module.__file__).read_text())
     groups = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = typing.get_type_hints(Config)
-    for group in (Config, *(part for part in parts.values() if dataclasses.is_dataclass(part))):
+    for group in (Config, Hosts, *(part for part in parts.values() if dataclasses.is_dataclass(part))):
         body = groups[group.__name__].body
         for name in [field.name for field in dataclasses.fields(group) if not dataclasses.is_dataclass(parts.get(field.name))]:
             at = next(i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign) and node.target.id == name)
