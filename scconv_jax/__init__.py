@@ -17,6 +17,7 @@ from scconv_jax.models import create_model, list_models
 from scconv_jax.pretrained import load_model, load_weights
 from scconv_jax.reconstruction import CRU, SRU, ScConv
 from scconv_jax.self_calibrated import SelfCalibratedConv, SelfCalibration
+from scconv_jax.summary import multiply_adds
 from scconv_jax.weights import WeightsError, load, save
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "load_model",
     "load_weights",
+    "multiply_adds",
     "save",
     "to_torch",
 ]

@@ -188,6 +188,25 @@ class Hosts(Group):
 
 
 @dataclass(frozen=True)
+class Log(Group):
+    """Where metrics go beside `metrics.jsonl`, and a look inside the steps."""
+
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the workdir too."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases too; with WANDB_MODE=offline, keep them in the workdir."""
+    wandb_project: str = "scconv_jax"
+    """Project there."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of which to record what the device does, into the workdir; the first of all compiles."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps = self.profile_steps
+        self._require(not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]), "profile_steps", "two steps in rising order")
+
+
+@dataclass(frozen=True)
 class Config(Group):
     """One experiment."""
 
@@ -205,6 +224,7 @@ class Config(Group):
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
+    log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,6 @@
 """Training and evaluation, from top to bottom."""
 
+import dataclasses
 import functools
 import signal
 import time
@@ -23,8 +24,14 @@ from train.data import Dataset, load_dataset
 from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
 from train.parallel import Parallel, make_parallel, run_once
+from train.speed import Profiler, peak_multiply_adds, training_multiply_adds
 from train.step import AXIS, TrainState, eval_step, init_state, train_step
+from train.trackers import check_trackers, open_trackers
 from train.workdir import open_workdir, save_config
+
+SLOW_INPUT_WARNING = (
+    "warning: the devices wait for data (waiting_for_data in metrics.jsonl); more --data.threads or a faster disk may help"
+)
 
 
 def train(config: Config, workdir: Path) -> int:
@@ -41,6 +48,7 @@ def train(config: Config, workdir: Path) -> int:
     job = prepare(config)
     batch_size = config.data.batch_size
     plan = make_plan(config, len(job.dataset.train), jax.local_device_count())
+    check_trackers(config.log)
     open_workdir(workdir)
 
     schedule = make_schedule(config.optim, plan)
@@ -67,8 +75,9 @@ def train(config: Config, workdir: Path) -> int:
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Signals() as signals:
         resumes = checkpoints.latest() is not None
         state = checkpoints.restore(like=jax.eval_shape(first_state)) if resumes else run_once(first_state)
-        save_config(workdir, config)
         first_step = step = int(state.step)
+        trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
+        save_config(workdir, config)
         print(
             f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
             f"{config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images. Writing to {workdir}"
@@ -79,13 +88,23 @@ def train(config: Config, workdir: Path) -> int:
         batches = train_batches(job.dataset.train, batch_size, seed=config.seed, first_step=step, threads=config.data.threads)
         with (
             Staged(batches, job.parallel.put_batch) as staged,
-            Metrics(workdir / "metrics.jsonl", first_step) as metrics,
+            Metrics(workdir / "metrics.jsonl", first_step, trackers) as metrics,
+            Profiler(config.log.profile_steps, workdir / "profile") as profiler,
             Progress(plan.total_steps, first_step, batch_size) as progress,
         ):
-            window, train_metrics = Window(batch_size), {}
+            window = Window(
+                batch_size,
+                waited=lambda: staged.waited,
+                multiply_adds=training_multiply_adds(job.model, job.dataset.image_shape),
+                peak=peak_multiply_adds(jax.local_devices()),
+            )
+            train_metrics = {}
             while step < plan.total_steps and not signals.received:
+                profiler.before(step + 1)
                 state, values = next_state(state, next(staged))
                 step += 1
+                if profiler.after(step, values):
+                    progress.say("profile of steps {} to {}".format(*config.log.profile_steps) + f" in {workdir / 'profile'}")
                 window.add(step, values)
                 if step == first_step + 1:
                     jax.block_until_ready(values)  # until here it compiled
@@ -97,12 +116,14 @@ def train(config: Config, workdir: Path) -> int:
                 if step % config.log_every == 0 or position == 0 or signals.received:
                     train_metrics = window.close()
                     lr = np.asarray(schedule(step - 1)).item()
-                    metrics.write(step=step, epoch=round(step / plan.steps_per_epoch, 3), lr=lr, **train_metrics)
+                    metrics.write(step, epoch=round(step / plan.steps_per_epoch, 3), lr=lr, **train_metrics)
+                    if window.slow_input:
+                        progress.say(SLOW_INPUT_WARNING, once=True)
                 if position == 0:  # an epoch is done
                     test_metrics = test(state)
                     if not np.isfinite(test_metrics["eval/loss"]):
                         raise FloatingPointError(f"the test loss is {test_metrics['eval/loss']} at step {step}")
-                    metrics.write(step=step, epoch=epoch, **test_metrics)
+                    metrics.write(step, epoch=epoch, **test_metrics)
                     checkpoints.save(state, test_metrics)
                     progress.say(epoch_line(epoch, config.epochs, train_metrics | test_metrics))
                     window.restart_clock()

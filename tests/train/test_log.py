@@ -1,5 +1,8 @@
 import json
+import time
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from PIL import Image
@@ -10,15 +13,15 @@ from train.log import Metrics, Progress, Window, best_line, draw_curves, read_me
 def test_metrics_are_one_json_object_per_line_written_at_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with Metrics(path) as metrics:
-        metrics.write(step=1, epoch=0.5, **{"train/loss": 2.25})
+        metrics.write(1, epoch=0.5, **{"train/loss": 2.25})
         assert json.loads(path.read_text()) == {"step": 1, "epoch": 0.5, "train/loss": 2.25}
-        metrics.write(step=2, epoch=1)
+        metrics.write(2, epoch=1)
     assert read_metrics(path) == [{"step": 1, "epoch": 0.5, "train/loss": 2.25}, {"step": 2, "epoch": 1}]
 
 
 def test_metrics_refuse_what_is_not_json(tmp_path):
     with Metrics(tmp_path / "metrics.jsonl") as metrics, pytest.raises(ValueError, match="JSON"):
-        metrics.write(step=1, epoch=1, **{"train/loss": float("nan")})
+        metrics.write(1, epoch=1, **{"train/loss": float("nan")})
 
 
 def test_a_resumed_run_drops_what_it_does_again(tmp_path):
@@ -26,10 +29,10 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}, "epoch": {step}}}\n' for step in (2, 4, 4, 6)) + '{"step": 8, "ep')
     with Metrics(path, first_step=4) as metrics:
-        metrics.write(step=5, epoch=5)
+        metrics.write(5, epoch=5)
     assert [line["step"] for line in read_metrics(path)] == [2, 4, 4, 5]
     with Metrics(path) as metrics:
-        metrics.write(step=1, epoch=1)
+        metrics.write(1, epoch=1)
     assert [line["step"] for line in read_metrics(path)] == [1]
 
 
@@ -43,6 +46,7 @@ def test_a_window_gives_means_and_begins_anew():
     window.add(2, values(2.0, 0.75))
     first = window.close()
     assert first.pop("images_per_second") > 0
+    assert first.pop("waiting_for_data") == 0
     assert first == {"train/loss": 1.5, "train/top1": 0.5}
     window.add(3, values(4.0))
     assert window.close()["train/loss"] == 4.0
@@ -53,6 +57,33 @@ def test_a_window_without_time_has_no_speed():
     window.add(1, values(1.0))
     window.restart_clock()
     assert "images_per_second" not in window.close()
+
+
+def test_speed_waiting_and_cost(monkeypatch):
+    """Two steps of 8 images in 4 s, 1 s of which passed waiting, at 1e9 multiply-adds an image and a peak of 1e10."""
+    clock, waited = SimpleNamespace(now=100.0), SimpleNamespace(total=7.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    window = Window(batch_size=8, waited=lambda: waited.total, multiply_adds=10**9, peak=1e10)
+    for seconds, waits, slow in ((4.0, 1.0, True), (4.0, 0.3, False), (0.5, 0.5, False)):
+        window.add(1, values(1.0))
+        window.add(2, values(1.0))
+        clock.now += seconds
+        waited.total += waits
+        found = window.close()
+        assert found["images_per_second"] == 16 / seconds
+        assert found["waiting_for_data"] == pytest.approx(waits / seconds)
+        assert found["multiply_adds_per_second"] == 16e9 / seconds
+        assert found["peak_share"] == 1.6 / seconds
+        assert window.slow_input == slow
+
+
+def test_the_host_runs_no_more_than_two_steps_ahead(monkeypatch):
+    awaited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda step: awaited.append(step[0]))
+    window = Window(batch_size=8)
+    for step in range(1, 6):
+        window.add(step, values(1.0))
+        assert awaited == list(range(1, step - 1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -73,6 +104,14 @@ def test_no_bar_where_there_is_no_terminal(capsys):
     assert captured.err == ""
 
 
+def test_a_warning_is_said_once(capsys):
+    with Progress(total_steps=4, first_step=0, batch_size=2) as progress:
+        for _ in range(2):
+            progress.say("warning: slow", once=True)
+            progress.say("again")
+    assert capsys.readouterr().out == "warning: slow\nagain\nagain\n"
+
+
 def test_the_best_is_the_latest_of_equals():
     tested = [{"epoch": epoch, "eval/top1": top1} for epoch, top1 in enumerate((0.1, 0.9, 0.9, 0.3))]
     assert best_line(tested)["epoch"] == 2
@@ -82,8 +121,8 @@ def test_the_best_is_the_latest_of_equals():
 def test_curves_are_a_picture(tmp_path, epochs):
     with Metrics(tmp_path / "metrics.jsonl") as metrics:
         for epoch in range(1, epochs + 1):
-            metrics.write(step=epoch, epoch=epoch - 0.5, **{"train/loss": 1 / epoch, "train/top1": 0.5})
-            metrics.write(step=epoch, epoch=epoch, **{"eval/loss": 2 / epoch, "eval/top1": 0.9})
+            metrics.write(epoch, epoch=epoch - 0.5, **{"train/loss": 1 / epoch, "train/top1": 0.5})
+            metrics.write(epoch, epoch=epoch, **{"eval/loss": 2 / epoch, "eval/top1": 0.9})
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", title="scnet20_small on digits")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > 1000

@@ -96,6 +96,15 @@ def test_a_run_leaves_what_it_promises(small, capsys):
     assert out.count("\nepoch ") == 3
 
 
+def test_a_run_that_is_watched(small, capsys):
+    assert main(["--config", small, "--epochs", "1", "--log.tensorboard", "--log.profile-steps", "2", "3"]) == 0
+    assert len(list(Path("runs/small/tensorboard").iterdir())) == 1
+    assert list(Path("runs/small/profile").rglob("*.xplane.pb"))
+    assert "profile of steps 2 to 3 in runs/small/profile" in capsys.readouterr().out
+    line = read_metrics(Path("runs/small/metrics.jsonl"))[0]
+    assert {"waiting_for_data", "multiply_adds_per_second", "train/top5"} <= line.keys()
+
+
 def test_evaluate_repeats_the_last_result_and_writes_nothing(small, capsys):
     main(["--config", small])
     last = read_metrics(Path("runs/small/metrics.jsonl"))[-1]
