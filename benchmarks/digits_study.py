@@ -71,8 +71,9 @@ def study(operator: str, seeds: int) -> dict[str, Any]:
 
     from configs.digits import config
     from train.augment import make_augment, normalize
+    from train.batches import eval_batches, train_batches
     from train.config import Data, make_plan
-    from train.data import eval_batches, load_dataset, train_batches
+    from train.data import load_dataset
     from train.optim import make_optimizer, make_schedule
     from train.step import AXIS, eval_step, init_state, train_step
 

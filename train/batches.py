@@ -27,6 +27,25 @@ class UnreadableImageError(Exception):
     """An image that cannot be decoded. The source that raises it has counted it."""
 
 
+class Records(Protocol):
+    """Encoded images at random access."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each label."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The bytes of an image file, and its label."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a person finds the image by."""
+        ...
+
+
 class Source(Protocol):
     """Images at random access."""
 

@@ -66,10 +66,26 @@ class Model(Group):
 class Data(Group):
     """Images, and what is done to them."""
 
-    name: Literal["digits", "synthetic"] = "digits"
-    """Data set."""
+    name: Literal["digits", "synthetic", "folder"] = "digits"
+    """Data set; folder: image files in dir/train/CLASS and dir/val/CLASS."""
+    dir: str = ""
+    """Folder of the images."""
     image_size: int = 32
     """Height and width in pixels."""
+    resize: int = 0
+    """Pixels to which the shorter side of a test image file is resized before the central crop. 0: 256 for 224, in proportion."""
+    crop_scale: tuple[float, ...] = (0.08, 1.0)
+    """Least and greatest share of the area of an image file that the random crop of a training image takes."""
+    crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    """Least and greatest width over height of that crop."""
+    exif: bool = False
+    """Turn image files the way their EXIF orientation says. PyTorch's ImageFolder does not, nor did who published accuracies."""
+    max_bad_images: int = 10
+    """Image files that may be unreadable; they are named and skipped. One more is an error."""
+    mean: tuple[float, ...] = ()
+    """Subtracted from each channel, as shares of 255. Empty: ImageNet's for image files, else that of the training images."""
+    std: tuple[float, ...] = ()
+    """Divides each channel, as shares of 255. Empty: as mean."""
     batch_size: int = 64
     """Images per step, all devices together."""
     crop_padding: int = 0
@@ -90,8 +106,18 @@ class Data(Group):
         for name in ("image_size", "batch_size", "synthetic_train", "synthetic_test"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.synthetic_classes >= 2, "synthetic_classes", "at least 2")
-        for name in ("crop_padding", "threads"):
+        for name in ("crop_padding", "threads", "max_bad_images"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._require(self.resize == 0 or self.resize >= self.image_size, "resize", f"0 or at least image_size {self.image_size}")
+        for name, highest in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+            pair = getattr(self, name)
+            rising = len(pair) == 2 and 0 < pair[0] <= pair[1] <= highest
+            self._require(
+                rising, name, "two numbers above 0, the second not less than the first" + ", at most 1" * (highest == 1)
+            )
+        for name in ("mean", "std"):
+            self._require(len(getattr(self, name)) in (0, 3), name, "three numbers, for red, green and blue")
+        self._require(all(value > 0 for value in self.std), "std", "above 0")
 
 
 @dataclass(frozen=True)

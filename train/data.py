@@ -1,12 +1,15 @@
 """Where images come from: the data sets by name, each a training and a test source and the numbers that go with them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from train.batches import Source
+from train.batches import Records, Source
 from train.config import Data
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What networks trained on ImageNet expect; for images of all kinds a fair choice."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,17 @@ class Dataset:
 
     train: Source
     test: Source
-    num_classes: int
-    mean: tuple[float, float, float]
-    """Of the training pixels, per channel, as shares of 255."""
-    std: tuple[float, float, float]
+    classes: tuple[str, ...]
+    """Name of each label."""
+    mean: tuple[float, ...]
+    """Subtracted from each channel of the pixels, as shares of 255."""
+    std: tuple[float, ...]
+    """Divides each channel, as shares of 255."""
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are below it."""
+        return len(self.classes)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -48,8 +58,14 @@ class Dataset:
 
 
 def load_dataset(data: Data) -> Dataset:
-    """The data set that the config names."""
-    return DATASETS[data.name](data)
+    """The data set that the config names.
+
+    Raises:
+        ConfigError: it is not there, or not what it should be.
+        ModuleNotFoundError: a package that it needs is missing; says which extra has it.
+    """
+    dataset = DATASETS[data.name](data)
+    return replace(dataset, mean=data.mean or dataset.mean, std=data.std or dataset.std)
 
 
 def load_digits(data: Data) -> Dataset:
@@ -87,7 +103,14 @@ def load_synthetic(data: Data) -> Dataset:
     return _from_arrays(make(data.synthetic_train), make(data.synthetic_test), data.synthetic_classes)
 
 
-DATASETS: dict[str, Callable[[Data], Dataset]] = {"digits": load_digits, "synthetic": load_synthetic}
+def load_folder(data: Data) -> Dataset:
+    """The image files in `data.dir`: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
+    from train.folder import open_folder
+
+    return _from_files(data, *open_folder(data.dir))
+
+
+DATASETS: dict[str, Callable[[Data], Dataset]] = {"digits": load_digits, "synthetic": load_synthetic, "folder": load_folder}
 
 
 def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
@@ -102,4 +125,16 @@ def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
 
 def _from_arrays(train: ArraySource, test: ArraySource, num_classes: int) -> Dataset:
     pixels = train.images.reshape(-1, 3) / 255
-    return Dataset(train, test, num_classes, mean=tuple(pixels.mean(0).tolist()), std=tuple(pixels.std(0).tolist()))
+    classes = tuple(map(str, range(num_classes)))
+    return Dataset(train, test, classes, mean=tuple(pixels.mean(0).tolist()), std=tuple(pixels.std(0).tolist()))
+
+
+def _from_files(data: Data, train: Records, test: Records) -> Dataset:
+    try:
+        from train.records import make_sources
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"image files need {error.name or error}, which is not installed: pip install 'scconv-jax[train]'"
+        ) from error
+    train_source, test_source = make_sources(data, train, test)
+    return Dataset(train_source, test_source, train.classes, IMAGENET_MEAN, IMAGENET_STD)

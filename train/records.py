@@ -1,0 +1,88 @@
+"""Image files as sources: read at random access, decoded as training or evaluation asks, the unreadable ones counted."""
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from train.batches import Records, UnreadableImageError
+from train.config import ConfigError, Data
+from train.images import center_crop, random_resized_crop
+
+
+class Unreadable:
+    """Names each image that cannot be read, once, and ends the run at the first over the limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.names: list[str] = []
+        self._lock = threading.Lock()
+
+    def note(self, name: str, error: Exception) -> None:
+        """Count an image.
+
+        Raises:
+            ConfigError: there are more than the limit.
+        """
+        with self._lock:
+            if name in self.names:
+                return
+            self.names.append(name)
+            count = len(self.names)
+        if count <= self.limit:
+            tqdm.write(f"skipped unreadable image {name}: {error} ({count} of at most {self.limit})", file=sys.stderr)
+            return
+        shown = ", ".join(self.names[:10]) + (f" and {count - 10} more" if count > 10 else "")
+        raise ConfigError(
+            f"more than data.max_bad_images {self.limit} images cannot be read: {shown} ({error}). "
+            "Mend or remove them, or allow more (--data.max-bad-images)"
+        )
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """A `train.batches.Source` of encoded images."""
+
+    records: Records
+    pixels: Callable[[bytes, tuple[int, ...]], np.ndarray]
+    """(file, key) → uint8 (h, w, 3)."""
+    image_shape: tuple[int, int, int]
+    unreadable: Unreadable
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load(self, index: int, key: tuple[int, ...]) -> tuple[np.ndarray, int]:
+        """The image, cropped at random by `key` or centrally, and its label.
+
+        Raises:
+            UnreadableImageError: it cannot be read; noted.
+            ConfigError: more than the allowed number cannot be read.
+        """
+        try:
+            data, label = self.records.read(index)
+            return self.pixels(data, key), label
+        except (OSError, UnreadableImageError) as error:
+            self.unreadable.note(self.records.name(index), error)
+            raise UnreadableImageError(str(error)) from error
+
+
+def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSource, EncodedSource]:
+    """Training and test images of `data.image_size`, cropped as the config says."""
+    size, exif = data.image_size, data.exif
+    resize = data.resize or round(size * 256 / 224)
+    unreadable = Unreadable(data.max_bad_images)
+
+    def train_pixels(image: bytes, key: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng(key)
+        return random_resized_crop(image, size, rng, scale=data.crop_scale, ratio=data.crop_ratio, exif=exif)
+
+    def test_pixels(image: bytes, key: tuple[int, ...]) -> np.ndarray:
+        del key
+        return center_crop(image, size, resize, exif=exif)
+
+    shape = (size, size, 3)
+    return EncodedSource(train, train_pixels, shape, unreadable), EncodedSource(test, test_pixels, shape, unreadable)
