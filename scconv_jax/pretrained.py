@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ def load_weights(
         WeightsError: the file cannot be read or fetched.
         ConversionError: any other difference between file and template; the message lists all.
     """
-    filled = fill(open_entries(source, rename=rename), template, ignore=ignore)
+    filled = fill(open_entries(source, rename=rename, ignore=ignore), template)
     return filled.variables, filled.notes
 
 
@@ -95,6 +96,7 @@ class Entries(NamedTuple):
     arrays: dict[str, np.ndarray]
     naming: naming.Naming
     source: Source
+    ignore: tuple[str, ...]  # patterns of entries to pass over: the naming's and the user's
 
 
 class Filled(NamedTuple):
@@ -105,7 +107,9 @@ class Filled(NamedTuple):
     notes: list[str]
 
 
-def open_entries(source: str | os.PathLike[str], *, convention: str | None = None, rename: Sequence[Rename] = ()) -> Entries:
+def open_entries(
+    source: str | os.PathLike[str], *, convention: str | None = None, rename: Sequence[Rename] = (), ignore: Sequence[str] = ()
+) -> Entries:
     """Read a source, fetched first if it is a name or an address; `convention` forces the naming."""
     path = Path(source)
     if re.match(r"\w+://", str(source)) or (str(source) in PUBLISHED and not path.exists()):
@@ -116,7 +120,7 @@ def open_entries(source: str | os.PathLike[str], *, convention: str | None = Non
     else:
         arrays = normalised(read_source.tensors)
         named = naming.recognise(arrays) if convention is None else naming.naming(convention)
-    return Entries(normalised(arrays, (*named.rename, *rename)), named, read_source)
+    return Entries(normalised(arrays, (*named.rename, *rename)), named, read_source, (*named.ignore, *ignore))
 
 
 def choose(found: Entries, model: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -142,10 +146,10 @@ def choose(found: Entries, model: str | None, options: Mapping[str, Any]) -> tup
     return recognised.model, {**recognised.options, **options}
 
 
-def fill_model(found: Entries, name: str, model: nn.Module, ignore: Sequence[str] = ()) -> Filled:
+def fill_model(found: Entries, name: str, model: nn.Module) -> Filled:
     """Fill the variables of a network called `name`; if another network is what fits, say which."""
     try:
-        return fill(found, template(model), ignore=ignore)
+        return fill(found, template(model))
     except ConversionError:
         other = recognise(_weights(found))
         if other is None or other.model == name:
@@ -156,11 +160,11 @@ def fill_model(found: Entries, name: str, model: nn.Module, ignore: Sequence[str
         ) from None
 
 
-def fill(found: Entries, template: Mapping[str, Any], *, ignore: Sequence[str] = ()) -> Filled:
+def fill(found: Entries, template: Mapping[str, Any]) -> Filled:
     """Do what `load_weights` does with a source that was read."""
     _check_dtypes(found.arrays)
     notes = [found.naming.caution] if found.naming.caution else []
-    ignore = [*found.naming.ignore, *ignore]
+    ignore = list(found.ignore)
     if name := head(template):
         kernel = template["params"][name]["kernel"]
         difference = _head_difference(found.arrays, name, kernel.shape[::-1])
@@ -179,9 +183,8 @@ def fill(found: Entries, template: Mapping[str, Any], *, ignore: Sequence[str] =
 
 
 def _weights(found: Entries) -> dict[str, np.ndarray]:
-    """The entries but those of another task."""
-    patterns = [re.compile(pattern.replace(".", r"\.").replace("*", ".*")) for pattern in found.naming.ignore]
-    return {name: value for name, value in found.arrays.items() if not any(p.fullmatch(name) for p in patterns)}
+    """The entries but those to be passed over."""
+    return {name: value for name, value in found.arrays.items() if not any(fnmatchcase(name, p) for p in found.ignore)}
 
 
 def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> str:

@@ -6,8 +6,10 @@ so far is looked at whole, and the blocks of a stage after its first, being alik
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from scconv_jax.convert import shapes
+from scconv_jax.convert import IGNORED, ConversionError, shapes
 from scconv_jax.models import MODELS, create_model, options_of
 from scconv_jax.naming import scconv_options
 from scconv_jax.resnet import ResNet
@@ -47,6 +49,45 @@ def head(template: Mapping[str, Any]) -> str | None:
     modules = {name: leaves for name, leaves in template["params"].items() if isinstance(leaves, Mapping)}
     dense = [name for name, leaves in modules.items() if len(getattr(leaves.get("kernel"), "shape", ())) == 2]
     return dense[0] if len(dense) == 1 else None
+
+
+def kinds(entries: Mapping[str, Any], ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the variables' shapes of a Flax network that has modules of the checkpoint's names, whatever it computes.
+
+    Args:
+        entries: name to array, or to what has its shape.
+        ignore: patterns of names to leave out.
+
+    Returns:
+        A template: kernels of 2-D and 4-D weights, scales of vectors called weight, biases, γ and β, running statistics.
+
+    Raises:
+        ConversionError: for an entry of another kind.
+    """
+    tree: dict[str, Any] = {"params": {}}
+    for name, value in entries.items():
+        if any(fnmatchcase(name, pattern) for pattern in (*IGNORED, *ignore)):
+            continue
+        *modules, kind = name.split(".")
+        shape = tuple(value.shape)
+        if kind == "weight" and len(shape) in (2, 4):
+            leaf, shape = "kernel", (*shape[2:], shape[1], shape[0])
+        else:
+            vector = bool(shape) and math.prod(shape) == shape[0]
+            leaf = _LEAVES.get(kind, "") if vector else ""
+        if not leaf:
+            raise ConversionError(
+                f"Entry {name} of shape {shape} is of no kind that can be converted without a network: there are 2-D and 4-D "
+                "weights, and vectors called weight, bias, gamma, beta, running_mean, running_var. Pass over it by --ignore."
+            )
+        node = tree.setdefault("batch_stats" if kind.startswith("running") else "params", {})
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return tree
+
+
+_LEAVES = {"weight": "scale", "bias": "bias", "gamma": "gamma", "beta": "beta", "running_mean": "mean", "running_var": "var"}
 
 
 def options_shown(name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
