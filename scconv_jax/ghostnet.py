@@ -3,12 +3,14 @@
 Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Table 1. Reference
 implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch), whose parameter names these are.
 
-Differences: none in GhostNet. In the residual networks every convolution of the blocks, but not stem and shortcuts, is a ghost
-convolution without norm or ReLU of its own, since the block's follow.
+Differences: none in `ghostnet_100`. pytorchcv (https://github.com/osmr/imgclsmob) has another network under that name, with a
+checkpoint of its own: `ghostnet_100_pytorchcv`; `Version` says what differs. In the residual networks every convolution of the
+blocks, but not stem and shortcuts, is a ghost convolution without norm or ReLU of its own, since the block's follow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +39,25 @@ class Row(NamedTuple):
     strides: int
 
 
+class Version(NamedTuple):
+    """What implementations of GhostNet differ in."""
+
+    hidden: Callable[[int], int]  # width of a rescaling's hidden layer, of the block's channels
+    gate: Callable[[jax.Array], jax.Array]  # of a rescaling
+    shortcut_size: int | None  # kernel of the shortcut's depthwise convolution; None: that of the block
+    shortcut_relu: bool  # whether a ReLU follows it
+    head_norm: bool  # whether the head's first layer has a norm, and no bias
+
+
+def _divisible(value: float, divisor: int) -> int:
+    """Round to a multiple of `divisor`, but not down by more than a tenth."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+REFERENCE = Version(lambda channels: _divisible(channels / 4, 4), nn.hard_sigmoid, None, False, False)
+PYTORCHCV = Version(lambda channels: channels // 4, lambda x: jnp.clip(x, 0.0, 1.0), 3, True, True)
+
 # Grouped as the reference's blocks are numbered: a new number where the map is halved, and once after.
 GHOSTNET = (
     (Row(3, 16, 16, False, 1),),
@@ -62,11 +83,13 @@ class GhostBottleneck(nn.Module):
 
     Attributes:
         row: kernel size, channels, strides and rescaling.
+        version: of the network.
         norm: factory of the norms.
         dtype: of the computation.
     """
 
     row: Row
+    version: Version
     norm: Factory
     dtype: Dtype
 
@@ -82,12 +105,13 @@ class GhostBottleneck(nn.Module):
             y = _depthwise(expansion, size, strides, dtype=self.dtype, name="conv_dw")(y)
             y = norm(name="bn_dw")(y, train=train)
         if se:
-            hidden = _divisible(expansion / 4, 4)
-            names = ("conv_reduce", "conv_expand")
-            y = SqueezeExcitation(hidden, gate=nn.hard_sigmoid, names=names, dtype=self.dtype, name="se")(y)
+            hidden, names = self.version.hidden(expansion), ("conv_reduce", "conv_expand")
+            y = SqueezeExcitation(hidden, gate=self.version.gate, names=names, dtype=self.dtype, name="se")(y)
         y = ghost(features, name="ghost2")(y, train=train)
         if strides > 1 or x.shape[-1] != features:
-            x = _Shortcut(features, size, strides, self.norm, self.dtype, name="shortcut")(x, train=train)
+            size = self.version.shortcut_size or size
+            relu = self.version.shortcut_relu
+            x = _Shortcut(features, size, strides, relu, self.norm, self.dtype, name="shortcut")(x, train=train)
         return y + x
 
 
@@ -96,11 +120,12 @@ def _depthwise(channels: int, size: int, strides: int, **options: Any) -> Conv:
 
 
 class _Shortcut(nn.Module):
-    """A depthwise and a 1×1 convolution, each with its norm."""
+    """A depthwise and a 1×1 convolution, each with its norm; between them perhaps a ReLU."""
 
     features: int
     kernel_size: int
     strides: int
+    relu: bool
     norm: Factory
     dtype: Dtype
 
@@ -108,7 +133,8 @@ class _Shortcut(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
         norm = partial(self.norm, dtype=self.dtype)
         x = _depthwise(x.shape[-1], self.kernel_size, self.strides, dtype=self.dtype, name="0")(x)
-        x = Conv(self.features, 1, dtype=self.dtype, name="2")(norm(name="1")(x, train=train))
+        x = norm(name="1")(x, train=train)
+        x = Conv(self.features, 1, dtype=self.dtype, name="2")(nn.relu(x) if self.relu else x)
         return norm(name="3")(x, train=train)
 
 
@@ -116,13 +142,14 @@ class _Blocks(nn.Module):
     """Blocks one after the other, numbered as in PyTorch's `Sequential`."""
 
     rows: tuple[Row, ...]
+    version: Version
     norm: Factory
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
         for i, row in enumerate(self.rows):
-            x = GhostBottleneck(row, self.norm, self.dtype, name=str(i))(x, train=train)
+            x = GhostBottleneck(row, self.version, self.norm, self.dtype, name=str(i))(x, train=train)
         return x
 
 
@@ -154,6 +181,7 @@ class _Last(nn.Module):
 class _Trunk(nn.Module):
     """All blocks; returns the map before each halving, and the last."""
 
+    version: Version
     norm: Factory
     dtype: Dtype
 
@@ -163,7 +191,7 @@ class _Trunk(nn.Module):
         for i, rows in enumerate(GHOSTNET):
             if rows[0].strides == 2:
                 maps[f"layer{len(maps) + 1}"] = x
-            x = _Blocks(rows, self.norm, self.dtype, name=str(i))(x, train=train)
+            x = _Blocks(rows, self.version, self.norm, self.dtype, name=str(i))(x, train=train)
         x = _Last(GHOSTNET[-1][-1].expansion, self.norm, self.dtype, name=str(len(GHOSTNET)))(x, train=train)
         return maps | {f"layer{len(maps) + 1}": x}
 
@@ -173,6 +201,7 @@ class GhostNet(nn.Module):
 
     Attributes:
         num_classes: length of the logits.
+        version: `REFERENCE` or `PYTORCHCV`.
         dtype: of the computation; logits are float32 at least.
         axis_name: mapped axis over which BatchNorm takes its statistics; where not given, each device takes its own.
 
@@ -181,6 +210,7 @@ class GhostNet(nn.Module):
     """
 
     num_classes: int = 1000
+    version: Version = REFERENCE
     dtype: Dtype = jnp.float32
     axis_name: str | tuple[str, ...] | None = None
 
@@ -189,8 +219,9 @@ class GhostNet(nn.Module):
         norm = partial(BatchNorm, axis_name=self.axis_name)
         self.conv_stem = Conv(16, 3, strides=2, padding=1, dtype=self.dtype)
         self.bn1 = norm(dtype=self.dtype)
-        self.blocks = _Trunk(norm, self.dtype)
-        self.conv_head = Conv(1280, 1, use_bias=True, dtype=self.dtype)
+        self.blocks = _Trunk(self.version, norm, self.dtype)
+        self.conv_head = Conv(1280, 1, use_bias=not self.version.head_norm, dtype=self.dtype)
+        self.bn_head = norm(dtype=self.dtype) if self.version.head_norm else None
         self.classifier = Dense(self.num_classes, dtype=self.dtype)
 
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
@@ -202,15 +233,10 @@ class GhostNet(nn.Module):
     def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
         """Return the logits."""
         last = self.features(images, train=train)["layer5"]
-        pooled = F.global_avg_pool(last)[:, None, None]
-        logits = self.classifier(nn.relu(self.conv_head(pooled))[:, 0, 0])
+        x = self.conv_head(F.global_avg_pool(last)[:, None, None])
+        x = x if self.bn_head is None else self.bn_head(x, train=train)
+        logits = self.classifier(nn.relu(x)[:, 0, 0])
         return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
-
-
-def _divisible(value: float, divisor: int) -> int:
-    """Round to a multiple of `divisor`, but not down by more than a tenth."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 _GHOST_BOTTLENECK = partial(Bottleneck, conv=GhostConv, pointwise=partial(GhostConv, kernel_size=1))
@@ -218,6 +244,7 @@ _GHOST_BASIC = partial(BasicBlock, conv=GhostConv, first=GhostConv)
 
 MODELS = {
     "ghostnet_100": GhostNet,
+    "ghostnet_100_pytorchcv": partial(GhostNet, version=PYTORCHCV),
     "ghost_resnet50": partial(ResNet, _GHOST_BOTTLENECK, (3, 4, 6, 3)),
     "ghost_resnet56_small": partial(ResNet, _GHOST_BASIC, (9, 9, 9), **NARROW),
 }

@@ -46,6 +46,7 @@ SIZES = {
     "ghost_resnet50": (15_320_680, None),
     "ghost_resnet56_small": (440_906, None),
     "ghostnet_100": (5_182_508, None),
+    "ghostnet_100_pytorchcv": (5_180_840, None),  # asserted in its own code
 }
 # The networks with the trunk of ResNet-50 and -101, and of its small sister: (size of images / size of map, channels).
 TRUNKS = {

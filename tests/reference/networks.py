@@ -142,39 +142,48 @@ class DenseNet(nn.Module):
 
 
 class GhostExcite(nn.Module):
-    """Squeeze and excitation with a piecewise linear gate, relu6(x + 3) / 6."""
+    """Squeeze and excitation with a piecewise linear gate: relu6(x + 3) / 6, in pytorchcv x between 0 and 1."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, pytorchcv: bool):
         super().__init__()
+        self.pytorchcv = pytorchcv
         quarter = max(4, (channels // 4 + 2) // 4 * 4)  # to the nearest multiple of 4 ...
         if quarter < 0.9 * channels / 4:  # ... that is not more than a tenth below
             quarter += 4
+        if pytorchcv:
+            quarter = channels // 4
         self.conv_reduce = nn.Conv2d(channels, quarter, 1)
         self.conv_expand = nn.Conv2d(quarter, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.conv_expand(self.conv_reduce(x.mean(dim=(2, 3), keepdim=True)).relu())
-        return x * T.relu6(gate + 3) / 6
+        return x * (gate.clamp(0, 1) if self.pytorchcv else T.relu6(gate + 3) / 6)
 
 
 class GhostBottleneck(nn.Module):
     """A ghost module up, a depthwise convolution where there is a stride, perhaps excitation, a ghost module down."""
 
-    def __init__(self, kernel_size: int, n_in: int, middle: int, n_out: int, *, excite: bool, stride: int):
+    def __init__(self, kernel_size: int, n_in: int, middle: int, n_out: int, *, excite: bool, stride: int, pytorchcv: bool):
         super().__init__()
 
-        def depthwise(channels: int) -> nn.Conv2d:
-            pad = kernel_size // 2
-            return nn.Conv2d(channels, channels, kernel_size, stride, padding=pad, groups=channels, bias=False)
+        def depthwise(channels: int, size: int = kernel_size) -> nn.Conv2d:
+            return nn.Conv2d(channels, channels, size, stride, padding=size // 2, groups=channels, bias=False)
 
         self.ghost1 = GhostConv(n_in, middle, norm=True, relu=True)
         self.conv_dw = depthwise(middle) if stride > 1 else None
         self.bn_dw = nn.BatchNorm2d(middle) if stride > 1 else None
-        self.se = GhostExcite(middle) if excite else None
+        self.se = GhostExcite(middle, pytorchcv) if excite else None
         self.ghost2 = GhostConv(middle, n_out, norm=True)
         self.shortcut = nn.Sequential()
         if stride > 1 or n_in != n_out:
-            self.shortcut = nn.Sequential(depthwise(n_in), nn.BatchNorm2d(n_in), conv(n_in, n_out, 1), nn.BatchNorm2d(n_out))
+            self.shortcut = nn.Sequential(
+                depthwise(n_in, 3 if pytorchcv else kernel_size),
+                nn.BatchNorm2d(n_in),
+                conv(n_in, n_out, 1),
+                nn.BatchNorm2d(n_out),
+            )
+            if pytorchcv:
+                self.shortcut[1].register_forward_hook(lambda _module, _inputs, y: y.relu())
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ghost1(x)
@@ -206,7 +215,7 @@ class GhostNet(nn.Module):
         ((5, 960, 160, False, 1), (5, 960, 160, True, 1)) * 2,
     )
 
-    def __init__(self, num_classes: int = 1000):
+    def __init__(self, num_classes: int = 1000, pytorchcv: bool = False):
         super().__init__()
         channels = 16
         self.conv_stem = conv(3, channels, 3, stride=2)
@@ -215,7 +224,8 @@ class GhostNet(nn.Module):
         for rows in self.STAGES:
             blocks = []
             for kernel_size, middle, n_out, excite, stride in rows:
-                blocks.append(GhostBottleneck(kernel_size, channels, middle, n_out, excite=excite, stride=stride))
+                options = {"excite": excite, "stride": stride, "pytorchcv": pytorchcv}
+                blocks.append(GhostBottleneck(kernel_size, channels, middle, n_out, **options))
                 channels = n_out
             stages.append(nn.Sequential(*blocks))
         last = nn.Sequential()
@@ -223,12 +233,13 @@ class GhostNet(nn.Module):
         last.add_module("bn1", nn.BatchNorm2d(960))
         last.add_module("act1", nn.ReLU())
         self.blocks = nn.Sequential(*stages, nn.Sequential(last))
-        self.conv_head = nn.Conv2d(960, 1280, 1)
+        self.conv_head = nn.Conv2d(960, 1280, 1, bias=not pytorchcv)
+        self.bn_head = nn.BatchNorm2d(1280) if pytorchcv else nn.Identity()
         self.classifier = nn.Linear(1280, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.bn1(self.conv_stem(x)).relu())
-        x = self.conv_head(x.mean(dim=(2, 3), keepdim=True)).relu()
+        x = self.bn_head(self.conv_head(x.mean(dim=(2, 3), keepdim=True))).relu()
         return self.classifier(x.flatten(1))
 
 
@@ -259,6 +270,7 @@ _OTHERS = {
     "densenet121_small": DenseNet,
     "scconv_densenet121_small": partial(DenseNet, conv2=partial(scconv, widen=True)),
     "ghostnet_100": GhostNet,
+    "ghostnet_100_pytorchcv": partial(GhostNet, pytorchcv=True),
 }
 NETWORKS = {name: partial(ResNet, **options) for name, options in (scnet.NETWORKS | _RESNETS).items()} | _OTHERS
 
