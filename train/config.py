@@ -14,7 +14,9 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from tyro.conf import arg
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEFAULT = CONFIGS / "digits.py"
@@ -52,8 +54,10 @@ class Group:
 class Model(Group):
     """The network."""
 
-    name: str = "scnet20_small"
+    name: Annotated[str, arg(aliases=("-a", "--arch"))] = "scnet20_small"
     """One of `scconv_jax.list_models()`."""
+    init: str = ""
+    """Weights to begin with: a file, a run's folder, an address, or "pretrained": those published. Empty: drawn at random."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the computation; parameters are always float32."""
     sync_batchnorm: bool = False
@@ -86,13 +90,13 @@ class Data(Group):
     """Subtracted from each channel, as shares of 255. Empty: ImageNet's for image files, else that of the training images."""
     std: tuple[float, ...] = ()
     """Divides each channel, as shares of 255. Empty: as mean."""
-    batch_size: int = 64
+    batch_size: Annotated[int, arg(aliases=("-b", "--batch-size"))] = 64
     """Images per step, all devices together."""
     crop_padding: int = 0
     """Pixels of padding before the random crop of a training image; 0: no crop."""
     flip: bool = False
     """Mirror training images at random. Not for digits or text."""
-    threads: int = 1
+    threads: Annotated[int, arg(aliases=("-j", "--workers"))] = 1
     """Threads that read images."""
     synthetic_train: int = 512
     """Training images of the synthetic data set."""
@@ -141,16 +145,16 @@ class Optim(Group):
 
     name: Literal["sgd", "lars"] = "sgd"
     """SGD with momentum, as PyTorch defines it; or LARS, for batches of thousands (You et al. 2017)."""
-    lr: float = 0.1
+    lr: Annotated[float, arg(aliases=("--lr", "--learning-rate"))] = 0.1
     """Highest learning rate, for the whole batch (but see the next)."""
     lr_reference_batch: int = 0
     """Batch for which `lr` is meant: what is used grows with the batch in proportion. 0: `lr` as it stands."""
-    momentum: float = 0.9
+    momentum: Annotated[float, arg(aliases=("--momentum",))] = 0.9
     """Momentum."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, arg(aliases=("--wd", "--weight-decay"))] = 1e-4
     """Times the parameter, added to its gradient."""
-    decay_all: bool = True
-    """Decay every parameter; else kernels alone, not biases or what norms scale and shift by. LARS: always the latter."""
+    decay_kernels_only: bool = False
+    """Do not decay biases and what norms scale and shift by. LARS never does."""
     clip_norm: float = 0.0
     """Shorten the gradient of all parameters together to this length; 0: not."""
     label_smoothing: float = 0.0
@@ -223,7 +227,7 @@ class Log(Group):
     """Send metrics to Weights & Biases too; with WANDB_MODE=offline, keep them in the workdir."""
     wandb_project: str = "scconv_jax"
     """Project there."""
-    profile_steps: tuple[int, ...] = ()
+    profile_steps: Annotated[tuple[int, ...], arg(aliases=("--profile-steps",))] = ()
     """First and last step of which to record what the device does, into the workdir; the first of all compiles."""
 
     def __post_init__(self) -> None:
@@ -238,11 +242,13 @@ class Config(Group):
 
     epochs: int = 90
     """Passes over the training images."""
+    start_epoch: int = 0
+    """Epoch to begin at: where the schedule stands, and which order the images have."""
     seed: int = 0
     """Decides the initial weights, the order of the images and their augmentation."""
     parallel: Literal["shard_map", "pmap"] = "shard_map"
     """What maps the step over the devices."""
-    log_every: int = 20
+    log_every: Annotated[int, arg(aliases=("-p", "--print-freq"))] = 20
     """Steps between two lines of training metrics; an epoch always ends with one."""
     keep_checkpoints: int = 2
     """Latest checkpoints kept, beside the best."""
@@ -256,6 +262,7 @@ class Config(Group):
         super().__post_init__()
         for name in ("epochs", "log_every", "keep_checkpoints"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(0 <= self.start_epoch < self.epochs, "start_epoch", "at least 0 and under epochs")
         self._require(0 <= self.seed < 2**31, "seed", "at least 0 and under 2**31")
         self._require(self.optim.warmup_epochs < self.epochs, "epochs", "more than Optim.warmup_epochs")
 
@@ -266,6 +273,7 @@ class Plan:
 
     steps_per_epoch: int
     total_steps: int
+    first_step: int
     warmup_steps: int
     drop_steps: tuple[int, ...]
     peak_lr: float
@@ -292,6 +300,7 @@ def make_plan(config: Config, train_images: int, devices: int) -> Plan:
     return Plan(
         steps_per_epoch=steps,
         total_steps=config.epochs * steps,
+        first_step=config.start_epoch * steps,
         warmup_steps=round(config.optim.warmup_epochs * steps),
         drop_steps=tuple(round(epoch * steps) for epoch in config.optim.drop_epochs),
         peak_lr=config.optim.lr * batch / (config.optim.lr_reference_batch or batch),

@@ -23,9 +23,10 @@ from train.config import Config, ConfigError, make_plan
 from train.data import Dataset, load_dataset
 from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
-from train.parallel import Parallel, make_parallel, run_once
+from train.parallel import Parallel, make_parallel
 from train.speed import Profiler, peak_multiply_adds, training_multiply_adds
-from train.step import AXIS, TrainState, eval_step, init_state, train_step
+from train.start import Start
+from train.step import AXIS, TrainState, eval_step, train_step
 from train.trackers import check_trackers, open_trackers
 from train.workdir import open_workdir, save_config
 
@@ -53,9 +54,7 @@ def train(config: Config, workdir: Path) -> int:
 
     schedule = make_schedule(config.optim, plan)
     optimizer = make_optimizer(config.optim, schedule)
-    first_state = functools.partial(
-        init_state, job.model, optimizer, job.dataset.image_shape, config.seed, ema=config.optim.ema > 0
-    )
+    start = Start(config, plan, job.model, optimizer, job.dataset.image_shape)
     train_fn = functools.partial(
         train_step,
         model=job.model,
@@ -74,14 +73,17 @@ def train(config: Config, workdir: Path) -> int:
 
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Signals() as signals:
         resumes = checkpoints.latest() is not None
-        state = checkpoints.restore(like=jax.eval_shape(first_state)) if resumes else run_once(first_state)
+        state, notes = (checkpoints.restore(like=start.shapes()), []) if resumes else start.first()
         first_step = step = int(state.step)
         trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
         save_config(workdir, config)
         print(
             f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
             f"{config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images. Writing to {workdir}"
-            + (f", going on from step {step} of {plan.total_steps}" if resumes else ""),
+            + (f", going on from step {step} of {plan.total_steps}" if resumes else "")
+            + (f", whose weights count, not those of model.init {config.model.init!r}" if resumes and config.model.init else ""),
+            *notes,
+            sep="\n",
             flush=True,
         )
         state = job.parallel.put_state(state)
@@ -139,8 +141,8 @@ def train(config: Config, workdir: Path) -> int:
     return 0
 
 
-def evaluate(config: Config, workdir: Path) -> None:
-    """Test the latest checkpoint in `workdir` and print the result; writes nothing.
+def evaluate(config: Config, workdir: Path | None) -> None:
+    """Test the latest checkpoint in `workdir`, or, where none is given, `model.init`; prints the result and writes nothing.
 
     Raises:
         ConfigError: there is no checkpoint, or it does not fit the config.
@@ -148,15 +150,19 @@ def evaluate(config: Config, workdir: Path) -> None:
     job = prepare(config)
     plan = make_plan(config, len(job.dataset.train), jax.local_device_count())
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
-    like = jax.eval_shape(
-        lambda: init_state(job.model, optimizer, job.dataset.image_shape, config.seed, ema=config.optim.ema > 0)
-    )
-    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-        state = checkpoints.restore(like)
+    start = Start(config, plan, job.model, optimizer, job.dataset.image_shape)
+    if workdir is None:
+        state, notes = start.first()
+        print(*notes, sep="\n")
+    else:
+        with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+            state = checkpoints.restore(start.shapes())
     result = make_test(job, config)(job.parallel.put_state(state))
     print(
         f"{config.model.name} on {config.data.name}, step {int(state.step)}: test accuracy "
-        f"{accuracy(result['eval/top1'], len(job.dataset.test))}, loss {result['eval/loss']:.4f}"
+        f"{accuracy(result['eval/top1'], len(job.dataset.test))}, "
+        + (f"top-5 {result['eval/top5']:.2%}, " if "eval/top5" in result else "")
+        + f"loss {result['eval/loss']:.4f}"
     )
 
 

@@ -31,7 +31,7 @@ def make_optimizer(optim: Optim, schedule: optax.ScalarOrSchedule) -> optax.Grad
             schedule, optim.weight_decay, weight_decay_mask=is_kernel, trust_ratio_mask=is_kernel, momentum=optim.momentum
         )
     else:
-        decay = optax.add_decayed_weights(optim.weight_decay, mask=None if optim.decay_all else is_kernel)
+        decay = optax.add_decayed_weights(optim.weight_decay, mask=is_kernel if optim.decay_kernels_only else None)
         rule = optax.chain(decay, optax.sgd(schedule, momentum=optim.momentum))
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), rule) if optim.clip_norm else rule
 

@@ -113,7 +113,7 @@ def test_every_field_says_what_it_is():
     [
         ("import train.config\n", "must define `config = Config(...)`, found NoneType"),
         ("config = 3\n", "must define `config = Config(...)`, found int"),
-        ("from train.config import Config\n\nconfig = Config(epoch=3)\n", "Config has no field 'epoch'; did you mean epochs?"),
+        ("from train.config import Config\n\nconfig = Config(epoch=3)\n", "Config has no field 'epoch'; did you mean epochs"),
         ("from train.config import Config\n\nconfig = Config(\n", "line 3: SyntaxError: "),
         ("\nimport trian\n", "line 2: ModuleNotFoundError: No module named 'trian'"),
     ],

@@ -66,7 +66,7 @@ def updates_of(**fields):
 
 def test_decay_may_spare_biases_and_norms():
     assert updates_of(weight_decay=0.1) == pytest.approx([0.9, 1.2, 1.2])
-    assert updates_of(weight_decay=0.1, decay_all=False) == pytest.approx([0.9, 1.2, 1.0])
+    assert updates_of(weight_decay=0.1, decay_kernels_only=True) == pytest.approx([0.9, 1.2, 1.0])
 
 
 def test_a_long_gradient_is_shortened_before_decay():
