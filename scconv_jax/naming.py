@@ -3,7 +3,8 @@
 A network's own names here are its reference's (see `convert.py`), so files of the reference code, of torchvision and of timm need
 no renaming. The others' names were read off their sources:
 
-    pytorchcv   https://github.com/osmr/imgclsmob, pytorch/pytorchcv/models: scnet.py, resnet.py, senet.py, common.py
+    pytorchcv   https://github.com/osmr/imgclsmob, pytorch/pytorchcv/models: scnet.py, resnet.py, senet.py, ghostnet.py,
+                common.py
     mmpose      https://github.com/open-mmlab/mmpose, mmpose/models/backbones/scnet.py
     scconv      https://github.com/cheng-haha/ScConv, by the shapes and names that tell its three versions apart
 
@@ -29,6 +30,7 @@ class Naming(NamedTuple):
     marks: tuple[str, ...]  # regular expressions; a file has this naming if each matches the beginning of some entry
     rename: tuple[Rename, ...] = ()
     ignore: tuple[str, ...] = ()  # patterns, after renaming, of entries that belong to another task
+    linear: tuple[str, ...] = ()  # entries, after renaming, of 1×1 convolutions that are linear layers here
     caution: str = ""  # what the names do not tell
 
 
@@ -64,6 +66,41 @@ _PYTORCHCV = (
     (r"^output\.", "fc."),
 )
 
+
+def _ghost_block(found: re.Match[str]) -> str:
+    """Number of a block: pytorchcv counts within maps of a size, GhostNet's authors begin anew after the first of a size."""
+    stage, unit = int(found[1]), int(found[2])
+    number, block = (2 * stage - 3, 0) if unit == 1 else (2 * stage - 2, unit - 2)
+    return f"blocks.{max(number, 0)}.{block}."
+
+
+_GHOST_PARTS = {
+    "body.exp_conv.main_conv": ("ghost1.primary_conv.0", "ghost1.primary_conv.1"),
+    "body.exp_conv.cheap_conv": ("ghost1.cheap_operation.0", "ghost1.cheap_operation.1"),
+    "body.pw_conv.main_conv": ("ghost2.primary_conv.0", "ghost2.primary_conv.1"),
+    "body.pw_conv.cheap_conv": ("ghost2.cheap_operation.0", "ghost2.cheap_operation.1"),
+    "body.dw_conv": ("conv_dw", "bn_dw"),
+    "identity_conv.dw_conv": ("shortcut.0", "shortcut.1"),
+    "identity_conv.pw_conv": ("shortcut.2", "shortcut.3"),
+}
+_PYTORCHCV_GHOSTNET = (
+    (r"^features\.stage(\d+)\.unit(\d+)\.", _ghost_block),
+    *(
+        (rf"^(blocks\.\d+\.\d+\.){re.escape(old)}\.{kind}\.", rf"\g<1>{new}.")
+        for old, pair in _GHOST_PARTS.items()
+        for kind, new in zip(("conv", "bn"), pair, strict=True)
+    ),
+    (r"\.body\.se\.conv1\.", ".se.conv_reduce."),
+    (r"\.body\.se\.conv2\.", ".se.conv_expand."),
+    (r"^features\.init_block\.conv\.", "conv_stem."),
+    (r"^features\.init_block\.bn\.", "bn1."),
+    (r"^features\.final_block\.conv\.", "blocks.9.0.conv."),
+    (r"^features\.final_block\.bn\.", "blocks.9.0.bn1."),
+    (r"^output\.conv1\.conv\.", "conv_head."),
+    (r"^output\.conv1\.bn\.", "bn_head."),
+    (r"^output\.conv2\.", "classifier."),
+)
+
 NAMINGS = (
     Naming(
         "reference",
@@ -75,6 +112,13 @@ NAMINGS = (
         "pytorchcv: scnet50, scnet101, scneta50 (v1d), scneta101, resnet50b, resnet101b",
         (r"features\.init_block\.", r"features\.stage1\.unit1\.body\.conv1a?\.conv\.weight$"),
         _PYTORCHCV,
+    ),
+    Naming(
+        "pytorchcv-ghostnet",
+        "pytorchcv: ghostnet, which is ghostnet_100_pytorchcv here",
+        (r"features\.init_block\.", r"features\.stage1\.unit1\.body\.exp_conv\.main_conv\."),
+        _PYTORCHCV_GHOSTNET,
+        linear=("classifier.weight",),
     ),
     Naming(
         "mmpose",
@@ -108,12 +152,6 @@ _CAFFE = (
 
 # Kinds that look like ours: marks, what it looks like, and why it is none of ours.
 REFUSED = (
-    (
-        (r"features\.stage1\.unit1\.body\.exp_conv\.main_conv\.",),
-        "pytorchcv's ghostnet",
-        "It is another network than ghostnet_100: 3×3 convolutions and a ReLU in its shortcuts, another gate, a norm in its "
-        "head. Take the file of GhostNet's authors, or timm's.",
-    ),
     (
         (r"conv1\.0\.weight$", r"layer1\.0\.conv1\.weight$"),
         "a ResNet-C or -D (timm's resnet50d, say)",

@@ -120,7 +120,9 @@ def open_entries(
     else:
         arrays = normalised(read_source.tensors)
         named = naming.recognise(arrays) if convention is None else naming.naming(convention)
-    return Entries(normalised(arrays, (*named.rename, *rename)), named, read_source, (*named.ignore, *ignore))
+    arrays = normalised(arrays, (*named.rename, *rename))
+    arrays |= {name: arrays[name].reshape(arrays[name].shape[:2]) for name in named.linear if name in arrays}
+    return Entries(arrays, named, read_source, (*named.ignore, *ignore))
 
 
 def choose(found: Entries, model: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

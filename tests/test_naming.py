@@ -11,6 +11,7 @@ from scconv_jax.naming import NAMINGS, naming, recognise, scconv_options
 FIRST = {
     "reference": ["conv1.weight", "layer1.0.conv1_a.weight", "layer1.0.scconv.k2.1.weight"],
     "pytorchcv": ["features.init_block.conv1.conv.weight", "features.stage1.unit1.body.conv1a.conv.weight"],
+    "pytorchcv-ghostnet": ["features.init_block.conv.weight", "features.stage1.unit1.body.exp_conv.main_conv.conv.weight"],
     "mmpose": ["backbone.conv1.weight", "backbone.layer1.0.conv1.weight", "backbone.layer1.0.k1.0.weight"],
     "torchvision": ["conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.weight", "layer1.0.conv2.weight"],
     "timm-ghostnet": ["conv_stem.weight", "blocks.0.0.ghost1.primary_conv.0.weight"],
@@ -50,6 +51,14 @@ def test_one_name_alone_is_not_enough(name):
         ("pytorchcv", "features.stage2.unit1.identity_block.conv.conv.weight", "layer2.0.downsample.1.weight"),
         ("pytorchcv", "features.stage2.unit1.identity_block.conv.bn.weight", "layer2.0.downsample.2.weight"),
         ("pytorchcv", "output.bias", "fc.bias"),
+        (
+            "pytorchcv-ghostnet",
+            "features.stage1.unit1.body.pw_conv.cheap_conv.bn.bias",
+            "blocks.0.0.ghost2.cheap_operation.1.bias",
+        ),
+        ("pytorchcv-ghostnet", "features.stage4.unit1.body.dw_conv.conv.weight", "blocks.5.0.conv_dw.weight"),
+        ("pytorchcv-ghostnet", "features.stage5.unit5.body.se.conv2.bias", "blocks.8.3.se.conv_expand.bias"),
+        ("pytorchcv-ghostnet", "output.conv2.bias", "classifier.bias"),
         ("mmpose", "backbone.conv1.weight", "conv1.weight"),
         ("mmpose", "backbone.bn1.bias", "bn1.bias"),
         ("mmpose", "backbone.layer2.3.conv1.weight", "layer2.3.conv1_a.weight"),
@@ -65,10 +74,6 @@ def test_names_become_ours(convention, theirs, ours):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            ["features.init_block.conv.weight", "features.stage1.unit1.body.exp_conv.main_conv.conv.weight"],
-            "This looks like pytorchcv's ghostnet. It is another network than ghostnet_100",
-        ),
         (["conv1.0.weight", "layer1.0.conv1.weight"], r"This looks like a ResNet-C or -D \(timm's resnet50d, say\)"),
     ],
 )

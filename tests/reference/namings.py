@@ -1,6 +1,7 @@
-"""SCNet and ResNet once more, in PyTorch, of modules that have other public code's names: `state_dict()` is like theirs.
+"""SCNet, ResNet and GhostNet again, in PyTorch, of modules that have other public code's names: `state_dict()` is like theirs.
 
-    pytorchcv   https://github.com/osmr/imgclsmob, pytorch/pytorchcv/models: scnet.py, resnet.py, senet.py, resnesta.py, common.py
+    pytorchcv   https://github.com/osmr/imgclsmob, pytorch/pytorchcv/models: scnet.py, resnet.py, senet.py, resnesta.py,
+                ghostnet.py, common.py
     mmpose      https://github.com/open-mmlab/mmpose, mmpose/models/backbones/scnet.py and resnet.py
 
 Only names, order and arithmetic are theirs; each is its own implementation, which shares nothing with the other oracles.
@@ -213,3 +214,105 @@ class MMPose(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backbone(x)
+
+
+def _block(n_in: int, n_out: int, size: int = 1, stride: int = 1, *, depthwise: bool = False, relu: bool = True) -> nn.Module:
+    """A `ConvBlock`, depthwise perhaps."""
+    block = ConvBlock(n_in, n_out, size, stride, relu=relu)
+    if depthwise:
+        block.conv = nn.Conv2d(n_in, n_out, size, stride, size // 2, groups=n_out, bias=False)
+    return block
+
+
+class _GhostConv(nn.Module):
+    def __init__(self, n_in: int, n_out: int, *, relu: bool = True):
+        super().__init__()
+        self.main_conv = _block(n_in, n_out // 2, relu=relu)
+        self.cheap_conv = _block(n_out // 2, n_out // 2, 3, depthwise=True, relu=relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.main_conv(x)
+        return torch.cat([x, self.cheap_conv(x)], dim=1)
+
+
+class _GhostSE(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels // 4, 1)
+        self.conv2 = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.clamp(self.conv2(self.conv1(x.mean((2, 3), keepdim=True)).relu()), 0, 1)
+
+
+class _GhostExpansion(nn.Module):
+    def __init__(self, n_in: int, n_out: int, stride: int, size: int, factor: float, se: bool):
+        super().__init__()
+        middle = round(factor * n_in)
+        self.exp_conv = _GhostConv(n_in, middle)
+        self.dw_conv = _block(middle, middle, size, stride, depthwise=True, relu=False) if stride > 1 else nn.Identity()
+        self.se = _GhostSE(middle) if se else nn.Identity()
+        self.pw_conv = _GhostConv(middle, n_out, relu=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw_conv(self.se(self.dw_conv(self.exp_conv(x))))
+
+
+class _Separable(nn.Module):
+    def __init__(self, n_in: int, n_out: int, stride: int):
+        super().__init__()
+        self.dw_conv = _block(n_in, n_in, 3, stride, depthwise=True)
+        self.pw_conv = _block(n_in, n_out, relu=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw_conv(self.dw_conv(x))
+
+
+class _GhostUnit(nn.Module):
+    def __init__(self, n_in: int, n_out: int, stride: int, size: int, factor: float, se: bool):
+        super().__init__()
+        self.body = _GhostExpansion(n_in, n_out, stride, size, factor, se)
+        self.identity_conv = _Separable(n_in, n_out, stride) if n_in != n_out or stride != 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.identity_conv(x)
+
+
+class _GhostHead(nn.Module):
+    def __init__(self, n_in: int, middle: int, num_classes: int):
+        super().__init__()
+        self.conv1 = _block(n_in, middle)
+        self.conv2 = nn.Conv2d(middle, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
+
+
+class PytorchCVGhostNet(nn.Module):
+    """pytorchcv's `ghostnet`."""
+
+    STAGES = (  # kernel size, then a unit's channels, factor, squeeze and excitation
+        (3, ((16, 1, False),)),
+        (3, ((24, 3, False), (24, 3, False))),
+        (5, ((40, 3, True), (40, 3, True))),
+        (3, ((80, 6, False), (80, 2.5, False), (80, 2.3, False), (80, 2.3, False), (112, 6, True), (112, 6, True))),
+        (5, ((160, 6, True), (160, 6, False), (160, 6, True), (160, 6, False), (160, 6, True))),
+    )
+
+    def __init__(self, num_classes: int = 1000):
+        super().__init__()
+        channels = 16
+        self.features = nn.Sequential()
+        self.features.add_module("init_block", ConvBlock(3, channels, 3, 2))
+        for i, (size, units) in enumerate(self.STAGES):
+            stage = nn.Sequential()
+            for j, (n_out, factor, se) in enumerate(units):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.add_module(f"unit{j + 1}", _GhostUnit(channels, n_out, stride, size, factor, se))
+                channels = n_out
+            self.features.add_module(f"stage{i + 1}", stage)
+        self.features.add_module("final_block", _block(channels, 960))
+        self.output = _GhostHead(960, 1280, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.features(x).mean((2, 3), keepdim=True)).flatten(1)
