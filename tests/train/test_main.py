@@ -186,7 +186,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(small, capsys, flags, message):
     ("flags", "words"),
     [
         (["--optim.lrr", "3"], ("Unrecognized options: --optim.lrr", "Perhaps you meant", "--optim.lr")),
-        (["--optim.lr", "fast"], ("Error parsing --optim.lr", "'fast'")),
+        (["--optim.lr", "fast"], ("Error parsing --lr/--learning-rate/--optim.lr: ", "'fast'")),
         (["--data.name", "digit"], ("invalid choice 'digit'", "'digits'", "'synthetic'")),
         (["--optim.lr", "-1"], ("Optim.lr must be above 0, found -1.0",)),
     ],
