@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 
 class WeightsError(ValueError):
@@ -49,6 +52,19 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_bytes(file: io.BufferedReader, at: int, count: int) -> np.ndarray:
+    """Read bytes of a file, uint8 (count,). The caller has checked that the file can be so long: memory is taken first.
+
+    Raises:
+        WeightsError: the file is cut off.
+    """
+    data = np.empty(count, np.uint8)
+    file.seek(at)
+    if file.readinto(data.data) != count:
+        raise WeightsError("it is cut off")
+    return data
 
 
 def _umask() -> int:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from scconv_jax.files import WeightsError
 
 MOST_BYTES = 16 << 20
-MOST_OPCODES = 2_000_000  # a hundred times those of a network's and its optimizer's state
+MOST_OPCODES = 1_000_000  # some twenty times those of a network's and its optimizer's state
 _LONGEST_INTEGER = 16  # bytes
 
 

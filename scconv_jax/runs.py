@@ -11,6 +11,7 @@ import numpy as np
 from scconv_jax.files import WeightsError
 
 COLLECTIONS = ("params", "batch_stats")
+PREFIXES = ("params/", "batch_stats/")
 
 
 class Run(NamedTuple):

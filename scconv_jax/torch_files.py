@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scconv_jax.files import WeightsError, replacing
+from scconv_jax.files import WeightsError, read_bytes, replacing
 from scconv_jax.pickles import MOST_BYTES
 from scconv_jax.state_dicts import Contents, Storage, contents, read_pickle, write_pickle
 
@@ -92,7 +92,7 @@ def read_legacy(path: Path) -> Contents:
                 raise WeightsError(f"it is cut off: storage {key} ends at byte {at:,} of {size:,}")
 
         def load(storage: Storage) -> np.ndarray:
-            return _elements(_bytes(file, places[storage.key], storage.bytes), storage)
+            return _elements(read_bytes(file, places[storage.key], storage.bytes), storage)
 
         return contents(pickled.value, load, size)
 
@@ -138,7 +138,7 @@ class _Entry(NamedTuple):
     crc: int
 
     def read(self, file: io.BufferedReader) -> np.ndarray:
-        data = _bytes(file, self.at, self.size)
+        data = read_bytes(file, self.at, self.size)
         if self.crc and zlib.crc32(data.data) != self.crc:  # PyTorch can leave the sums out, which are 0 then
             raise WeightsError(f"entry {self.name} of its archive is damaged: its checksum differs. Download it again")
         return data
@@ -166,7 +166,7 @@ def _entries(file: io.BufferedReader) -> dict[str, _Entry]:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
             raise WeightsError(f"entry {name} of its archive is compressed or encrypted, as PyTorch writes none")
         if info.header_offset < end:
-            raise WeightsError(f"entry {name} of its archive lies over another")
+            raise WeightsError(f"entry {name} of its archive lies before it, or over another")
         at = _start(file, info)
         end = at + info.file_size
         if end > archive.start_dir:
@@ -203,15 +203,6 @@ def _other_archive(names: list[str]) -> str:
     if "model.weights.h5" in names or "config.json" in names:
         return "it is a Keras model. Only PyTorch files, safetensors and our own runs can be read"
     return "it is a zip archive, but not of PyTorch. Unpack it, and give the file of weights inside"
-
-
-def _bytes(file: io.BufferedReader, at: int, count: int) -> np.ndarray:
-    """Read bytes of a file; the caller knows that the file is so long."""
-    data = np.empty(count, np.uint8)
-    file.seek(at)
-    if file.readinto(data.data) != count:
-        raise WeightsError("it is cut off")
-    return data
 
 
 def _elements(data: np.ndarray, storage: Storage) -> np.ndarray:

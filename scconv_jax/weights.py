@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
-from scconv_jax import runs, torch_files
+from scconv_jax import runs, safetensors_files, torch_files
 from scconv_jax.convert import to_torch
-from scconv_jax.files import WeightsError, replacing, sha256, unknown
+from scconv_jax.files import WeightsError, sha256, unknown
 
 Variables = dict[str, Any]
 
@@ -71,7 +69,9 @@ def read(path: str | os.PathLike[str]) -> Source:
     try:
         return _read_folder(path) if path.is_dir() else _read_file(path)
     except WeightsError as error:
-        raise WeightsError(f"{path} cannot be used: {error}.") from error
+        # What it quotes from the file may be long, or hold what a terminal would obey.
+        reason = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:600])
+        raise WeightsError(f"{path} cannot be used: {reason}.") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -98,7 +98,10 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         )
     metadata: dict[str, Any] = dict(source.metadata)
     if "arguments" in metadata:
-        metadata["arguments"] = json.loads(metadata["arguments"])
+        try:
+            metadata["arguments"] = json.loads(metadata["arguments"])
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(f"{path} cannot be used: its metadata has arguments that are no JSON.") from error
     return Loaded(source.variables, metadata)
 
 
@@ -118,11 +121,7 @@ def save(path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: M
     path = Path(path)
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     if path.suffix == ".safetensors":
-        flat = traverse_util.flatten_dict(dict(variables), sep="/")
-        # Not contiguous, safetensors 0.8 writes another array's bytes without a word.
-        arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
-        with replacing(path) as temporary:
-            safetensors.numpy.save_file(arrays, temporary, text)
+        safetensors_files.write(path, traverse_util.flatten_dict(dict(variables), sep="/"), text)
     elif path.suffix in (".pth", ".pt"):
         torch_files.write_zip(path, to_torch(variables))
     else:
@@ -141,15 +140,15 @@ def _read_file(path: Path) -> Source:
     elif head.startswith(b"PK"):
         kind, (tensors, skipped) = "torch zip", torch_files.read_zip(path)
     elif head[8:9] == b"{" and not head.startswith(b"{"):
-        kind, (tensors, metadata) = "safetensors", _read_safetensors(path)
+        kind, (tensors, metadata) = "safetensors", safetensors_files.read(path)
     else:
         raise WeightsError(unknown(head))
-    variables = None
-    if tensors and all(name.split("/")[0] in runs.COLLECTIONS for name in tensors):
-        variables = traverse_util.unflatten_dict(tensors, sep="/")
+    if not tensors:
+        raise WeightsError("it holds no arrays")
+    is_flax = all(name.startswith(runs.PREFIXES) for name in tensors)
     return Source(
-        tensors=tensors if variables is None else None,
-        variables=variables,
+        tensors=None if is_flax else tensors,
+        variables=_nested(tensors) if is_flax else None,
         metadata=metadata,
         format=kind,
         path=path,
@@ -160,12 +159,13 @@ def _read_file(path: Path) -> Source:
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise WeightsError(f"it is no usable safetensors file ({error})") from error
+def _nested(tensors: Mapping[str, np.ndarray]) -> Variables:
+    """The tree of arrays whose names are paths, `params/conv1/kernel`."""
+    paths = {tuple(name.split("/")): array for name, array in tensors.items()}
+    for path in paths:
+        if not all(path) or any(path[:length] in paths for length in range(1, len(path))):
+            raise WeightsError(f"the path {'/'.join(path):.200} is empty somewhere, or leads through an array")
+    return traverse_util.unflatten_dict(paths)
 
 
 def _read_folder(path: Path) -> Source:

@@ -18,7 +18,18 @@ LIBRARY = {
     "cli_summary": 11, "cli_convert": 11, "cli_verify": 12, "cli": 13, "__main__": 14,
 }  # fmt: skip
 # They know arrays, names and files, not networks.
-ABOVE_NO_NETWORK = {"convert", "naming", "files", "pickles", "state_dicts", "torch_files", "runs", "weights", "download"}
+ABOVE_NO_NETWORK = {
+    "convert",
+    "naming",
+    "files",
+    "pickles",
+    "state_dicts",
+    "torch_files",
+    "safetensors_files",
+    "runs",
+    "weights",
+    "download",
+}
 TRAINER = {
     "config": 0, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "workdir": 1,
     "batches": 1, "images": 2, "folder": 2, "tfds": 2, "records": 3, "data": 4,
