@@ -1,10 +1,16 @@
 import ast
 import dataclasses
+import functools
 import typing
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 
+import scconv_jax
 from train import config as config_module
 from train.config import (
     CONFIGS,
@@ -23,6 +29,8 @@ from train.config import (
     make_plan,
     to_json,
 )
+from train.data import load_dataset
+from train.optim import make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize(
@@ -86,6 +94,59 @@ def test_every_config_loads_and_says_what_it_is(path):
     assert header, "no header"
     for word in ("Command", "Hardware", "Time", "Result"):
         assert f"\n{word}" in header, f"the header has no line {word}"
+
+
+TRAINING_IMAGES = {"digits": 1437, "synthetic": 128, "folder": 1_281_167}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_has_a_network_a_plan_and_a_step(path):
+    """The network takes images of that size; epochs become steps on 1 and 8 devices; the optimizer takes the parameters."""
+    config = load_config(path)
+    images = jax.ShapeDtypeStruct((2, config.data.image_size, config.data.image_size, 3), jnp.float32)
+    model = scconv_jax.create_model(config.model.name, dtype=jnp.dtype(config.model.dtype))
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    for devices in (1, 8):
+        plan = make_plan(config, TRAINING_IMAGES[config.data.name], devices)
+        assert 0 <= plan.warmup_steps < plan.total_steps
+        schedule = make_schedule(config.optim, plan)
+        assert schedule(plan.total_steps - 1) < 0.1 * plan.peak_lr, "the rate falls"
+    optimizer = make_optimizer(config.optim, schedule)
+    updates, _ = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), variables["params"])
+    assert jax.tree.structure(updates) == jax.tree.structure(variables["params"])
+
+
+@pytest.mark.parametrize(
+    ("name", "epoch_and_rate"),
+    [
+        ("scnet50", {0: 0.1, 29: 0.1, 30: 0.01, 60: 0.001, 99: 0.0001}),
+        ("scconv_resnet50", {0: 0.1, 30: 0.01, 60: 0.001, 90: 0.0001}),
+        ("cifar", {0: 0.05, 99: 0.05, 100: 0.005, 150: 0.0005}),
+        ("scnet50_v1d", {0: 0.0, 2.5: 0.2, 5: 0.4, 62.5: 0.2}),
+    ],
+)
+def test_recipes_have_the_learning_rates_of_their_sources(name, epoch_and_rate):
+    config = load_config(CONFIGS / f"{name}.py")
+    plan = make_plan(config, 100 * config.data.batch_size, devices=1)
+    schedule = make_schedule(config.optim, plan)
+    for epoch, rate in epoch_and_rate.items():
+        assert float(schedule(int(epoch * 100))) == pytest.approx(rate, rel=1e-4), f"epoch {epoch}"
+
+
+def test_cifar_images_are_taken_whole(tmp_path):
+    """By the cropping of image files, no pixel is lost or resampled; the crop after padding comes later."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        for label, image in enumerate(pixels):
+            (tmp_path / split / f"class{label}").mkdir(parents=True)
+            Image.fromarray(image).save(tmp_path / split / f"class{label}" / "0.png")
+    config = load_config(CONFIGS / "cifar.py")
+    dataset = load_dataset(dataclasses.replace(config.data, dir=str(tmp_path)))
+    for source in (dataset.train, dataset.test):
+        for label, image in enumerate(pixels):
+            found, found_label = source.load(label, (0, 0, label))
+            assert found_label == label
+            np.testing.assert_array_equal(found, image)
 
 
 def test_the_default_is_the_digits():
