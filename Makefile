@@ -32,7 +32,7 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[train,test]'
+	@$(PIP) --editable '.[train,tfds,test]'
 	@touch $@ $(VENV)/.train
 
 train: $(VENV)/.train

@@ -70,10 +70,16 @@ class Model(Group):
 class Data(Group):
     """Images, and what is done to them."""
 
-    name: Literal["digits", "synthetic", "folder"] = "digits"
-    """Data set; folder: image files in dir/train/CLASS and dir/val/CLASS."""
+    name: Literal["digits", "synthetic", "folder", "tfds"] = "digits"
+    """Data set; folder: image files in dir/train/CLASS and dir/val/CLASS; tfds: prepared by TensorFlow Datasets."""
     dir: str = ""
-    """Folder of the images."""
+    """Folder of the images (folder), of the set or of all sets (tfds)."""
+    tfds_name: str = ""
+    """Data set under dir, as TFDS names it: imagenet2012, or with config and version. Empty: dir is the data set itself."""
+    train_split: str = "train"
+    """Training images of tfds: a split, or a part of one such as train[:90%]."""
+    test_split: str = ""
+    """Test images of tfds. Empty: validation, or else test."""
     image_size: int = 32
     """Height and width in pixels."""
     resize: int = 0

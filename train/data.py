@@ -110,7 +110,19 @@ def load_folder(data: Data) -> Dataset:
     return _from_files(data, *open_folder(data.dir))
 
 
-DATASETS: dict[str, Callable[[Data], Dataset]] = {"digits": load_digits, "synthetic": load_synthetic, "folder": load_folder}
+def load_tfds(data: Data) -> Dataset:
+    """A set of TensorFlow Datasets in `data.dir`."""
+    from train.tfds import open_tfds
+
+    return _from_files(data, *open_tfds(data.dir, data.tfds_name, data.train_split, data.test_split))
+
+
+DATASETS: dict[str, Callable[[Data], Dataset]] = {
+    "digits": load_digits,
+    "synthetic": load_synthetic,
+    "folder": load_folder,
+    "tfds": load_tfds,
+}
 
 
 def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
