@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Run(NamedTuple):
     """What a checkpoint of a run holds."""
 
     variables: dict[str, Any]
-    """`{"params": ..., "batch_stats": ...}`, NumPy arrays at the leaves."""
+    """`{"params": ..., "batch_stats": ...}`, NumPy arrays at the leaves; of the moving average, if there is one."""
     metadata: dict[str, str]
     """`step`, and as far as the run tells, `model` and `arguments` (JSON)."""
     skipped: dict[str, str]
@@ -41,9 +42,14 @@ def read(path: Path) -> Run:
     try:
         handler: Any = ocp.PyTreeCheckpointHandler()
         saved = handler.metadata(state).tree
-        item = {name: saved[name] for name in COLLECTIONS if name in saved}
+        # A moving average is what the run was tested by, where it kept one.
+        averaged = isinstance(saved.get("ema"), Mapping) and "params" in saved["ema"]
+        kept = saved["ema"] if averaged else saved
+        item: dict[str, Any] = {name: kept[name] for name in COLLECTIONS if name in kept}
+        item = {"ema": item} if averaged else item
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        variables = handler.restore(state, args=ocp.args.PyTreeRestore(item, as_numpy, partial_restore=True))
+        restored = handler.restore(state, args=ocp.args.PyTreeRestore(item, as_numpy, partial_restore=True))
+        variables = restored["ema"] if averaged else restored
     except Exception as error:  # whatever Orbax and its storage make of damaged files
         raise WeightsError(f"its checkpoint {state.parent.name} is damaged ({type(error).__name__}: {error!s:.200})") from error
     if "params" not in variables:
@@ -51,7 +57,7 @@ def read(path: Path) -> Run:
     return Run(
         variables,
         _metadata(state, variables),
-        {name: type(value).__name__ for name, value in saved.items() if name not in COLLECTIONS},
+        {name: type(value).__name__ for name, value in saved.items() if name not in item},
         sum(file.stat().st_size for file in state.rglob("*") if file.is_file()),
     )
 

@@ -136,11 +136,26 @@ def _named(functions: Mapping[str, Callable[..., Any] | None]) -> dict[str, Name
     return {text: Name(text, function) for text, function in functions.items()}
 
 
+_BUILTINS = (
+    "bool",
+    "bytearray",
+    "complex",
+    "dict",
+    "float",
+    "frozenset",
+    "int",
+    "list",
+    "long",
+    "set",
+    "str",
+    "tuple",
+    "unicode",
+)
 _INERT = (
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS),
     "argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath",
-    "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "_codecs.encode", "builtins.set", "__builtin__.set",
-    "builtins.frozenset", "builtins.bytearray", "builtins.list", "__builtin__.list", "builtins.int", "__builtin__.int",
-    "torch.device", "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+    "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "_codecs.encode", "torch.device",
+    "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
 )  # fmt: skip
 """Classes of what training scripts keep beside their weights. Nothing is made of them."""

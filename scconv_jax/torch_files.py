@@ -14,7 +14,6 @@ against the file.
 from __future__ import annotations
 
 import io
-import pickle
 import struct
 import sys
 import zipfile
@@ -29,9 +28,14 @@ from scconv_jax.files import WeightsError, read_bytes, replacing
 from scconv_jax.pickles import MOST_BYTES
 from scconv_jax.state_dicts import Contents, Storage, contents, read_pickle, write_pickle
 
-LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _MOST_ENTRIES = 100_000
+
+
+def is_legacy(head: bytes) -> bool:
+    """Whether a file that begins so is of the legacy format: a pickle, of whatever protocol, of its number."""
+    return head.startswith(b"\x80") and _LEGACY_MAGIC.to_bytes(10, "little") in head[:40]
 
 
 def read_zip(path: Path) -> Contents:
@@ -67,6 +71,8 @@ def read_legacy(path: Path) -> Contents:
     with path.open("rb") as file:
         head = file.read(2 * MOST_BYTES)
         magic = read_pickle(head)
+        if magic.value != _LEGACY_MAGIC:
+            raise WeightsError("it does not begin as PyTorch's files do")
         version = read_pickle(head, magic.end)
         machine = read_pickle(head, version.end)
         if version.value != _LEGACY_VERSION or not isinstance(machine.value, dict):

@@ -135,7 +135,7 @@ def _read_file(path: Path) -> Source:
         head = file.read(512)
     metadata: dict[str, str] = {}
     skipped: dict[str, str] = {}
-    if head.startswith(torch_files.LEGACY_MAGIC):
+    if torch_files.is_legacy(head):
         kind, (tensors, skipped) = "torch legacy", torch_files.read_legacy(path)
     elif head.startswith(b"PK"):
         kind, (tensors, skipped) = "torch zip", torch_files.read_zip(path)
