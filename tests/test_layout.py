@@ -31,7 +31,7 @@ ABOVE_NO_NETWORK = {
     "download",
 }
 TRAINER = {
-    "config": 0, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "workdir": 1,
+    "config": 0, "randaugment": 0, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "workdir": 1,
     "batches": 1, "images": 2, "folder": 2, "tfds": 2, "records": 3, "data": 4, "prepare": 5,
     "trackers": 1, "speed": 1, "log": 2, "parallel": 2, "start": 3, "loop": 5, "main": 6,
 }  # fmt: skip

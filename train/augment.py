@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from train.config import Augment, Data
+from train.randaugment import rand_augment
+
+NOTHING = Augment()
 
 
 def random_crop(key: Array, image: Array, padding: int) -> Array:
@@ -29,8 +32,8 @@ def random_flip(key: Array, image: Array) -> Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
-def make_augment(data: Data) -> Callable[[Array, Array], Array]:
-    """(keys (n,), images (n, h, w, c)) → images, with the operations that the config asks for."""
+def make_augment(data: Data, augment: Augment = NOTHING) -> Callable[[Array, Array], Array]:
+    """(keys (n,), images uint8 (n, h, w, c)) → images, with the operations on single images that the config asks for."""
 
     def one(key: Array, image: Array) -> Array:
         crop_key, flip_key = jax.random.split(key)
@@ -38,6 +41,8 @@ def make_augment(data: Data) -> Callable[[Array, Array], Array]:
             image = random_crop(crop_key, image, data.crop_padding)
         if data.flip:
             image = random_flip(flip_key, image)
+        if augment.randaugment:
+            image = rand_augment(jax.random.fold_in(key, 2), image, augment.randaugment, augment.randaugment_magnitude)
         return image
 
     return jax.vmap(one)

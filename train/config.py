@@ -139,10 +139,16 @@ class Augment(Group):
     cutmix: float = 0.0
     """Paste a box of one image into another, its area from Beta(a, a); with mixup, each batch has one of the two; 0: not."""
 
+    randaugment: int = 0
+    """Operations of RandAugment on each image, after crop and flip; 0: not."""
+    randaugment_magnitude: int = 9
+    """Their strength, 0 to 30."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mixup", "cutmix"):
+        for name in ("mixup", "cutmix", "randaugment"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._require(0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude", "0 to 30")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def train(config: Config, workdir: Path) -> int:
         train_step,
         model=job.model,
         optimizer=optimizer,
-        augment=make_augment(config.data),
+        augment=make_augment(config.data, config.augment),
         normalize=job.normalize,
         label_smoothing=config.optim.label_smoothing,
         seed=config.seed,

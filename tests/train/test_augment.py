@@ -4,6 +4,7 @@ import numpy as np
 
 from train.augment import make_augment, make_mix, normalize, outside_box, random_crop, random_flip
 from train.config import Augment, Data
+from train.randaugment import rand_augment
 from train.step import blend_pairs
 
 IMAGE = jnp.arange(1, 6 * 7 * 3 + 1, dtype=jnp.uint8).reshape(6, 7, 3)
@@ -36,6 +37,19 @@ def test_only_what_the_config_asks_for():
     assert len({image.tobytes() for image in cropped}) == 9
     both = np.asarray(make_augment(Data(crop_padding=1, flip=True))(KEYS, images))
     assert len({image.tobytes() for image in both}) == 18, "crop and flip must not depend on each other"
+
+
+def test_randaugment_where_the_config_asks_for_it():
+    images = jnp.broadcast_to(IMAGE, (8, *IMAGE.shape))
+    keys = KEYS[:8]
+    found = jax.jit(make_augment(Data(flip=True), Augment(randaugment=1, randaugment_magnitude=5)))(keys, images)
+    flipped = jax.jit(make_augment(Data(flip=True)))(keys, images)
+
+    def one(key, image):
+        return rand_augment(jax.random.fold_in(key, 2), image, 1, 5)
+
+    np.testing.assert_array_equal(found, jax.jit(jax.vmap(one))(keys, flipped))
+    assert (found != flipped).any()
 
 
 def test_normalize():

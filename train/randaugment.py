@@ -1,0 +1,121 @@
+"""RandAugment on the device: a few operations drawn at random, all of one strength.
+
+Cubuk, Zoph, Shlens, Le, "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space", NeurIPS 2020. The
+operations, their ranges and their 31 strengths are those of torchvision's `RandAugment`; what each does to pixels is PIL's, by
+whose functions torchvision does it too, with nearest pixels and black where an image ends.
+
+For each image all operations are computed and one is kept, since a device does one thing for a whole batch.
+
+Differences: where PIL rounds as float64 does, or to 1/65536 of a pixel, a value may differ by 1, or a pixel be its neighbour.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+BINS = 31
+"""Strengths, 0 (none) to 30."""
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+ENHANCING = ("brightness", "color", "contrast", "sharpness")
+OTHERS = ("posterize", "solarize", "autocontrast", "equalize")
+OPERATIONS = ("identity", *GEOMETRIC, *ENHANCING, *OTHERS)
+
+
+def rand_augment(key: Array, image: Array, operations: int, magnitude: int) -> Array:
+    """`image` uint8 (h, w, 3) after so many of `OPERATIONS`, drawn one by one, each with strength `magnitude` (0 to 30)."""
+    for part in jax.random.split(key, operations):
+        operation_key, sign_key = jax.random.split(part)
+        sign = jnp.where(jax.random.bernoulli(sign_key), 1.0, -1.0)
+        image = apply(jax.random.randint(operation_key, (), 0, len(OPERATIONS)), image, magnitude, sign)
+    return image
+
+
+def apply(operation: Array, image: Array, magnitude: int, sign: Array) -> Array:
+    """`image` uint8 (h, w, 3) after the operation of that number; `sign` is the direction of those that have one."""
+    strength = magnitude / (BINS - 1)
+    height, width = image.shape[:2]
+    # Column and row from which the pixel in column x and row y is taken: (a x + b y + c, d x + e y + f).
+    shear, turn = 0.3 * strength * sign, math.radians(30 * strength) * sign
+    shift = 150 / 331 * strength
+    cos, sin = jnp.cos(turn), jnp.sin(turn)
+    middle_x, middle_y = width / 2, height / 2
+    same = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    matrices = [
+        (1.0, shear, 0.0, 0.0, 1.0, 0.0),
+        (1.0, 0.0, 0.0, shear, 1.0, 0.0),
+        (1.0, 0.0, sign * int(shift * width), 0.0, 1.0, 0.0),
+        (1.0, 0.0, 0.0, 0.0, 1.0, sign * int(shift * height)),
+        (cos, -sin, middle_x - cos * middle_x + sin * middle_y, sin, cos, middle_y - sin * middle_x - cos * middle_y),
+    ]
+    table = jnp.asarray([same, *matrices, *[same] * len(ENHANCING + OTHERS)], jnp.float32)
+    moved = transform(image, table[operation])
+
+    factor = 1 + 0.9 * strength * sign
+    bits = 8 - round(magnitude / ((BINS - 1) / 4))
+    changes: dict[str, Callable[[Array], Array]] = {
+        "brightness": lambda x: blend(jnp.zeros_like(x), x, factor),
+        "color": lambda x: blend(jnp.broadcast_to(grey(x)[..., None], x.shape), x, factor),
+        "contrast": lambda x: blend(jnp.broadcast_to(jnp.floor(grey(x).mean() + 0.5).astype(x.dtype), x.shape), x, factor),
+        "sharpness": lambda x: blend(smooth(x), x, factor),
+        "posterize": lambda x: x & jnp.uint8(256 - 2 ** (8 - bits)),
+        "solarize": lambda x: jnp.where(x >= 255 * (1 - strength), 255 - x, x),
+        "autocontrast": autocontrast,
+        "equalize": equalize,
+    }
+    index = jnp.maximum(operation - len(GEOMETRIC), 0)
+    return jax.lax.switch(index, [lambda x: x, *(changes[name] for name in ENHANCING + OTHERS)], moved)
+
+
+def transform(image: Array, matrix: Array) -> Array:
+    """Each pixel from the place that `matrix` (6,) sends its centre to; black from outside."""
+    height, width = image.shape[:2]
+    x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
+    a, b, c, d, e, f = matrix
+    column, row = jnp.floor(a * x + b * y + c).astype(int), jnp.floor(d * x + e * y + f).astype(int)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    taken = image[jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1)]
+    return jnp.where(inside[..., None], taken, jnp.zeros_like(taken))
+
+
+def blend(degenerate: Array, image: Array, factor: Array) -> Array:
+    """From `degenerate` (factor 0) to `image` (1) and beyond; rounded down, cut to 0 … 255."""
+    start = degenerate.astype(jnp.float32)
+    return jnp.clip(start + factor * (image.astype(jnp.float32) - start), 0, 255).astype(jnp.uint8)
+
+
+def grey(image: Array) -> Array:
+    """Luma (h, w) by ITU-R 601, in 1/65536: uint8."""
+    red, green, blue = (image[..., channel].astype(jnp.int32) for channel in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(jnp.uint8)
+
+
+def smooth(image: Array) -> Array:
+    """The mean of 3×3 pixels, the middle one counted five times; the border is as it was."""
+    pixels = image.astype(jnp.int32)
+    height, width = image.shape[:2]
+    around = sum(pixels[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
+    inner = (2 * (around + 4 * pixels[1:-1, 1:-1]) + 13) // 26
+    return image.at[1:-1, 1:-1].set(inner.astype(jnp.uint8))
+
+
+def autocontrast(image: Array) -> Array:
+    """Each channel stretched to 0 … 255; rounded down."""
+    pixels = image.astype(jnp.int32)
+    low, high = pixels.min((0, 1), keepdims=True), pixels.max((0, 1), keepdims=True)
+    return jnp.where(high > low, 255 * (pixels - low) // jnp.maximum(high - low, 1), pixels).astype(jnp.uint8)
+
+
+def equalize(image: Array) -> Array:
+    """Each channel with its values as evenly frequent as a table of 256 entries can make them."""
+
+    def one(channel: Array) -> Array:
+        below = jnp.searchsorted(jnp.sort(channel.ravel()), jnp.arange(256, dtype=channel.dtype))  # pixels under each value
+        most = channel.max()
+        step = below[most] // 255  # all pixels but those of the largest value
+        table = jnp.clip((below + step // 2) // jnp.maximum(step, 1), 0, 255).astype(jnp.uint8)
+        return jnp.where(step > 0, table[channel], channel)
+
+    return jnp.stack([one(image[..., channel]) for channel in range(3)], axis=-1)
