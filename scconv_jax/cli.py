@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from scconv_jax import __version__, cli_convert, cli_summary
+from scconv_jax import __version__, cli_convert, cli_summary, cli_verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +23,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scconv-jax", description="Tools for the networks of scconv_jax.")
     parser.add_argument("--version", action="version", version=f"scconv_jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (cli_summary, cli_convert):
+    for command in (cli_summary, cli_convert, cli_verify):
         command.add(commands)
     return parser

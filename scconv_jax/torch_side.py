@@ -1,0 +1,238 @@
+"""The networks once more, in PyTorch, driven by a checkpoint's own entries: what `verify` compares ours with.
+
+Nothing here knows our modules, nor how we rename entries: each naming has its own table of what stands where, and strides, groups
+and kinds of block are read off names and shapes. PyTorch is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Tensor = Any  # PyTorch's
+Pair = tuple[str, str]  # a convolution and its norm
+
+
+class Names(NamedTuple):
+    """Where a naming has what; `{}` are the stage, from 1, and the block, from 0 or 1."""
+
+    block: str
+    first: int  # number of a stage's first block
+    stem: Pair
+    deep_stem: tuple[Pair, Pair, Pair]
+    plain: tuple[Pair, ...]  # the convolutions of a plain block
+    a: tuple[Pair, Pair]  # of a self-calibrated block: the branch beside, ...
+    b: Pair  # ... the first of the calibrated one, ...
+    k: tuple[Pair, Pair, Pair]  # ... its K2, K3 and K4 ...
+    out: Pair  # ... and the last of the block
+    shortcut: Pair
+    pooled_shortcut: Pair
+    head: str
+
+
+def _conv_bn(*names: str) -> tuple[Any, ...]:
+    return tuple((f"{name}.conv", f"{name}.bn") for name in names)
+
+
+_OURS = Names(
+    block="layer{}.{}",
+    first=0,
+    stem=("conv1", "bn1"),
+    deep_stem=(("conv1.0", "conv1.1"), ("conv1.3", "conv1.4"), ("conv1.6", "bn1")),
+    plain=(("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+    a=(("conv1_a", "bn1_a"), ("k1.0", "k1.1")),
+    b=("conv1_b", "bn1_b"),
+    k=(("scconv.k2.1", "scconv.k2.2"), ("scconv.k3.0", "scconv.k3.1"), ("scconv.k4.0", "scconv.k4.1")),
+    out=("conv3", "bn3"),
+    shortcut=("downsample.0", "downsample.1"),
+    pooled_shortcut=("downsample.1", "downsample.2"),
+    head="fc",
+)
+_INIT = "features.init_block."
+NAMES = {
+    "reference": _OURS,
+    "mmpose": _OURS._replace(a=(("conv1", "bn1"), ("k1.0", "k1.1")), b=("conv2", "bn2")),
+    "pytorchcv": Names(
+        block="features.stage{}.unit{}",
+        first=1,
+        stem=_conv_bn(f"{_INIT}conv")[0],
+        deep_stem=_conv_bn(f"{_INIT}conv1", f"{_INIT}conv2", f"{_INIT}conv3"),
+        plain=_conv_bn("body.conv1", "body.conv2", "body.conv3"),
+        a=_conv_bn("body.conv1a", "body.conv2a"),
+        b=_conv_bn("body.conv1b")[0],
+        k=_conv_bn("body.conv2b.down.conv", "body.conv2b.conv1", "body.conv2b.conv2"),
+        out=_conv_bn("body.conv3")[0],
+        shortcut=("identity_block.conv", "identity_block.bn"),
+        pooled_shortcut=_conv_bn("identity_block.conv")[0],
+        head="output",
+    ),
+}
+
+
+class Network:
+    """A residual network: images `(n, 3, h, w)` to its maps.
+
+    Args:
+        entries: name to array, a checkpoint's own.
+        naming: whose names; the networks' own for a naming that is not in `NAMES`.
+        output_stride: size of the images over size of the last map.
+        variant: of its ScConv, if it has any.
+        dtype: "float32" or "float64".
+    """
+
+    def __init__(self, entries: Mapping[str, np.ndarray], naming: str, output_stride: int, variant: str, dtype: str):
+        import torch
+
+        self.torch, self.F = torch, torch.nn.functional
+        prefix = "backbone." if any(name.startswith("backbone.") for name in entries) else ""
+        self.entries = {
+            name.removeprefix(prefix): torch.from_numpy(np.asarray(value).astype(dtype))
+            for name, value in entries.items()
+            if name.startswith(prefix) and not name.endswith("num_batches_tracked")
+        }
+        self.names = NAMES.get(naming, _OURS)
+        if f"{self.block_name(1, 0)}.identity_conv.conv.weight" in self.entries:  # pytorchcv's ResNets
+            self.names = self.names._replace(shortcut=("identity_conv.conv", "identity_conv.bn"))
+        self.output_stride, self.variant = output_stride, variant
+        self.v1d = self._has(self.names.pooled_shortcut[0], 2)  # by its pooled shortcuts; its blocks pool as well
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the stem's map before its ReLU, each stage's, and, where there is a head, the logits."""
+        deep = f"{self.names.deep_stem[0][0]}.weight" in self.entries
+        pairs = self.names.deep_stem if deep else (self.names.stem,)
+        small = not deep and self.entries[f"{pairs[0][0]}.weight"].shape[-1] == 3  # for small images: 3×3, no stride, no pool
+        x = images
+        for i, pair in enumerate(pairs):
+            x = self.conv_norm(pair, x if i == 0 else x.relu(), stride=2 if i == 0 and not small else 1)
+        maps = {"stem": x}
+        x = x.relu() if small else self.F.max_pool2d(x.relu(), 3, 2, padding=1)
+        stride, dilation, stage = (1 if small else 4), 1, 1
+        while self._blocks(stage):
+            first, strides = dilation, 1
+            if stage > 1 and stride < self.output_stride:
+                strides, stride = 2, stride * 2
+            elif stage > 1:
+                dilation *= 2
+            for block in range(self._blocks(stage)):
+                if block == 0:
+                    x = self.block(self.block_name(stage, 0), x, strides, first, begins=stage > 1)
+                else:
+                    x = self.block(self.block_name(stage, block), x, 1, dilation, begins=False)
+            maps[f"layer{stage}"] = x
+            stage += 1
+        if f"{self.names.head}.weight" in self.entries:
+            head = [self.entries[f"{self.names.head}.{kind}"] for kind in ("weight", "bias")]
+            maps["logits"] = self.F.linear(x.mean(dim=(2, 3)), *head)
+        return maps
+
+    def block_name(self, stage: int, block: int) -> str:
+        """Name of a block, counted from 0, of a stage, counted from 1."""
+        return self.names.block.format(stage, block + self.names.first)
+
+    def block(self, name: str, x: Tensor, stride: int, dilation: int, *, begins: bool) -> Tensor:
+        """A block of either kind; `begins` a stage that halves the map, or would, were it not dilated."""
+        at = name + "."
+        if f"{at}{self.names.k[0][0]}.weight" in self.entries:
+            pools = self.v1d and begins
+            inner = {"stride": 1 if pools else stride, "dilation": dilation}
+            a, b = (self.conv_norm(pair, x, at=at).relu() for pair in (self.names.a[0], self.names.b))
+            a = self.conv_norm(self.names.a[1], a, at=at, **inner).relu()
+            k2, k3, k4 = self.names.k
+            context = self.conv_norm(k2, self.F.avg_pool2d(b, 4), at=at, dilation=dilation)
+            gate = self.torch.sigmoid(b + self.F.interpolate(context, size=b.shape[2:], mode="nearest"))
+            b = self.conv_norm(k4, self.conv_norm(k3, b, at=at, dilation=dilation) * gate, at=at, **inner).relu()
+            if pools:
+                a, b = (self.F.avg_pool2d(y, 3, stride, padding=1) for y in (a, b))
+            y = self.conv_norm(self.names.out, self.torch.cat([a, b], dim=1), at=at)
+        else:
+            pairs = [pair for pair in self.names.plain if any(key.startswith(f"{at}{pair[0]}.") for key in self.entries)]
+            strided = len(pairs) - 2  # the 3×3 of three, the first of two
+            y = x
+            for i, pair in enumerate(pairs):
+                spatial = len(pairs) == 2 or i == 1
+                y = self.conv_norm(pair, y, at=at, stride=stride if i == strided else 1, dilation=dilation if spatial else 1)
+                y = y.relu() if i < len(pairs) - 1 else y
+        if f"{at}se.fc1.weight" in self.entries:
+            squeezed = self.conv(f"{at}se.fc1", y.mean(dim=(2, 3), keepdim=True)).relu()
+            y = y * self.conv(f"{at}se.fc2", squeezed).sigmoid()
+        return (y + self.shortcut(at, x, stride)).relu()
+
+    def shortcut(self, at: str, x: Tensor, stride: int) -> Tensor:
+        """The block's input in the shape of its output."""
+        if self.v1d and f"{at}{self.names.pooled_shortcut[0]}.weight" in self.entries:
+            pooled = self.F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
+            return self.conv_norm(self.names.pooled_shortcut, pooled, at=at)
+        if f"{at}{self.names.shortcut[0]}.weight" in self.entries:
+            return self.conv_norm(self.names.shortcut, x, at=at, stride=stride)
+        return x
+
+    def conv_norm(self, pair: Pair, x: Tensor, *, at: str = "", stride: int = 1, dilation: int = 1) -> Tensor:
+        """A convolution, or what stands in for it, and its norm."""
+        y = self.operator(at + pair[0], x, stride, dilation)
+        mean, var, weight, bias = (
+            self.entries[f"{at}{pair[1]}.{kind}"] for kind in ("running_mean", "running_var", "weight", "bias")
+        )
+        return self.F.batch_norm(y, mean, var, weight, bias, eps=1e-5)
+
+    def operator(self, name: str, x: Tensor, stride: int, dilation: int) -> Tensor:
+        """A convolution, a ghost convolution or an ScConv, by what entries there are."""
+        if f"{name}.weight" in self.entries:
+            return self.conv(name, x, stride, dilation)
+        if f"{name}.primary_conv.0.weight" in self.entries:
+            y = self.conv(f"{name}.primary_conv.0", x, stride, dilation)
+            return self.torch.cat([y, self.conv(f"{name}.cheap_operation.0", y)], dim=1)
+        x = self.F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
+        y = self.channel_reconstruction(f"{name}.CRU.", self.spatial_reconstruction(f"{name}.SRU.gn.", x))
+        return self.conv(f"{name}.projection", y) if f"{name}.projection.weight" in self.entries else y
+
+    def conv(self, name: str, x: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+        """A convolution that keeps the size, at stride 1; its groups are read off its shape."""
+        weight = self.entries[f"{name}.weight"]
+        size = weight.shape[-1]
+        dilation = dilation if size > 1 else 1
+        groups = x.shape[1] // weight.shape[1]
+        return self.F.conv2d(x, weight, self.entries.get(f"{name}.bias"), stride, dilation * (size // 2), dilation, groups)
+
+    def spatial_reconstruction(self, at: str, x: Tensor) -> Tensor:
+        """The SRU of the network's version, whose γ and β are called `at` + their names."""
+        old = self.variant in ("2023-07", "2023-09")
+        names = ("gamma", "beta") if self.variant == "2023-07" else ("weight", "bias")
+        gamma, beta = (self.entries[at + name].reshape(1, -1, 1, 1) for name in names)
+        groups = x.reshape(len(x), 16 if self.variant == "2023-07" else 4, -1)
+        centred = groups - groups.mean(-1, keepdim=True)
+        deviation = groups.std(-1, keepdim=True) + 1e-10 if old else (groups.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        normal = gamma * (centred / deviation).view_as(x) + beta
+        weights = (gamma / gamma.sum() * normal).sigmoid()
+        if old:
+            first, second = (weights >= 0.5).to(x.dtype), (weights < 0.5).to(x.dtype)
+        else:
+            first, second = self.torch.where(weights > 0.5, 1.0, weights), self.torch.where(weights > 0.5, 0.0, weights)
+        gated = normal if self.variant == "2023-09" else x
+        (a1, a2), (b1, b2) = (self.torch.chunk(part * gated, 2, dim=1) for part in (first, second))
+        return self.torch.cat([a1 + b2, a2 + b1], dim=1)
+
+    def channel_reconstruction(self, at: str, x: Tensor) -> Tensor:
+        """The CRU of the network's version, whose entries begin with `at`."""
+        upper, lower = x.split([self.entries[f"{at}squeeze{i}.weight"].shape[1] for i in (1, 2)], dim=1)
+        upper, lower = self.conv(f"{at}squeeze1", upper), self.conv(f"{at}squeeze2", lower)
+        first = self.conv(f"{at}GWC", upper) + self.conv(f"{at}PWC1", upper)
+        second = self.torch.cat([self.conv(f"{at}PWC2", lower), lower], dim=1) if f"{at}PWC2.weight" in self.entries else lower
+        both = self.torch.cat([first, second], dim=1)
+        means = both.mean(dim=(2, 3), keepdim=True)
+        if self.variant == "paper":  # a softmax over the two, for each channel
+            shares = means.reshape(len(x), 2, -1).softmax(dim=1).reshape(means.shape)
+        else:
+            shares = means.softmax(dim=1)
+        first, second = self.torch.chunk(shares * both, 2, dim=1)
+        return first + second
+
+    def _has(self, name: str, stage: int) -> bool:
+        entry = f"{self.block_name(stage, 0)}.{name}.weight"
+        return entry in self.entries and self.entries[entry].ndim == 4
+
+    def _blocks(self, stage: int) -> int:
+        pattern = re.escape(self.names.block.format(stage, "N")).replace("N", r"(\d+)\.")
+        return len({found[1] for name in self.entries if (found := re.match(pattern, name))})
