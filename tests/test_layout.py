@@ -33,7 +33,7 @@ ABOVE_NO_NETWORK = {
 TRAINER = {
     "config": 0, "randaugment": 0, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "workdir": 1,
     "batches": 1, "images": 2, "folder": 2, "tfds": 2, "records": 3, "data": 4, "prepare": 5,
-    "trackers": 1, "speed": 1, "log": 2, "parallel": 2, "start": 3, "loop": 5, "main": 6,
+    "trackers": 1, "speed": 1, "log": 2, "hosts": 1, "parallel": 2, "start": 3, "loop": 5, "main": 6,
 }  # fmt: skip
 
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors", "jaxtyping"}  # ml_dtypes is jax's, rich flax's

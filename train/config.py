@@ -26,6 +26,10 @@ class ConfigError(ValueError):
     """A mistake that the person who started the run can put right: printed as one line, exit code 2."""
 
 
+class CheckpointError(Exception):
+    """A checkpoint that could not be written: no space, no permission, no disk."""
+
+
 class Group:
     """A group of fields whose names, types and ranges are checked when it is built."""
 

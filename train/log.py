@@ -29,27 +29,32 @@ SLOW_INPUT = 0.1
 class Metrics:
     """`metrics.jsonl`: one JSON object per line, each with `step` and `epoch`, written out at once; and to trackers."""
 
-    def __init__(self, path: Path, first_step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
-        """Append to `path`; lines past `first_step`, of work that a resumed run does again, go."""
+    def __init__(self, path: Path | None, first_step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
+        """Append to `path`; lines past `first_step`, of work that a resumed run does again, go. None: write nowhere."""
+        self._trackers = trackers
+        self._file = None
+        if path is None:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
         self._file = path.open("a")
-        self._trackers = trackers
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
     def write(self, step: int, **values: float) -> None:
         """Write one line. Keys may hold a slash: `write(3, **{"train/loss": 0.1})`."""
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            self._file.flush()
         for tracker in self._trackers:
             tracker.write(step, values)
 
@@ -130,7 +135,7 @@ class Window:
 class Progress:
     """A bar over all images of the run with images/s and time left; on anything but a terminal, lines alone."""
 
-    def __init__(self, total_steps: int, first_step: int, batch_size: int) -> None:
+    def __init__(self, total_steps: int, first_step: int, batch_size: int, *, shown: bool = True) -> None:
         self._batch_size = batch_size
         self._said: set[str] = set()
         self._bar = tqdm(
@@ -141,7 +146,7 @@ class Progress:
             desc="compiling the step",
             dynamic_ncols=True,
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
         )
 
     def __enter__(self) -> Self:

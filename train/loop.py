@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,14 +19,15 @@ from train.batches import Staged, eval_batches, train_batches
 from train.checkpoint import Checkpoints
 from train.config import Config, ConfigError, make_plan
 from train.data import Dataset, load_dataset
+from train.hosts import Signals
 from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
-from train.parallel import Parallel, make_parallel
+from train.parallel import Parallel, from_host_0, make_parallel
 from train.speed import Profiler, peak_multiply_adds, training_multiply_adds
 from train.start import Start
 from train.step import AXIS, TrainState, eval_step, train_step
 from train.trackers import check_trackers, open_trackers
-from train.workdir import open_workdir, save_config
+from train.workdir import locked_workdir, save_config
 
 SLOW_INPUT_WARNING = (
     "warning: the devices wait for data (waiting_for_data in metrics.jsonl); more --data.threads or a faster disk may help"
@@ -48,9 +47,10 @@ def train(config: Config, workdir: Path) -> int:
     began = time.perf_counter()
     job = prepare(config)
     batch_size = config.data.batch_size
-    plan = make_plan(config, len(job.dataset.train), jax.local_device_count())
-    check_trackers(config.log)
-    open_workdir(workdir)
+    plan = make_plan(config, len(job.dataset.train), jax.device_count())
+    leads = jax.process_index() == 0  # and alone reads and writes the workdir
+    if leads:
+        check_trackers(config.log)
 
     schedule = make_schedule(config.optim, plan)
     optimizer = make_optimizer(config.optim, schedule)
@@ -71,12 +71,22 @@ def train(config: Config, workdir: Path) -> int:
     next_state = job.parallel.over_devices(train_fn, donate_state=True)
     test = make_test(job, config)
 
-    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Signals() as signals:
+    with (
+        locked_workdir(workdir if leads else None),
+        Checkpoints(workdir if leads else None, config.keep_checkpoints, dataclasses.asdict(config)) as checkpoints,
+        Signals() as signals,
+    ):
         resumes = checkpoints.latest() is not None
-        state, notes = (checkpoints.restore(like=start.shapes()), []) if resumes else start.first()
+        state, notes = start.empty(), []
+        if resumes:
+            state = checkpoints.restore(start.shapes(), move_damaged=True)
+        elif leads:
+            state, notes = start.first()
+        state = from_host_0(state)
         first_step = step = int(state.step)
-        trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
-        save_config(workdir, config)
+        trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config)) if leads else ()
+        if leads:
+            save_config(workdir, config)
         print(
             f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
             f"{config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images. Writing to {workdir}"
@@ -87,24 +97,34 @@ def train(config: Config, workdir: Path) -> int:
             flush=True,
         )
         state = job.parallel.put_state(state)
-        batches = train_batches(job.dataset.train, batch_size, seed=config.seed, first_step=step, threads=config.data.threads)
+        batches = train_batches(
+            job.dataset.train,
+            batch_size,
+            seed=config.seed,
+            first_step=step,
+            threads=config.data.threads,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
         with (
             Staged(batches, job.parallel.put_batch) as staged,
-            Metrics(workdir / "metrics.jsonl", first_step, trackers) as metrics,
-            Profiler(config.log.profile_steps, workdir / "profile") as profiler,
-            Progress(plan.total_steps, first_step, batch_size) as progress,
+            Metrics(workdir / "metrics.jsonl" if leads else None, first_step, trackers) as metrics,
+            Profiler(config.log.profile_steps if leads else (), workdir / "profile") as profiler,
+            Progress(plan.total_steps, first_step, batch_size, shown=leads) as progress,
         ):
             window = Window(
                 batch_size,
                 waited=lambda: staged.waited,
                 multiply_adds=training_multiply_adds(job.model, job.dataset.image_shape),
-                peak=peak_multiply_adds(jax.local_devices()),
+                peak=peak_multiply_adds(jax.devices()),
             )
             train_metrics = {}
-            while step < plan.total_steps and not signals.received:
+            stop = signals.stop_after(step)
+            while step < plan.total_steps and not stop:
                 profiler.before(step + 1)
                 state, values = next_state(state, next(staged))
                 step += 1
+                stop = signals.stop_after(step)
                 if profiler.after(step, values):
                     progress.say("profile of steps {} to {}".format(*config.log.profile_steps) + f" in {workdir / 'profile'}")
                 window.add(step, values)
@@ -115,10 +135,11 @@ def train(config: Config, workdir: Path) -> int:
                 epoch, position = divmod(step, plan.steps_per_epoch)
                 progress.advance(f"epoch {min(epoch + 1, config.epochs)}/{config.epochs}")
 
-                if step % config.log_every == 0 or position == 0 or signals.received:
+                if step % config.log_every == 0 or position == 0 or stop:
                     train_metrics = window.close()
                     lr = np.asarray(schedule(step - 1)).item()
                     metrics.write(step, epoch=round(step / plan.steps_per_epoch, 3), lr=lr, **train_metrics)
+                    checkpoints.check()
                     if window.slow_input:
                         progress.say(SLOW_INPUT_WARNING, once=True)
                 if position == 0:  # an epoch is done
@@ -131,6 +152,8 @@ def train(config: Config, workdir: Path) -> int:
                     window.restart_clock()
             checkpoints.save(state)
 
+    if not leads:
+        return signals.received if step < plan.total_steps else 0
     draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=f"{config.model.name} on {config.data.name}")
     if step < plan.total_steps:
         print(
@@ -148,15 +171,17 @@ def evaluate(config: Config, workdir: Path | None) -> None:
         ConfigError: there is no checkpoint, or it does not fit the config.
     """
     job = prepare(config)
-    plan = make_plan(config, len(job.dataset.train), jax.local_device_count())
+    plan = make_plan(config, len(job.dataset.train), jax.device_count())
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
     start = Start(config, plan, job.model, optimizer, job.dataset.image_shape)
-    if workdir is None:
+    state = start.empty()
+    if jax.process_index() == 0 and workdir is None:
         state, notes = start.first()
         print(*notes, sep="\n")
-    else:
+    elif jax.process_index() == 0 and workdir is not None:
         with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
             state = checkpoints.restore(start.shapes())
+    state = from_host_0(state)
     result = make_test(job, config)(job.parallel.put_state(state))
     print(
         f"{config.model.name} on {config.data.name}, step {int(state.step)}: test accuracy "
@@ -195,7 +220,7 @@ def prepare(config: Config) -> Job:
     except ValueError as error:
         raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
     normalizer = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
-    return Job(dataset, model, normalizer, make_parallel(config.parallel, jax.local_devices()))
+    return Job(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
 
 
 def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, float]]:
@@ -203,7 +228,13 @@ def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, floa
     sums_of = job.parallel.over_devices(functools.partial(eval_step, model=job.model, normalize=job.normalize))
 
     def test(state: TrainState) -> dict[str, float]:
-        batches = eval_batches(job.dataset.test, config.data.batch_size, threads=config.data.threads)
+        batches = eval_batches(
+            job.dataset.test,
+            config.data.batch_size,
+            threads=config.data.threads,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
         with Staged(batches, job.parallel.put_batch) as staged:
             sums = jax.device_get([sums_of(state, batch) for batch in staged])
         totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
@@ -211,25 +242,6 @@ def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, floa
         return {f"eval/{key}": total / count for key, total in totals.items()}
 
     return test
-
-
-class Signals:
-    """Notes the first Ctrl-C or SIGTERM, for the loop to end on; a second one acts as ever."""
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __enter__(self) -> Self:
-        self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.received = signum
-        self.__exit__()
 
 
 def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
@@ -263,6 +275,6 @@ def count(params: Any) -> int:
 
 
 def describe_devices() -> str:
-    """`1 CPU device`, `8 × NVIDIA H200`."""
-    devices = jax.local_devices()
-    return f"{len(devices)} × {devices[0].device_kind}"
+    """`1 × cpu`, `16 × NVIDIA H200 of 2 hosts`."""
+    devices, hosts = jax.devices(), jax.process_count()
+    return f"{len(devices)} × {devices[0].device_kind}" + (f" of {hosts} hosts" if hosts > 1 else "")

@@ -1,8 +1,11 @@
 """The command line: `python -m train.main [DIR] [--config configs/NAME.py] [--field.name VALUE ...]`."""
 
 import argparse
+import errno
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +18,8 @@ except ModuleNotFoundError:
     print("error: the trainer needs more packages than the library: pip install -e '.[train]', or make setup", file=sys.stderr)
     sys.exit(2)
 
-from train.config import CONFIGS, DEFAULT, Config, ConfigError, load_config
+from train.config import CONFIGS, DEFAULT, CheckpointError, Config, ConfigError, Hosts, from_json, load_config, to_json
+from train.hosts import Link, find
 from train.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run
 
 PROGRAM = "python -m train.main"
@@ -53,6 +57,7 @@ class Arguments:
     """
 
     experiment: Annotated[Config, arg(name="")]
+    hosts: Hosts
     config: Annotated[Path, arg(metavar="FILE", help_behavior_hint="(default: configs/digits.py; with DIR, configs/scnet50.py)")]
     """Experiment; the fields below override it."""
     workdir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/NAME, for configs/NAME.py)")]
@@ -72,25 +77,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path | None, bool]:
     Raises:
         ConfigError: the config, the folder and the flags do not go together.
     """
-    # Which run this is comes first: its config gives the defaults of all other flags.
-    first = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--workdir", type=Path)
-    first.add_argument("--resume", nargs="?", type=Path, const=True, default=False)
-    first.add_argument("-e", "--evaluate", action="store_true")
-    first.add_argument("--init")
-    first.add_argument("--pretrained", action="store_const", dest="init", const="pretrained")
-    first.add_argument("--dummy", action="store_true")
-    first.add_argument("--no-accel", action="store_true")
-    first.add_argument("--gpu", type=int)
-    first.add_argument("--multiprocessing-distributed", action="store_true")
-    first.add_argument("--dist-backend")
-    known, fields = first.parse_known_args(argv)
+    known, fields = first_pass(argv)
     fields = [*fields, *(["--model.init", known.init] if known.init else [])]
     fields += ["--data.name", "synthetic", "--data.synthetic-classes", "1000"] if known.dummy else []
 
     def read(path: Path, base: Config) -> Arguments:
-        default = Arguments(base, path, known.workdir, bool(known.resume), known.evaluate)
+        default = Arguments(base, _hosts(known), path, known.workdir, bool(known.resume), known.evaluate)
         return tyro.cli(Arguments, args=fields, default=default, prog=PROGRAM, config=(FlagCreatePairsOff,))
 
     path, before = known.config or DEFAULT, None
@@ -108,7 +100,6 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path | None, bool]:
         path = IMAGENET
         arguments = read(path, load_config(path))
 
-    _choose_devices(known.no_accel, known.gpu)
     for flag, given in (("multiprocessing-distributed", known.multiprocessing_distributed), ("dist-backend", known.dist_backend)):
         if given:
             print(f"--{flag} is of no use here: one process drives all devices of a host, and JAX knows how they talk")
@@ -142,28 +133,109 @@ def _choose_devices(no_accel: bool, gpu: int | None) -> None:
         jax.config.update("jax_cuda_visible_devices", str(gpu))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line. Returns its exit code: 0; 1, training failed; 2, a mistake in the command; 128 + signal."""
-    try:
-        experiment, workdir, only_test = parse(sys.argv[1:] if argv is None else argv)
-        # Imported late, so that --help and mistakes take no time.
-        from train import loop
+def first_pass(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags that say which processes and which run these are; and the others, whose defaults that run's config gives."""
+    first = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--workdir", type=Path)
+    first.add_argument("--resume", nargs="?", type=Path, const=True, default=False)
+    first.add_argument("-e", "--evaluate", action="store_true")
+    first.add_argument("--init")
+    first.add_argument("--pretrained", action="store_const", dest="init", const="pretrained")
+    first.add_argument("--dummy", action="store_true")
+    first.add_argument("--no-accel", action="store_true")
+    first.add_argument("--gpu", type=int)
+    first.add_argument("--multiprocessing-distributed", action="store_true")
+    first.add_argument("--dist-backend")
+    first.add_argument("--hosts.count", "--world-size", dest="hosts_count", type=int)
+    first.add_argument("--hosts.index", "--rank", dest="hosts_index", type=int)
+    first.add_argument("--hosts.address", "--dist-url", dest="hosts_address")
+    first.add_argument("--hosts.timeout", dest="hosts_timeout", type=float, default=Hosts().timeout)
+    return first.parse_known_args(argv)
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's and Grain's notes to developers
-        if only_test or workdir is None:
-            loop.evaluate(experiment, workdir)
-        elif signum := loop.train(experiment, workdir):
-            return 128 + signum
-    except FloatingPointError as error:
-        print(f"error: {error}; the checkpoints before it are kept. A lower --optim.lr may help", file=sys.stderr)
-        return 1
-    except (ConfigError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped at once; nothing was saved since the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+
+def join(argv: Sequence[str]) -> Link:
+    """Meet the other hosts, if there are any.
+
+    Raises:
+        ConfigError: they did not all come, or do not fit together.
+    """
+    known, fields = first_pass(argv)
+    if {"-h", "--help"} & set(fields):
+        return Link(Hosts(), [])
+    _choose_devices(known.no_accel, known.gpu)
+    hosts = find(_hosts(known))
+    return Link(hosts, [f"{name}={value}" for name, value in vars(known).items() if name not in ("hosts_index", "gpu")] + fields)
+
+
+def _hosts(known: argparse.Namespace) -> Hosts:
+    """The processes that train together, as the flags give them."""
+    address = known.hosts_address and known.hosts_address.removeprefix("tcp://")
+    return Hosts(count=known.hosts_count, index=known.hosts_index, address=address, timeout=known.hosts_timeout)
+
+
+def run(argv: Sequence[str], link: Link) -> int:
+    """Do what the command line says: host 0 reads it, and the others do as host 0 does, in silence."""
+    what = None
+    if link.index == 0:
+        experiment, workdir, only_test = parse(argv)
+        what = [to_json(experiment), workdir and str(workdir), only_test]
+    else:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
+    text, folder, only_test = link.share(what)
+    # Imported late, so that --help and mistakes take no time.
+    from train import loop
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's and Grain's notes to developers
+    experiment = from_json(text, "the config of host 0")
+    if only_test or folder is None:
+        loop.evaluate(experiment, folder and Path(folder))
+        return 0
+    signum = loop.train(experiment, Path(folder))
+    return 128 + signum if signum else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns its exit code: 0; 1, training failed; 2, a mistake in the command; 128 + signal.
+
+    With several hosts, an error ends the processes of all, with the same code.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    link = None
+    try:
+        with join(argv) as link:
+            return run(argv, link)
+    except BaseException as error:
+        if link is not None and isinstance(error, RuntimeError):
+            link.wait_for_reason()
+        reason, code = explain(error)
+        if reason:
+            print(reason, file=sys.stderr)
+        elif link is not None and link.count > 1:
+            traceback.print_exc()
+        if link is not None:
+            link.fail((reason or f"{type(error).__name__}: {error}").removeprefix("error: ").splitlines()[0], code)
+        if not reason:
+            raise
+        return code
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What to print of an error, and the exit code; an empty text for one that only a traceback explains."""
+    match error:
+        case FloatingPointError():
+            return f"error: {error}; the checkpoints before it are kept. A lower --optim.lr may help", 1
+        case ConfigError() | ModuleNotFoundError():
+            return f"error: {error}", 2
+        case CheckpointError():
+            return f"error: {error}; the checkpoints written before are kept", 1
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"error: {error.strerror}: {error.filename or 'the workdir'}; the checkpoints written before are kept", 1
+        case KeyboardInterrupt():
+            return "Stopped at once; nothing was saved since the last checkpoint.", 130
+        case SystemExit():
+            return "", error.code if isinstance(error.code, int) else 1
+    return "", 1
 
 
 if __name__ == "__main__":

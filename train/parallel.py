@@ -1,4 +1,4 @@
-"""The step of one device, mapped over all devices of this host: two engines, one step function."""
+"""The step of one device, mapped over all devices of all hosts: two engines, one step function."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.step import AXIS
@@ -20,13 +21,19 @@ class Parallel:
     over_devices: Callable[..., Step]
     """(step, donate_state=False) → the same step for the whole batch."""
     put_batch: Callable[[Any], Any]
-    """Host arrays (n, ...) → device arrays, split evenly."""
+    """Arrays (n, ...) of each host → arrays (hosts * n, ...) on the devices, split evenly."""
     put_state: Callable[[Any], Any]
-    """Host arrays → device arrays, one copy on each device."""
+    """Host arrays, the same on all hosts → device arrays, one copy on each device."""
 
 
 def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
-    """`engine` is "shard_map" (`jax.jit` of `jax.shard_map` over a 1-D mesh) or "pmap"; `devices` are JAX's."""
+    """The named engine over `devices`, those of one host together.
+
+    Args:
+        engine: "shard_map" (`jax.jit` of `jax.shard_map` over a 1-D mesh) or "pmap".
+        devices: JAX's, of all hosts that take part; as many of each.
+    """
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.asarray(devices), (AXIS,))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
 
@@ -38,16 +45,34 @@ def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
         donate = (0,) if donate_state else ()
         return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=donate)
 
-    def stacked(batch: Any) -> Any:
-        """(n, ...) → (devices, n / devices, ...): pmap wants the devices as a dimension of their own."""
-        return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
+    def put_batch(batch: Any) -> Any:
+        sharding, hosts = NamedSharding(mesh, split), len({device.process_index for device in devices})
 
-    def put(sharding: PartitionSpec) -> Callable[[Any], Any]:
-        return lambda tree: jax.device_put(tree, NamedSharding(mesh, sharding))
+        def put(x: np.ndarray) -> jax.Array:
+            if engine == "pmap":  # it wants the devices as a dimension of their own
+                x = x.reshape(len(devices) // hosts, -1, *x.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, x, (hosts * x.shape[0], *x.shape[1:]))
 
-    if engine == "pmap":
-        return Parallel(with_pmap, lambda batch: put(split)(stacked(batch)), put(everywhere))
-    return Parallel(with_shard_map, put(split), put(everywhere))
+        return jax.tree.map(put, batch)
+
+    def put_state(state: Any) -> Any:
+        sharding = NamedSharding(mesh, everywhere)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), x.shape), state)
+
+    return Parallel(with_pmap if engine == "pmap" else with_shard_map, put_batch, put_state)
+
+
+def from_host_0(tree: Any) -> Any:
+    """The NumPy arrays of host 0 on all hosts, bit for bit; `tree` has the same structure, shapes and dtypes on all."""
+    if jax.process_count() == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    # As bytes: the sum by which JAX broadcasts would turn -0.0 into 0.0.
+    flat = np.concatenate([np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
+    flat = multihost_utils.broadcast_one_to_all(flat)
+    parts = np.split(flat, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
+    arrays = [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def run_once(make: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import scconv_jax
@@ -29,6 +30,10 @@ class Start:
     def shapes(self) -> TrainState:
         """A state without values."""
         return jax.eval_shape(self._random)
+
+    def empty(self) -> TrainState:
+        """A state of any values: what a host has before it receives the state of host 0."""
+        return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), self.shapes())
 
     def first(self) -> tuple[TrainState, list[str]]:
         """The state that the run begins with, and what to tell the user of it.

@@ -3,6 +3,11 @@
 A folder holds a run when it holds `config.json`, which is written before any metrics or checkpoint.
 """
 
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -60,6 +65,33 @@ def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
                 f"keep {before!r}, or start another run in another --workdir"
             )
     return [f"{name}: {before!r} → {after!r}" for name, (before, after) in changes.items()]
+
+
+@contextmanager
+def locked_workdir(workdir: Path | None) -> Iterator[None]:
+    """Make the folder, see that it can be written, and keep every other process out of it; None: nothing to do.
+
+    The kernel lifts the lock when this process ends, however it ends.
+
+    Raises:
+        ConfigError: it cannot be written, or another process holds it.
+    """
+    if workdir is None:
+        yield
+        return
+    open_workdir(workdir)
+    with (workdir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"{workdir} is in use by {file.read().strip() or 'another process'}: wait for it, or choose another --workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def open_workdir(workdir: Path) -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import scconv_jax
-from tests.train.tiny import create_tiny
+from tests.train.tiny import create_tiny, final_state
 from train import workdir as folders
 from train.checkpoint import Checkpoints
 from train.config import load_config
@@ -61,13 +60,6 @@ def small(tmp_path, monkeypatch, cache):
     return "small.py"
 
 
-def final_state(workdir):
-    """The arrays of the latest checkpoint, as bytes."""
-    with Checkpoints(Path(workdir), keep=9) as checkpoints:
-        saved = checkpoints._manager.restore(checkpoints.latest())["state"]
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in jax.tree.leaves_with_path(saved)}
-
-
 def evaluations(workdir):
     return [
         {key: line[key] for key in ("step", "epoch", "eval/loss", "eval/top1")}
@@ -79,7 +71,7 @@ def evaluations(workdir):
 def test_a_run_leaves_what_it_promises(small, capsys):
     assert main(["--config", small]) == 0
     run = Path("runs/small")
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "curves.png", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl"]
     assert folders.load_run(run) == load_config(Path(small))
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 5, 5, 6, 9, 10, 10, 12, 15, 15]

@@ -4,14 +4,18 @@
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
 
 import scconv_jax
 from scconv_jax.layers import BatchNorm, Conv
+from train.checkpoint import Checkpoints
 
 _create_model = scconv_jax.create_model
 
@@ -35,6 +39,13 @@ def create_tiny(name: str, **options: Any) -> Tiny:
     """`create_model`, but for the size: the name is still checked."""
     _create_model(name)
     return Tiny(**options)
+
+
+def final_state(workdir: str | Path) -> dict[str, bytes]:
+    """The arrays of the latest checkpoint of a run."""
+    with Checkpoints(Path(workdir), keep=1) as checkpoints, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        saved = reader.restore(checkpoints.directory / str(checkpoints.latest()) / "state")
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in jax.tree.leaves_with_path(saved)}
 
 
 if __name__ == "__main__":
