@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from train.config import ConfigError
-from train.main import parse
+from train import main
+from train.config import ConfigError, Hosts
+from train.main import join, parse
 
 PAGE = Path(__file__).parents[2] / "docs" / "from_pytorch.md"
 
@@ -29,7 +30,7 @@ ROWS = {
 """Row of the table → (command line, fields that it sets)."""
 ACTIONS = ["--resume", "-e, --evaluate", "--gpu", "--no-accel", "--multiprocessing-distributed", "--dist-backend"]
 """Rows that set no field; a test each below."""
-HOSTS: list[str] = []
+HOSTS = ["--world-size", "--rank", "--dist-url"]
 
 OTHER_SPELLINGS = [
     ["-a", "resnet50"],
@@ -116,7 +117,7 @@ def test_resume_takes_a_folder_not_a_file():
 def test_devices_are_chosen_before_jax_looks_for_them(monkeypatch, argv, setting, value):
     settings = {}
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
-    parse(argv)
+    join(argv)
     assert settings == {setting: value}
 
 
@@ -126,6 +127,23 @@ def test_what_has_no_use_here_says_so(capsys, argv):
     capsys.readouterr()
     assert parse(argv) == before
     assert capsys.readouterr().out.startswith(f"{argv[0]} is of no use here: ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--world-size", "4", "--rank", "2", "--dist-url", "tcp://10.0.0.1:8476"],
+        ["--hosts.count", "4", "--hosts.index", "2", "--hosts.address", "10.0.0.1:8476"],
+    ],
+)
+def test_the_hosts_by_either_name(monkeypatch, argv):
+    found = []
+    monkeypatch.setattr(main, "Link", lambda hosts, flags: found.append((hosts, flags)))
+    join([*argv, "--seed", "3"])
+    (hosts, flags) = found[0]
+    assert hosts == Hosts(count=4, index=2, address="10.0.0.1:8476")
+    assert not any("index" in flag for flag in flags), "what differs between hosts is not compared"
+    assert flags[-2:] == ["--seed", "3"]
 
 
 def test_the_page_has_a_row_for_each():
