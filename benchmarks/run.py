@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import networks, operators
+from benchmarks import networks, operators, weights
 
-BENCHMARKS = {"networks": networks.main, "operators": operators.main}
+BENCHMARKS = {"networks": networks.main, "operators": operators.main, "weights": weights.main}
 
 
 def main(names: list[str]) -> None:
