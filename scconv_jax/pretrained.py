@@ -27,7 +27,7 @@ from scconv_jax.download import PUBLISHED, fetch
 from scconv_jax.layers import Dense
 from scconv_jax.models import MODELS, create_model
 from scconv_jax.recognise import head, options_shown, recognise, template
-from scconv_jax.weights import Source, read
+from scconv_jax.weights import Source, WeightsError, read
 
 _log = logging.getLogger("scconv_jax")
 
@@ -133,7 +133,15 @@ def choose(found: Entries, model: str | None, options: Mapping[str, Any]) -> tup
     """
     said = found.source.metadata
     if model is None and said.get("model") in MODELS:
-        return said["model"], {**json.loads(said.get("arguments", "{}")), **options}
+        arguments = json.loads(said.get("arguments", "{}"))
+        if "num_classes" in (shown := options_shown(said["model"], found.arrays)):
+            arguments["num_classes"] = shown["num_classes"]  # a file cannot ask for a head that it does not have
+        try:
+            template(create_model(said["model"], **arguments))
+        except Exception as error:  # whatever options of a file, wrong in name or type, lead to
+            said_to_be = f"{said['model']} with {said.get('arguments', 'no arguments'):.200}"
+            raise WeightsError(f"{found.source.path} says that it is of {said_to_be}, which cannot be made: {error}") from error
+        return said["model"], {**arguments, **options}
     if model is not None:
         if model in MODELS:
             options = {**options_shown(model, found.arrays), **options}

@@ -98,10 +98,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         )
     metadata: dict[str, Any] = dict(source.metadata)
     if "arguments" in metadata:
-        try:
-            metadata["arguments"] = json.loads(metadata["arguments"])
-        except (ValueError, RecursionError) as error:
-            raise WeightsError(f"{path} cannot be used: its metadata has arguments that are no JSON.") from error
+        metadata["arguments"] = json.loads(metadata["arguments"])
     return Loaded(source.variables, metadata)
 
 
@@ -145,6 +142,8 @@ def _read_file(path: Path) -> Source:
         raise WeightsError(unknown(head))
     if not tensors:
         raise WeightsError("it holds no arrays")
+    if not _is_plain(metadata.get("arguments", "{}")):
+        raise WeightsError("the arguments in its metadata are no JSON object of numbers and texts")
     is_flax = all(name.startswith(runs.PREFIXES) for name in tensors)
     return Source(
         tensors=None if is_flax else tensors,
@@ -157,6 +156,14 @@ def _read_file(path: Path) -> Source:
         skipped=skipped,
         not_finite=_not_finite(tensors),
     )
+
+
+def _is_plain(arguments: str) -> bool:
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(isinstance(value, (str, int, float, type(None))) for value in found.values())
 
 
 def _nested(tensors: Mapping[str, np.ndarray]) -> Variables:

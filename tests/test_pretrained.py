@@ -71,6 +71,25 @@ def test_our_own_files_say_what_they_are(tmp_path):
     )
 
 
+@pytest.mark.parametrize("classes", [10**12, -1, "many", 1.5, None])
+def test_a_file_cannot_ask_for_a_head_that_it_does_not_have(tmp_path, variables, classes):
+    save(tmp_path / "x.safetensors", variables, {"model": NAME, "arguments": {"num_classes": classes}})
+    model, found = load_model(tmp_path / "x.safetensors")
+    assert model == create_model(NAME, num_classes=10)
+    equal(found, variables)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"nope": 1}, {"name": "x"}, {"planes": "x"}, {"planes": 10**9}, {"stem": 7}, {"output_stride": "8"}, {"dtype": 3}],
+    ids=str,
+)
+def test_options_in_a_file_that_make_no_network(tmp_path, variables, arguments):
+    save(tmp_path / "x.safetensors", variables, {"model": NAME, "arguments": arguments})
+    with pytest.raises(WeightsError, match=rf"x\.safetensors says that it is of {NAME} with .*, which cannot be made: "):
+        load_model(tmp_path / "x.safetensors")
+
+
 def test_another_head_keeps_the_templates_values(write, variables):
     start = filled(seed=1, num_classes=3)
     found, notes = load_weights(write(to_torch(variables)), start)
