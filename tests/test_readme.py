@@ -3,14 +3,38 @@
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
+
+import scconv_jax
+from scconv_jax.recognise import template
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What the pages suppose to be there: a checkpoint of a network, one of a layer, a photograph."""
+    folder = tmp_path_factory.mktemp("files")
+    generator = np.random.default_rng(0)
+
+    def random(shapes):
+        return jax.tree.map(lambda leaf: generator.uniform(0.5, 1, leaf.shape).astype(np.float32), shapes)
+
+    scconv_jax.save(folder / "scnet50-dc6a7e87.pth", random(template(scconv_jax.create_model("scnet50"))))
+    layer = scconv_jax.ScConv(variant="2023-10")
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 16), np.float32))
+    scconv_jax.save(folder / "scconv.pth", random(shapes))
+    Image.fromarray(generator.integers(0, 255, (300, 400, 3), np.uint8)).save(folder / "photo.jpg")
+    return folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, files, monkeypatch):
+    monkeypatch.chdir(files)
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     assert blocks or page.name != "README.md"
     names: dict[str, object] = {"__name__": "readme"}

@@ -1,0 +1,78 @@
+"""How near converted networks come to PyTorch's, for each source of weights: the table of the page "Bring your weights".
+
+Each file is written by PyTorch modules with the names that the source's have, weights and running statistics drawn at random,
+and read back from disk. It is compared with those same modules, stage by stage, as `python -m scconv_jax verify` does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import record, table
+from scconv_jax.models import create_model
+from scconv_jax.pretrained import choose, fill_model, open_entries
+from scconv_jax.verify import SIZES, compare
+from tests.reference.namings import MMPose, PytorchCV
+from tests.reference.networks import build
+from tests.reference.state import randomise
+
+# What makes each network in PyTorch; this file is its own `--reference`.
+scnet50 = partial(build, "scnet50")
+scnet50_dilated = partial(build, "scnet50", output_stride=8)
+scnet50_v1d = partial(build, "scnet50_v1d")
+scnet101 = partial(build, "scnet101")
+resnet50 = partial(build, "resnet50")
+ghostnet_100 = partial(build, "ghostnet_100")
+pytorchcv_scnet50 = partial(PytorchCV, "scnet")
+pytorchcv_scneta50 = partial(PytorchCV, "scneta")
+pytorchcv_resnet50b = partial(PytorchCV, "resnetb")
+mmpose_scnet50 = MMPose
+
+ONE = SIZES[2:]
+SOURCES = (  # source, network, output stride, sizes of the images
+    ("SCNet's authors", "scnet50", 32, SIZES),
+    ("SCNet's authors, dilated", "scnet50_dilated", 8, ONE),
+    ("SCNet's authors", "scnet50_v1d", 32, ONE),
+    ("SCNet's authors", "scnet101", 32, ONE),
+    ("torchvision, timm", "resnet50", 32, ONE),
+    ("GhostNet's authors, timm", "ghostnet_100", 32, ONE),
+    ("pytorchcv", "pytorchcv_scnet50", 32, ONE),
+    ("pytorchcv", "pytorchcv_scneta50", 32, ONE),
+    ("pytorchcv", "pytorchcv_resnet50b", 32, ONE),
+    ("mmpose", "mmpose_scnet50", 32, ONE),
+)
+
+
+def main() -> None:
+    """Compare and record."""
+    rows = []
+    for source in SOURCES:
+        rows.append(measure(*source))
+        print(*rows[-1], flush=True)
+    headings = ["source", "file", "names", "network", "images, px", "float64", "float32"]
+    text = "Largest difference at any stage, of any kind of image, relative to the largest value of that map.\n\n"
+    record("sources", "Sources of weights against PyTorch", text + table(headings, rows))
+
+
+def measure(source: str, network: str, output_stride: int, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """Write a network's file, read it, and compare: a row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{network}.pth"
+        torch.save(randomise(globals()[network](), 0).state_dict(), path)
+        found = open_entries(path)
+    name, options = choose(found, None, {} if output_stride == 32 else {"output_stride": output_stride})
+    filled = fill_model(found, name, create_model(name, **options))
+    largest = {"float64": 0.0, "float32": 0.0}
+    for difference in compare(found, name, options, filled.variables, reference=f"{__file__}:{network}", sizes=sizes):
+        largest[difference.dtype] = max(largest[difference.dtype], difference.value)
+    pixels = ", ".join("×".join(map(str, size)) for size in sizes)
+    return [source, path.name, found.naming.name, name, pixels, *(f"{value:.1e}" for value in largest.values())]
+
+
+if __name__ == "__main__":
+    main()
