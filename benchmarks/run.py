@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import networks, operators, weights
+from benchmarks import index, input, networks, operators, weights
 
-BENCHMARKS = {"networks": networks.main, "operators": operators.main, "weights": weights.main}
+BENCHMARKS = {
+    "index": index.main,
+    "input": input.main,
+    "networks": networks.main,
+    "operators": operators.main,
+    "weights": weights.main,
+}
 
 
 def main(names: list[str]) -> None:

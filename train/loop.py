@@ -20,7 +20,7 @@ from train.checkpoint import Checkpoints
 from train.config import Config, ConfigError, make_plan
 from train.data import Dataset, load_dataset
 from train.hosts import Signals
-from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
+from train.log import RUN_AHEAD, Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
 from train.parallel import Parallel, from_host_0, make_parallel
 from train.speed import Profiler, peak_multiply_adds, training_multiply_adds
@@ -236,9 +236,15 @@ def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, floa
             process_count=jax.process_count(),
         )
         with Staged(batches, job.parallel.put_batch) as staged:
-            sums = jax.device_get([sums_of(state, batch) for batch in staged])
+            sums = []
+            for batch in staged:
+                sums.append(sums_of(state, batch))
+                jax.block_until_ready(sums[-RUN_AHEAD:][0])  # or all test images would be on the device at once
+        sums = jax.device_get(sums)
         totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
         count = totals.pop("count")
+        if not count:
+            raise ConfigError("not one image of the test set can be read")
         return {f"eval/{key}": total / count for key, total in totals.items()}
 
     return test

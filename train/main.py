@@ -68,7 +68,7 @@ class Arguments:
     """Only test the latest checkpoint of the run in the workdir."""
     pytorch: Annotated[FromPyTorch, arg(name="")] = FromPyTorch()
     images: Annotated[str, Positional, arg(metavar="DIR")] = ""
-    """Folder of images, train/CLASS/… and val/CLASS/…, to train on: --data.name folder --data.dir DIR."""
+    """Folder of images, train/CLASS/… and val/CLASS/…, to train on: --data.name folder --data.dir DIR. Or of a set of TFDS."""
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Path | None, bool]:
@@ -119,7 +119,8 @@ def _on_images(experiment: Config, folder: str) -> Config:
     """The experiment on the images in `folder`, where one is given."""
     if not folder:
         return experiment
-    name = experiment.data.name if experiment.data.name == "tfds" else "folder"
+    prepared = experiment.data.name == "tfds" or (Path(folder) / "dataset_info.json").is_file()
+    name = "tfds" if prepared else "folder"
     return replace(experiment, data=replace(experiment.data, name=name, dir=folder))
 
 
