@@ -17,6 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"scconv-jax: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("scconv-jax: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

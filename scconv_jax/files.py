@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +19,10 @@ class WeightsError(ValueError):
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary file in the folder of `path`, which takes the place of `path` when it has been written whole.
+    """Give a file to write, which takes the place of `path` when it has been written whole.
 
-    Whatever happens before leaves `path` as it was, and no other file.
+    Whatever happens before leaves `path` as it was, and no other file. On Linux that holds for a killed process too: there
+    the file has no name until it is whole.
 
     Raises:
         WeightsError: the folder does not exist, cannot be written, or is full.
@@ -31,21 +32,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise WeightsError(f"{path} is a folder; give the name of a file to write.")
     if not path.parent.is_dir():
         raise WeightsError(f"There is no folder {path.parent} to write {path.name} in; make it first.")
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are their owner's alone
+        with contextlib.ExitStack() as stack:
+            descriptor = _nameless(path.parent)
+            written = temporary if descriptor is None else Path(f"/proc/self/fd/{descriptor}")
+            if descriptor is None:
+                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+            stack.callback(os.close, descriptor)
+            yield written
+            os.fsync(descriptor)
+            if written != temporary:
+                folder = os.open(path.parent, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                os.link(written, temporary.name, dst_dir_fd=folder)  # without dst_dir_fd, Python links the link in /proc
         temporary.replace(path)
     except OSError as error:
         raise WeightsError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _nameless(folder: Path) -> int | None:
+    """Open a new file without a name, where the system and the file system have such."""
+    if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").exists():
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    except OSError:
+        return None
 
 
 def sha256(path: Path) -> str:
@@ -65,12 +80,6 @@ def read_bytes(file: io.BufferedReader, at: int, count: int) -> np.ndarray:
     if file.readinto(data.data) != count:
         raise WeightsError("it is cut off")
     return data
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 _OTHER_FILES = (

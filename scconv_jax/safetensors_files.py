@@ -1,7 +1,8 @@
 """Safetensors files (https://github.com/huggingface/safetensors): a JSON header that names the arrays, then their bytes.
 
-The safetensors library checks the header, whose arrays must cover the file without gap or overlap, and writes. The arrays
-are read here, because the library has no bfloat16 for NumPy.
+The safetensors library checks the headers of files that are read: their arrays must cover the file without gap or overlap.
+The arrays are read and written here: for NumPy, the library (0.8) has no bfloat16, writes arrays that are not contiguous wrongly
+without a word, and leaves a partial file where the process is killed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from scconv_jax.files import WeightsError, read_bytes, replacing
 
@@ -63,13 +63,26 @@ def write(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -
     Raises:
         WeightsError: the file cannot be written, or the format has no such dtype.
     """
-    # Not contiguous, safetensors 0.8 writes another array's bytes without a word.
     arrays = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
-    with replacing(path) as temporary:
-        try:
-            safetensors.numpy.save_file(arrays, temporary, dict(metadata))
-        except safetensors.SafetensorError as error:
-            raise WeightsError(f"Cannot write {path}: {error}.") from error
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    # The largest elements first, so that each array begins at a multiple of its element's size, as the library has it.
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    at = 0
+    for name in order:
+        array = arrays[name]
+        if array.dtype not in names:
+            raise WeightsError(
+                f"Cannot write {path}: {name} is of dtype {array.dtype}; the format has {', '.join(map(str, names))}."
+            )
+        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with replacing(path) as written, written.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            file.write(arrays[name].reshape(-1).view(np.uint8).data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

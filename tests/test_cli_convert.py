@@ -219,17 +219,22 @@ def test_every_difference_is_listed(capsys, tmp_path, variables):
     assert not (tmp_path / "new.pth").exists()
 
 
-def test_an_interruption_while_writing_leaves_what_was_there(monkeypatch, tmp_path, variables, capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [(OSError(28, "No space left on device"), 2, "No space left on device"), (KeyboardInterrupt(), 130, "interrupted")],
+    ids=["full disk", "Ctrl-C"],
+)
+def test_an_interruption_while_writing_leaves_what_was_there(monkeypatch, tmp_path, variables, capsys, error, code, message):
     save("theirs.pth", variables)
     (tmp_path / "kept.safetensors").write_bytes(b"kept")
 
     def stop(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", stop)
+    monkeypatch.setattr("os.fsync", stop)
     before = sorted(tmp_path.iterdir())
-    assert main(["convert", "theirs.pth", "--out", "kept.safetensors", "--force"]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert main(["convert", "theirs.pth", "--out", "kept.safetensors", "--force"]) == code
+    assert message in capsys.readouterr().err
     assert (tmp_path / "kept.safetensors").read_bytes() == b"kept"
     assert sorted(tmp_path.iterdir()) == before
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import subprocess
 import sys
 import zipfile
 
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import scconv_jax
-from scconv_jax import torch_files, weights
+from scconv_jax import files, safetensors_files, torch_files, weights
 from scconv_jax.files import WeightsError
 from tests import weight_files as made
 from tests.weight_files import call, dictionary, named, storage, tensor, text, whole
@@ -70,14 +72,20 @@ def test_what_is_loaded_is_ones_own(tmp_path, variables):
 
 
 def test_other_readers_of_safetensors_find_the_paths(tmp_path, variables):
-    from safetensors.numpy import load_file
-
     path = tmp_path / "x.safetensors"
     del variables["params"]["layer1"]["0"]["bn"]["bias"]  # NumPy alone has no bfloat16
     scconv_jax.save(path, variables)
-    found = load_file(path)
+    found = safetensors.numpy.load_file(path)
     np.testing.assert_array_equal(found["params/conv1/kernel"], variables["params"]["conv1"]["kernel"])
     np.testing.assert_array_equal(found["batch_stats/layer1/0/bn/mean"], variables["batch_stats"]["layer1"]["0"]["bn"]["mean"])
+
+
+def test_the_bytes_are_those_that_the_library_writes(tmp_path):
+    arrays = {"params/β": np.arange(6.0).reshape(2, 3), "params/a": np.ones(3, np.float16), "params/c": np.array(True)}
+    arrays |= {"params/b": np.arange(4, dtype=np.float32), "params/e": np.zeros((0, 2), np.int64)}
+    for metadata in ({"model": 'a "quoted" ö'}, {}):
+        safetensors_files.write(tmp_path / "x", arrays, metadata)
+        assert (tmp_path / "x").read_bytes() == safetensors.numpy.save(arrays, metadata or None)
 
 
 def test_a_network_in_two_lines(tmp_path):
@@ -292,6 +300,22 @@ def test_an_interruption_leaves_nothing(tmp_path, name, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="where files must have a name, a killed process leaves it")
+def test_a_killed_process_leaves_nothing(tmp_path):
+    code = """
+import sys, time
+from scconv_jax.files import replacing
+with replacing(sys.argv[1]) as path:
+    path.write_bytes(bytes(1000))
+    print("half", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "x.pth"], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"half\n"
+        process.kill()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [
@@ -308,12 +332,28 @@ def test_places_that_cannot_be_written(tmp_path, name, match):
 
 
 def test_a_folder_that_must_not_be_written(tmp_path, monkeypatch):
-    def refuse(**_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(WeightsError, match=r"Cannot write .*x\.pth: Permission denied"):
         scconv_jax.save(tmp_path / "x.pth", {"params": {"fc": {"bias": np.zeros(3)}}})
+
+
+@pytest.mark.parametrize("nameless", [True, False], ids=["without a name", "with one"])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_where_files_need_a_name_and_where_not(tmp_path, name, nameless, monkeypatch):
+    if not nameless:
+        monkeypatch.setattr(files, "_nameless", lambda _: None)
+    elif files._nameless(tmp_path) is None:
+        pytest.skip("this file system has no files without names")
+    seen = []
+    monkeypatch.setattr(files.os, "fsync", lambda _: seen.extend(path.name for path in tmp_path.iterdir()))
+    for number in (1, 2):
+        scconv_jax.save(tmp_path / name, {"params": {"fc": {"bias": np.full(3, number)}}})
+    assert len(seen) == (1 if nameless else 3), "before it is whole, nothing is to be seen"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert weights.read(tmp_path / name)
 
 
 def test_dtypes_that_the_formats_lack(tmp_path):
