@@ -192,6 +192,19 @@ def test_a_wrong_flag_is_explained_and_exit_code_2(small, capsys, flags, words):
         assert word in text
 
 
+@pytest.mark.slow
+def test_a_run_with_every_option_resumes_in_the_same_bits(small):
+    """Averaged weights, mixing, RandAugment, clipping and LARS leave nothing outside the checkpoint."""
+    flags = "--optim.ema 0.9 --augment.mixup 0.2 --augment.cutmix 1 --augment.randaugment 1 --optim.name lars"
+    flags = ["--config", small, *flags.split(), "--optim.clip-norm", "1", "--optim.schedule", "step", "--model.rematerialise"]
+    assert main([*flags, "--workdir", "whole", "--epochs", "2"]) == 0
+    assert main([*flags, "--workdir", "halves", "--epochs", "1"]) == 0
+    assert main(["--resume", "halves", "--epochs", "2"]) == 0
+    assert final_state("halves") == final_state("whole")
+    assert any("ema" in name for name in final_state("whole"))
+    assert evaluations("halves") == evaluations("whole")
+
+
 def test_a_run_is_never_overwritten(small, capsys):
     assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
     kept = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
