@@ -6,7 +6,6 @@ and a resumed run continues with exactly the batch that was next. Grain reads ah
 """
 
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,9 @@ Batch = dict[str, np.ndarray]
 
 PIECE = 16
 """Images that one thread reads at a time: few, so that the first batch is soon there and memory small."""
+
+ENDLESS = 2**48
+"""More steps than any run has."""
 
 
 class UnreadableImageError(Exception):
@@ -65,19 +67,34 @@ class Source(Protocol):
         ...
 
 
-class Batches(Iterator[Batch]):
-    """Batches of this host, read ahead in threads."""
+FIELDS = {"image": np.uint8, "label": np.int32, "weight": np.float32}
 
-    def __init__(self, pieces: Any, *, first: int, per_batch: int, threads: int) -> None:
+
+class Batches(Iterator[Batch]):
+    """Batches of this host, read ahead in threads, `PIECE` images at a time."""
+
+    def __init__(
+        self,
+        load: Callable[[int, int], tuple[Any, ...]],
+        image_shape: tuple[int, int, int],
+        fields: tuple[str, ...],
+        *,
+        positions: range,
+        first: int,
+        last: int,
+        threads: int,
+    ) -> None:
+        """Batches `first` to `last` - 1; `load(step, position)` gives the `fields` of one place in the whole batch."""
+        per_batch = -(-len(positions) // PIECE)
         ahead = max(2 * per_batch, 2 * threads) if threads else 0
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        self._per_batch = per_batch
-        self._pieces: Any = iter(grain.MapDataset.source(pieces).to_iter_dataset(options))
+        self._per_batch, self._shared = per_batch, _Pieces(load, image_shape, fields, positions, last * per_batch)
+        self._pieces: Any = iter(grain.MapDataset.source(self._shared).to_iter_dataset(options))
         self._pieces.set_state({"next_index": first * per_batch})
 
     def __next__(self) -> Batch:
-        parts = [next(self._pieces) for _ in range(self._per_batch)]
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        steps = [next(self._pieces) for _ in range(self._per_batch)]
+        return self._shared.take(steps[0])
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -111,22 +128,22 @@ def train_batches(
     Returns:
         `{"image": uint8 (b / H, h, w, 3), "label": int32 (b / H,)}` at each step.
     """
-    share, per_batch = _divide(batch_size, process_count)
+    positions = _positions(batch_size, process_index, process_count)
     order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle()
 
-    def load(step: int, position: int) -> tuple[np.ndarray, int, float]:
+    def load(step: int, position: int) -> tuple[np.ndarray, int]:
         epoch, batch = divmod(step, len(source) // batch_size)
         index = order[epoch * len(source) + batch * batch_size + position]
         for substitute in range(len(source)):
             try:
-                image, label = source.load((index + substitute) % len(source), (seed, step, position))
+                return source.load((index + substitute) % len(source), (seed, step, position))
             except UnreadableImageError:
                 continue
-            return image, label, 1.0
         raise ConfigError("not one image of the training set can be read")
 
-    pieces = _Pieces(load, share, first_position=process_index * share, steps=sys.maxsize // per_batch, keys=("image", "label"))
-    return Batches(pieces, first=first_step, per_batch=per_batch, threads=threads)
+    return Batches(
+        load, source.image_shape, ("image", "label"), positions=positions, first=first_step, last=ENDLESS, threads=threads
+    )
 
 
 def eval_batches(source: Source, batch_size: int, *, threads: int, process_index: int = 0, process_count: int = 1) -> Batches:
@@ -137,7 +154,7 @@ def eval_batches(source: Source, batch_size: int, *, threads: int, process_index
     Returns:
         `{"image": uint8 (b / H, h, w, 3), "label": int32 (b / H,), "weight": float32 (b / H,)}` at each step.
     """
-    share, per_batch = _divide(batch_size, process_count)
+    positions = _positions(batch_size, process_index, process_count)
     nothing = np.zeros(source.image_shape, np.uint8), 0, 0.0
 
     def load(step: int, position: int) -> tuple[np.ndarray, int, float]:
@@ -148,8 +165,7 @@ def eval_batches(source: Source, batch_size: int, *, threads: int, process_index
             return nothing
 
     steps = -(-len(source) // batch_size)
-    pieces = _Pieces(load, share, first_position=process_index * share, steps=steps, keys=("image", "label", "weight"))
-    return Batches(pieces, first=0, per_batch=per_batch, threads=threads)
+    return Batches(load, source.image_shape, tuple(FIELDS), positions=positions, first=0, last=steps, threads=threads)
 
 
 class Staged(Iterator[Any]):
@@ -204,35 +220,48 @@ class Staged(Iterator[Any]):
 
 
 class _Pieces:
-    """Batches in pieces of `PIECE` images, at random access, for Grain to read in threads."""
+    """Batches in pieces of `PIECE` images, for Grain to read at random access, in threads: they fill the batch's arrays."""
 
     def __init__(
         self,
-        load: Callable[[int, int], tuple[np.ndarray, int, float]],
-        share: int,
-        *,
-        first_position: int,
-        steps: int,
-        keys: tuple[str, ...],
+        load: Callable[[int, int], tuple[Any, ...]],
+        image_shape: tuple[int, int, int],
+        fields: tuple[str, ...],
+        positions: range,
+        count: int,
     ) -> None:
-        self._load, self._share, self._first_position, self._keys = load, share, first_position, keys
-        self._per_batch = -(-share // PIECE)
-        self._steps = steps
+        self._load, self._image_shape, self._positions, self._count = load, image_shape, positions, count
+        self._fields = {key: FIELDS[key] for key in fields}
+        self._per_batch = -(-len(positions) // PIECE)
+        self._batches: dict[int, Batch] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return self._steps * self._per_batch
+        return self._count
 
-    def __getitem__(self, index: Any) -> Batch:
+    def __getitem__(self, index: Any) -> int:
+        """Read a piece; returns the step that it belongs to."""
         step, piece = divmod(index, self._per_batch)
-        within = range(piece * PIECE, min((piece + 1) * PIECE, self._share))
-        images, labels, weights = zip(*(self._load(step, self._first_position + i) for i in within), strict=True)
-        batch = {"image": np.stack(images), "label": np.asarray(labels, np.int32), "weight": np.asarray(weights, np.float32)}
-        return {key: batch[key] for key in self._keys}
+        size = len(self._positions)
+        with self._lock:
+            if step not in self._batches:
+                shapes = {"image": (size, *self._image_shape), "label": (size,), "weight": (size,)}
+                self._batches[step] = {key: np.empty(shapes[key], dtype) for key, dtype in self._fields.items()}
+            batch = self._batches[step]
+        for i in range(piece * PIECE, min((piece + 1) * PIECE, size)):
+            for key, value in zip(batch, self._load(step, self._positions[i]), strict=True):
+                batch[key][i] = value
+        return step
+
+    def take(self, step: int) -> Batch:
+        """The batch of a step, all pieces of which have been read."""
+        with self._lock:
+            return self._batches.pop(step)
 
 
-def _divide(batch_size: int, process_count: int) -> tuple[int, int]:
-    """A host's share of a batch, and its number of pieces."""
+def _positions(batch_size: int, process_index: int, process_count: int) -> range:
+    """The places in the whole batch that a host reads."""
     if batch_size % process_count:
         raise ValueError(f"a batch of {batch_size} images does not divide over {process_count} hosts")
     share = batch_size // process_count
-    return share, -(-share // PIECE)
+    return range(process_index * share, (process_index + 1) * share)
