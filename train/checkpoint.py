@@ -1,9 +1,9 @@
 """Training states on disk: Orbax behind a few operations. The only file that knows Orbax.
 
-A checkpoint is `checkpoints/STEP/` with three items: `state`, the arrays; `about`, the config, and of each array its shape,
-dtype and CRC-32; `metrics`, the test metrics, where there are any. Its step is also the position in the data and, with
-the config's seed, all there is to know of the random numbers. Orbax writes a step whole or not at all; what happens to the
-files afterwards is found by the checksums, and the step before takes its place.
+A checkpoint is `checkpoints/STEP/` with three items: `state`, the arrays; `about`, the config, the number of devices and of
+each array its shape, dtype and CRC-32; `metrics`, the test metrics, where there are any. Its step is also the position in
+the data and, with the config's seed, all there is to know of the random numbers. Orbax writes a step whole or not at all;
+what happens to the files afterwards is found by the checksums, and the step before takes its place.
 """
 
 import json
@@ -40,6 +40,8 @@ class Checkpoints:
             config: to be stored with each checkpoint, as JSON.
         """
         self._config, self._keep = config or {}, keep
+        self.devices = jax.device_count()
+        """On how many the state that was restored had been computed."""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._manager: ocp.CheckpointManager | None = None
@@ -83,7 +85,7 @@ class Checkpoints:
             CheckpointError: the files could not be written.
         """
         self.wait()
-        if hasattr(self, "directory"):
+        if hasattr(self, "directory") and int(state.step) not in self.steps():
             # Copied for sure: on CPU the host's array may be the device's memory, which the next step overwrites.
             state = jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(state))
             self._writing = self._writer.submit(self._write, state, metrics)
@@ -131,12 +133,10 @@ class Checkpoints:
 
     def _write(self, state: Any, metrics: dict[str, float] | None) -> None:
         step = int(state.step)
-        if step in self.steps():
-            return
         for name, leaf in _named_leaves(state).items():
             if not np.isfinite(leaf).all():
                 raise FloatingPointError(f"{name} is not finite at step {step}")
-        about = {"step": step, "config": self._config, "arrays": _fingerprints(state)}
+        about = {"step": step, "config": self._config, "devices": jax.device_count(), "arrays": _fingerprints(state)}
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about | {"crc32": _crc_of(about)})}
         try:
             self._open().save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
@@ -197,6 +197,7 @@ class Checkpoints:
         for name, fingerprint in _fingerprints(state).items():
             if fingerprint != arrays[name]:
                 raise DamagedError(f"{name} does not fit its checksum")
+        self.devices = about["devices"]
         return state
 
     def _set_aside(self, step: int) -> Path:

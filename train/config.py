@@ -26,6 +26,10 @@ class ConfigError(ValueError):
     """A mistake that the person who started the run can put right: printed as one line, exit code 2."""
 
 
+class DivergedError(Exception):
+    """Devices that should hold the same state do not."""
+
+
 class CheckpointError(Exception):
     """A checkpoint that could not be written: no space, no permission, no disk."""
 
@@ -62,8 +66,8 @@ class Model(Group):
     """One of `scconv_jax.list_models()`."""
     init: str = ""
     """Weights to begin with: a file, a run's folder, an address, or "pretrained": those published. Empty: drawn at random."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the computation; parameters are always float32."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Number type of the computation. Parameters are float32, or, with float64 (which needs JAX_ENABLE_X64=1), float64."""
     sync_batchnorm: bool = False
     """BatchNorm statistics of the whole batch, not of each device's share."""
     rematerialise: bool = False
@@ -266,8 +270,12 @@ class Config(Group):
     """What maps the step over the devices."""
     log_every: Annotated[int, arg(aliases=("-p", "--print-freq"))] = 20
     """Steps between two lines of training metrics; an epoch always ends with one."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints within an epoch; one is written after every epoch. 0: no others."""
     keep_checkpoints: int = 2
     """Latest checkpoints kept, beside the best."""
+    check_every: int = 500
+    """Steps between two checks that the state is the same on all devices of all hosts, bit for bit. 0: none."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -278,6 +286,8 @@ class Config(Group):
         super().__post_init__()
         for name in ("epochs", "log_every", "keep_checkpoints"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("checkpoint_every", "check_every"):
+            self._require(getattr(self, name) >= 0, name, "0 or more")
         self._require(0 <= self.start_epoch < self.epochs, "start_epoch", "at least 0 and under epochs")
         self._require(0 <= self.seed < 2**31, "seed", "at least 0 and under 2**31")
         self._require(self.optim.warmup_epochs < self.epochs, "epochs", "more than Optim.warmup_epochs")

@@ -65,6 +65,7 @@ class Link:
 
             self._tell({"bye": True})
             jax.distributed.shutdown()  # waits for all
+            self._close()
 
     def share(self, value: Any = None) -> Any:
         """What host 0 calls it with (JSON), on all hosts."""
@@ -91,8 +92,9 @@ class Link:
             socket.create_server(("", port)).close()  # jax.distributed will want it
             server = socket.create_server(("", port + 1))
         except OSError as error:
+            reason = os.strerror(error.errno or 0)
             raise ConfigError(
-                f"host 0 cannot listen at ports {port} and {port + 1}: {error.strerror}; choose another --hosts.address"
+                f"host 0 cannot listen at ports {port} and {port + 1}: {reason}; choose another port in --hosts.address"
             ) from error
         missing, problem, deadline = set(range(1, self.count)), "", time.monotonic() + timeout
         with server:
@@ -106,7 +108,8 @@ class Link:
                     break
                 hello = peer.receive(timeout=10)
                 if hello is None or not {"index", "count", "flags"} <= hello.keys():
-                    continue  # none of ours
+                    peer.close()  # none of ours
+                    continue
                 index = hello["index"]
                 if hello["count"] != self.count:
                     problem = f"host {index} was told of {hello['count']} hosts, host 0 of {self.count}"
@@ -119,7 +122,7 @@ class Link:
                 missing.discard(index)
         if problem:
             self._tell({"failed": problem, "code": 2})
-            self._peers.clear()
+            self._close()
             raise ConfigError(f"{problem}; nothing was started")
         self._tell({"welcome": True})
 
@@ -140,14 +143,18 @@ class Link:
         peer.send({"index": self.index, "count": self.count, "flags": flags})
         message = peer.receive(timeout=timeout + 10)
         if message is None or "welcome" not in message:
+            peer.close()
             reason = message["failed"] if message else "host 0 ended before all had come"
             raise ConfigError(f"{reason}; nothing was started")
         self._peers[0] = peer
 
     def _watch(self, index: int) -> None:
         """Wait for what host `index` has to say, and end as it ends unless it says farewell."""
-        while (message := self._peers[index].receive()) is not None and "shared" in message:
+        peer = self._peers[index]
+        while (message := peer.receive()) is not None and "shared" in message:
             self._shared.put(message["shared"])
+        if not self._peers:
+            return  # this host has left
         if message is None:
             gone = (
                 f"host {index} of {self.count} is gone without a word (killed, out of memory, cut off); the checkpoints are kept"
@@ -159,8 +166,13 @@ class Link:
                 self._tell(message)
                 _exit(message["code"])
 
+    def _close(self) -> None:
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            peer.close()
+
     def _tell(self, message: dict[str, Any]) -> None:
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             peer.send(message)
 
 
@@ -174,6 +186,11 @@ class _Peer:
     def send(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # it is gone, which `receive` tells
             self._connection.sendall((json.dumps(message) + "\n").encode())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # the other side may have done so
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()  # and with the last reader's `_lines`, it is gone
 
     def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
         """The next message; None where there will be none, or it is none of ours."""

@@ -43,11 +43,14 @@ def train(config: Config, workdir: Path) -> int:
     Raises:
         ConfigError: something in the config does not fit the data, the devices or the checkpoint.
         FloatingPointError: the loss or the state is no longer finite. Nothing of that is saved.
+        CheckpointError: a checkpoint cannot be written.
+        DivergedError: two devices no longer hold the same state.
     """
     began = time.perf_counter()
     job = prepare(config)
     batch_size = config.data.batch_size
-    plan = make_plan(config, len(job.dataset.train), jax.device_count())
+    devices = jax.device_count()
+    plan = make_plan(config, len(job.dataset.train), devices)
     leads = jax.process_index() == 0  # and alone reads and writes the workdir
     if leads:
         check_trackers(config.log)
@@ -80,6 +83,8 @@ def train(config: Config, workdir: Path) -> int:
         state, notes = start.empty(), []
         if resumes:
             state = checkpoints.restore(start.shapes(), move_damaged=True)
+            if checkpoints.devices != devices:
+                notes = [f"Begun on {checkpoints.devices} devices, going on on {devices}: equal up to rounding, not bit for bit."]
         elif leads:
             state, notes = start.first()
         state = from_host_0(state)
@@ -135,13 +140,18 @@ def train(config: Config, workdir: Path) -> int:
                 epoch, position = divmod(step, plan.steps_per_epoch)
                 progress.advance(f"epoch {min(epoch + 1, config.epochs)}/{config.epochs}")
 
-                if step % config.log_every == 0 or position == 0 or stop:
+                save = position != 0 and config.checkpoint_every > 0 and step % config.checkpoint_every == 0
+                if step % config.log_every == 0 or position == 0 or save or stop:
                     train_metrics = window.close()
                     lr = np.asarray(schedule(step - 1)).item()
                     metrics.write(step, epoch=round(step / plan.steps_per_epoch, 3), lr=lr, **train_metrics)
                     checkpoints.check()
                     if window.slow_input:
                         progress.say(SLOW_INPUT_WARNING, once=True)
+                if devices > 1 and config.check_every > 0 and step % config.check_every == 0:
+                    job.parallel.check_same(state, step)
+                if save:
+                    checkpoints.save(state)
                 if position == 0:  # an epoch is done
                     test_metrics = test(state)
                     if not np.isfinite(test_metrics["eval/loss"]):
@@ -207,6 +217,8 @@ def prepare(config: Config) -> Job:
     Raises:
         ConfigError: there is no such network, or it does not take such images.
     """
+    if config.model.dtype == "float64" and jnp.zeros(0).dtype != "float64":
+        raise ConfigError("model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment")
     dataset = load_dataset(config.data)
     options = {
         "num_classes": dataset.num_classes,

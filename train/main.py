@@ -18,9 +18,20 @@ except ModuleNotFoundError:
     print("error: the trainer needs more packages than the library: pip install -e '.[train]', or make setup", file=sys.stderr)
     sys.exit(2)
 
-from train.config import CONFIGS, DEFAULT, CheckpointError, Config, ConfigError, Hosts, from_json, load_config, to_json
+from train.config import (
+    CONFIGS,
+    DEFAULT,
+    CheckpointError,
+    Config,
+    ConfigError,
+    DivergedError,
+    Hosts,
+    from_json,
+    load_config,
+    to_json,
+)
 from train.hosts import Link, find
-from train.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run
+from train.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_held
 
 PROGRAM = "python -m train.main"
 
@@ -111,7 +122,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path | None, bool]:
         for change in check_same_run(workdir, before, experiment):
             print(f"changed since the run began: {change}")
     elif holds_run(workdir):
-        raise ConfigError(f"{workdir} holds a run already: add --resume to go on with it, or choose another --workdir")
+        refuse_held(workdir, experiment)
     return experiment, workdir, known.evaluate
 
 
@@ -228,7 +239,7 @@ def explain(error: BaseException) -> tuple[str, int]:
             return f"error: {error}; the checkpoints before it are kept. A lower --optim.lr may help", 1
         case ConfigError() | ModuleNotFoundError():
             return f"error: {error}", 2
-        case CheckpointError():
+        case CheckpointError() | DivergedError():
             return f"error: {error}; the checkpoints written before are kept", 1
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"error: {error.strerror}: {error.filename or 'the workdir'}; the checkpoints written before are kept", 1

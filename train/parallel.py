@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from train.config import DivergedError
 from train.step import AXIS
 
 Step = Callable[[Any, Any], Any]
@@ -24,6 +26,8 @@ class Parallel:
     """Arrays (n, ...) of each host → arrays (hosts * n, ...) on the devices, split evenly."""
     put_state: Callable[[Any], Any]
     """Host arrays, the same on all hosts → device arrays, one copy on each device."""
+    check_same: Callable[[Any, int], None]
+    """(state, step) → nothing, or a `DivergedError` that says which hosts hold other bits than host 0, and where."""
 
 
 def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
@@ -59,7 +63,36 @@ def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
         sharding = NamedSharding(mesh, everywhere)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), x.shape), state)
 
-    return Parallel(with_pmap if engine == "pmap" else with_shard_map, put_batch, put_state)
+    over_devices = with_pmap if engine == "pmap" else with_shard_map
+    fingerprints = over_devices(_fingerprints)
+
+    def check_same(state: Any, step: int) -> None:
+        nothing = np.zeros(sum(device.process_index == jax.process_index() for device in devices), np.int32)
+        of_devices = np.asarray(fingerprints(state, put_batch(nothing)))
+        other = of_devices != of_devices[0]
+        if other.any():
+            hosts = sorted({device.process_index for device, differs in zip(devices, other.any(1), strict=True) if differs})
+            path, _ = jax.tree.leaves_with_path(state)[int(other.any(0).argmax())]
+            raise DivergedError(
+                f"after step {step}, devices of host {', '.join(map(str, hosts))} hold other values of "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} than the first device of host 0: "
+                "a fault of memory or network, or hosts with other versions or hardware"
+            )
+
+    return Parallel(over_devices, put_batch, put_state, check_same)
+
+
+def _fingerprints(state: Any, _batch: Any) -> jax.Array:
+    """A number for the bits of each array on each device: uint32 (devices, arrays)."""
+
+    def fingerprint(x: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).reshape(-1)
+        places = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+        return (words.astype(jnp.uint32) * places).sum(dtype=jnp.uint32)
+
+    own = jnp.stack([fingerprint(leaf) for leaf in jax.tree.leaves(state)])
+    everywhere = jnp.zeros((jax.lax.psum(1, AXIS), own.size), jnp.uint32)
+    return jax.lax.psum(everywhere.at[jax.lax.axis_index(AXIS)].set(own), AXIS)
 
 
 def from_host_0(tree: Any) -> Any:

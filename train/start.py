@@ -51,7 +51,10 @@ class Start:
         return state, notes
 
     def _random(self) -> TrainState:
-        return init_state(self.model, self.optimizer, self.image_shape, self.config.seed, ema=self.config.optim.ema > 0)
+        state = init_state(self.model, self.optimizer, self.image_shape, self.config.seed, ema=self.config.optim.ema > 0)
+        if self.config.model.dtype != "float64":
+            return state
+        return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
 
 def initial_weights(source: str, name: str, like: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 from train.config import Config, ConfigError, differences, from_json, nearest, to_json
 
@@ -57,14 +58,21 @@ def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
         ConfigError: it changes what a run keeps for life.
     """
     changes = differences(old, new)
-    for name in FIXED:
-        if name in changes:
-            before, after = changes[name]
-            raise ConfigError(
-                f"{workdir} holds a run with {name} {before!r}, not {after!r}: "
-                f"keep {before!r}, or start another run in another --workdir"
-            )
+    fixed = [f"{name} {changes[name][0]!r}, not {changes[name][1]!r}" for name in FIXED if name in changes]
+    if fixed:
+        raise ConfigError(f"{workdir} holds a run with {'; '.join(fixed)}: keep that, or start another run in another --workdir")
     return [f"{name}: {before!r} → {after!r}" for name, (before, after) in changes.items()]
+
+
+def refuse_held(workdir: Path, new: Config) -> NoReturn:
+    """Say that a run is in `workdir` already, and how its config differs from `new`.
+
+    Raises:
+        ConfigError: always.
+    """
+    changes = [f"{name} {old!r}, not {new!r}" for name, (old, new) in differences(load_run(workdir), new).items()]
+    with_ = f", with {'; '.join(changes)}" if changes else ""
+    raise ConfigError(f"{workdir} holds a run already{with_}: add --resume to go on with it, or choose another --workdir")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 
 from tests.train.tiny import Tiny
 from train.checkpoint import Checkpoints
-from train.config import ConfigError, Optim
+from train.config import CheckpointError, ConfigError, Optim
 from train.optim import make_optimizer
 from train.step import init_state
 
@@ -90,3 +90,121 @@ def test_another_model_is_an_error_that_names_the_difference(tmp_path, state):
         other = state.replace(params={"conv": state.params["conv"]})
         with pytest.raises(ConfigError, match=r"is of another model: params/bn/bias is \(8,\) float32 there, absent here$"):
             checkpoints.restore(other)
+
+
+def damages(path):
+    """What may happen to a file: each with its name, done and undone."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    yield "removed", path.unlink
+    yield "cut off", lambda: path.write_bytes(content[:middle])
+    yield "garbled", lambda: path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :])
+    path.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's coroutines, where a read fails
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, state, capsys):
+    """Whatever happens to one of its files: it is either of no consequence, or found, told, and nothing is lost."""
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(at(state, step), {"eval/top1": 0.1})
+    like, found = jax.eval_shape(lambda: state), {}
+    files = [path for path in sorted((tmp_path / "checkpoints" / "3").rglob("*")) if path.is_file() and path.stat().st_size]
+    assert len(files) > 8
+    for path in files:
+        for name, damage in damages(path):
+            damage()
+            with Checkpoints(tmp_path, keep=3) as checkpoints:
+                restored = checkpoints.restore(like)
+            told = capsys.readouterr().err
+            step = int(restored.step)
+            assert_same(restored, at(state, step))
+            if step == 3:
+                assert told == ""
+            else:
+                assert step == 2
+                assert told.startswith("warning: the checkpoint of step 3 is damaged (")
+                assert told.endswith("); step 2 takes its place\n")
+                assert told.count("\n") == 1
+            found[name] = found.get(name, 0) + (step == 2)
+    assert steps_in(tmp_path) == [1, 2, 3]
+    assert min(found.values()) >= 4, "the files that hold something"
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_bits_flipped_in_an_array_are_found(tmp_path, state, capsys):
+    """A checkpoint whose files are all in order, but which holds another number than was saved."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(at(state, 1))
+        checkpoints.save(at(state, 2))
+        checkpoints.save(at(state, 3))
+    about = tmp_path / "checkpoints" / "3" / "about" / "metadata"
+    other = tmp_path / "checkpoints" / "2" / "about" / "metadata"
+    about.write_bytes(other.read_bytes())  # as if the state were not what was written with it
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore(state, move_damaged=True)
+        assert int(restored.step) == 2
+        kept = tmp_path / "damaged" / "3"
+        assert capsys.readouterr().err == (
+            "warning: the checkpoint of step 3 is damaged (step does not fit its checksum); step 2 takes its place. "
+            f"It is kept in {kept}\n"
+        )
+        assert (kept / "state").is_dir()
+        checkpoints.save(at(state, 3))  # the run comes to that step again
+        checkpoints.wait()
+        assert_same(checkpoints.restore(state), at(state, 3))
+
+
+def test_where_all_are_damaged_nothing_is_touched(tmp_path, state):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(at(state, 1))
+        checkpoints.save(at(state, 2))
+    for step in ("1", "2"):
+        (tmp_path / "checkpoints" / step / "about" / "metadata").unlink()
+    with Checkpoints(tmp_path, keep=2) as checkpoints, pytest.raises(ConfigError) as raised:
+        checkpoints.restore(state, move_damaged=True)
+    message = str(raised.value)
+    assert message.startswith(f"no checkpoint in {tmp_path / 'checkpoints'} is whole (step 2: ")
+    assert "; step 1: " in message
+    assert message.endswith("): restore one from a copy, or start another run")
+    assert "\n" not in message
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_what_is_saved_is_the_state_of_that_moment(tmp_path, state):
+    """The next step takes the memory of the state before; the checkpoint must not see it."""
+    step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
+    current = jax.tree.map(jnp.copy, at(state, 1))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(current)
+        for _ in range(20):
+            current = step(current)
+        jax.block_until_ready(current)
+        assert_same(checkpoints.restore(state), at(state, 1))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path, state):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(at(state, 1))
+        checkpoints.wait()
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(at(state, 2))
+        with pytest.raises(CheckpointError, match=r"^the checkpoint of step 2 cannot be written: "):
+            checkpoints.wait()
+
+
+def test_the_best_is_known(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.best() is None
+        for step, top1 in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)):
+            checkpoints.save(at(state, step), {"eval/top1": top1})
+        checkpoints.wait()
+        assert (checkpoints.best(), checkpoints.latest()) == (3, 4)
+        assert int(checkpoints.restore(state, step=3).step) == 3

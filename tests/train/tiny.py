@@ -41,11 +41,19 @@ def create_tiny(name: str, **options: Any) -> Tiny:
     return Tiny(**options)
 
 
-def final_state(workdir: str | Path) -> dict[str, bytes]:
-    """The arrays of the latest checkpoint of a run."""
+def final_arrays(workdir: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of the latest checkpoint of a run, by name."""
     with Checkpoints(Path(workdir), keep=1) as checkpoints, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         saved = reader.restore(checkpoints.directory / str(checkpoints.latest()) / "state")
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in jax.tree.leaves_with_path(saved)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(saved)
+    }
+
+
+def final_state(workdir: str | Path) -> dict[str, bytes]:
+    """Their bytes."""
+    return {name: array.tobytes() for name, array in final_arrays(workdir).items()}
 
 
 if __name__ == "__main__":

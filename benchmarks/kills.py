@@ -1,0 +1,141 @@
+"""A run killed again and again by SIGKILL, at random moments, ends in the same bits as one that was left alone.
+
+The network is the tiny one of the tests: what is tested is the trainer, which is the same for every network.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tests.train.tiny import final_state
+from train.log import read_metrics
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from train.config import Config, Data, Optim
+
+config = Config(
+    epochs=4,
+    log_every=10,
+    checkpoint_every=30,
+    data=Data(name="synthetic", image_size=8, batch_size=16, crop_padding=1, synthetic_train=1600, synthetic_test=1600),
+    optim=Optim(lr=0.1),
+)
+"""
+TIMES = {"images_per_second", "waiting_for_data", "multiply_adds_per_second", "peak_share"}
+KILLS = 20
+
+
+def started(workdir: Path) -> bool:
+    """Whether the run has written its config: it compiles, or takes its first steps."""
+    return (workdir / "config.json").exists()
+
+
+def saving(workdir: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def testing(workdir: Path) -> bool:
+    """Whether the last thing done is an epoch that has not been tested yet."""
+    metrics = workdir / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.exists() else []
+    return bool(lines) and lines[-1]["step"] % 100 == 0 and "eval/loss" not in lines[-1]
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "start-up": lambda _: True,
+    "first steps": started,
+    "a save": saving,
+    "a test": testing,
+    "anywhere": lambda workdir: (workdir / "metrics.jsonl").exists(),
+}
+
+
+def kill_and_resume(folder: Path, moments: Sequence[str], seed: int) -> tuple[Counter[str], list[int]]:
+    """Run `killed` in `folder`, kill it in each of `moments`, resume it, and let it end.
+
+    Returns:
+        How often it was killed in what; and the steps from which it went on.
+    """
+    rng, workdir, killed, resumed = random.Random(seed), folder / "killed", Counter[str](), []
+    for moment in (*moments, None):
+        process = start(folder, "killed", *(["--resume"] if (workdir / "config.json").exists() else []))
+        if moment is not None:
+            while process.poll() is None and not MOMENTS[moment](workdir):
+                time.sleep(0.001)
+            # Then a little later: most of what can go wrong goes wrong between two lines.
+            time.sleep(rng.uniform(0, {"start-up": 3.0, "first steps": 2.0, "anywhere": 0.5}.get(moment, 0.02)))
+            process.kill()
+        out, err = process.communicate(timeout=600)
+        if moment is None or process.returncode == 0:
+            assert process.returncode == 0, err
+        else:
+            assert process.returncode == -9, err
+            killed[moment] += 1
+        resumed += [int(line.split("going on from step ")[1].split()[0]) for line in out.splitlines() if "going on from" in line]
+    return killed, resumed
+
+
+def start(folder: Path, workdir: str, *flags: str) -> subprocess.Popen[str]:
+    """The trainer in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "tests.train.tiny", "--config", "small.py", "--workdir", workdir, *flags]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+
+def compare(folder: Path) -> None:
+    """Assert that `killed` and `whole` have the same final bits, and the same metrics but for the times."""
+
+    def lines(workdir: str) -> list[dict[str, Any]]:
+        found = read_metrics(folder / workdir / "metrics.jsonl")
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+
+    assert final_state(folder / "killed") == final_state(folder / "whole")
+    assert lines("killed") == lines("whole")
+
+
+def prepare(folder: Path) -> None:
+    """Write the config, and run `whole`, which nobody kills."""
+    (folder / "small.py").write_text(CONFIG)
+    _, err = (process := start(folder, "whole")).communicate(timeout=600)
+    assert process.returncode == 0, err
+
+
+def main() -> None:
+    """Kill, compare and record."""
+    from benchmarks.timing import record
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        rng = random.Random(0)
+        moments = [*MOMENTS, *rng.choices(list(MOMENTS), k=KILLS - len(MOMENTS))]
+        rng.shuffle(moments)
+        killed, resumed = kill_and_resume(folder, moments, seed=0)
+        compare(folder)
+    where = ", ".join(f"{count} in {moment}" for moment, count in killed.most_common())
+    record(
+        "kills",
+        "A run killed at random moments",
+        f"400 steps, a checkpoint every 30 and at each of 4 epochs; {killed.total()} SIGKILLs ({where}), each followed by "
+        f"`--resume`; it went on from steps {', '.join(map(str, resumed))}.\n\n"
+        "Final parameters, statistics and optimizer state: bit for bit those of the run that was left alone. "
+        "`metrics.jsonl`: the same lines, but for the times.",
+    )
+
+
+if __name__ == "__main__":
+    main()
