@@ -6,7 +6,9 @@ the data and, with the config's seed, all there is to know of the random numbers
 what happens to the files afterwards is found by the checksums, and the step before takes its place.
 """
 
+import errno
 import json
+import os
 import sys
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,6 +51,7 @@ class Checkpoints:
             self.directory = workdir.resolve() / "checkpoints"
 
     def __enter__(self) -> Self:
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._without_noise
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -59,6 +62,12 @@ class Checkpoints:
             self._writer.shutdown()  # what is being written is written to the end
             if self._manager is not None:
                 self._manager.close()
+            sys.unraisablehook = self._hook
+
+    def _without_noise(self, unraisable: Any) -> None:
+        """Keep back what TensorStore's threads say when Orbax, after an error, no longer waits for them."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
 
     def steps(self) -> list[int]:
         """The steps saved, rising."""
@@ -141,7 +150,7 @@ class Checkpoints:
         try:
             self._open().save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         except Exception as error:  # Orbax and TensorStore raise what they like
-            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {_first_line(error)}") from error
+            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {_reason(error)}") from error
 
     def _open(self) -> ocp.CheckpointManager:
         """Orbax, in this process alone; opened for the first write, for it reads the metrics of all steps and removes rests."""
@@ -236,6 +245,12 @@ def _crc_of(about: dict[str, Any]) -> int:
 
 def _described(array: tuple[list[int], str] | None) -> str:
     return "absent" if array is None else f"{tuple(array[0])} {array[1]}"
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, where the message quotes it; else its first line."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+    return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:

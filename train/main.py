@@ -198,7 +198,7 @@ def run(argv: Sequence[str], link: Link) -> int:
     # Imported late, so that --help and mistakes take no time.
     from train import loop
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's and Grain's notes to developers
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's and Grain's notes; their errors are raised, too
     experiment = from_json(text, "the config of host 0")
     if only_test or folder is None:
         loop.evaluate(experiment, folder and Path(folder))

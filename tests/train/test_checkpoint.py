@@ -102,7 +102,6 @@ def damages(path):
     path.write_bytes(content)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's coroutines, where a read fails
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, state, capsys):
     """Whatever happens to one of its files: it is either of no consequence, or found, told, and nothing is lost."""
     with Checkpoints(tmp_path, keep=3) as checkpoints:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import scconv_jax
+from benchmarks import kills
 from tests.train.tiny import create_tiny, final_state
 from train import workdir as folders
 from train.checkpoint import Checkpoints
@@ -158,6 +159,10 @@ def test_a_run_resumes_with_its_own_config(small, capsys):
         (["--model.name", "scnet5"], "model.name 'scnet5': There is no model 'scnet5'. Did you mean 'scnet50'"),
         (["--data.batch-size", "20"], "data.batch_size 20 does not divide over 8 devices: use 16 or 24"),
         (["--data.batch-size", "88"], "data.batch_size 88 is more than the 80 training images"),
+        (
+            ["--model.dtype", "float64"],
+            "model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment",
+        ),
         (["--workdir", "small.py"], "cannot write to the workdir small.py: File exists; choose another --workdir"),
         (["--workdir", "small.py/x"], "cannot write to the workdir small.py/x: Not a directory; choose another"),
         (["--resume"], "no run in runs/small: it has no config.json"),
@@ -210,7 +215,11 @@ def test_a_run_is_never_overwritten(small, capsys):
     kept = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
     capsys.readouterr()
     for flags, message in (
-        ([], "mine holds a run already: add --resume to go on with it, or choose another --workdir"),
+        (
+            ["--optim.lr", "0.3"],
+            "mine holds a run already, with epochs 1, not 3; optim.lr 0.1, not 0.3: add --resume to go on with it",
+        ),
+        (["--epochs", "1"], "mine holds a run already: add --resume to go on with it, or choose another --workdir"),
         (
             ["--resume", "--model.name", "resnet20_small"],
             "mine holds a run with model.name 'scnet20_small', not 'resnet20_small'",
@@ -223,6 +232,17 @@ def test_a_run_is_never_overwritten(small, capsys):
         assert captured.err.startswith(f"error: {message}")
         assert captured.err.count("\n") == 1
     assert {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()} == kept
+
+
+def test_two_runs_in_one_folder(small, capsys):
+    with folders.locked_workdir(Path("mine")):
+        holder = Path("mine/.lock").read_text().strip()
+        assert str(os.getpid()) in holder
+        assert main(["--config", small, "--workdir", "mine"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: mine is in use by {holder}: wait for it, or choose another --workdir\n"
+    assert sorted(path.name for path in Path("mine").iterdir()) == [".lock"]
+    assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
 
 
 def test_a_folder_with_other_things_in_it_may_be_used(small):
@@ -305,6 +325,40 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits():
         assert evaluations(workdir) == evaluations("whole")
         steps = [line["step"] for line in read_metrics(metrics) if "train/loss" in line]
         assert steps == list(range(1, 601))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_a_run_killed_where_it_hurts_ends_in_the_same_bits(tmp_path):
+    """In start-up, in the first steps, in a save, in a test: `benchmarks.kills` is the long form."""
+    kills.prepare(tmp_path)
+    moments = ["start-up", "first steps", "a save", "a test"]
+    killed, _ = kills.kill_and_resume(tmp_path, moments, seed=1)
+    assert killed.total() == 4
+    kills.compare(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_a_full_disk_ends_the_run_and_keeps_what_there_is():
+    """As a limit on the size of files: metrics fit, a checkpoint does not."""
+    assert finish(start("--config", "small.py", "--workdir", "mine", "--epochs", "1"))[0] == 0
+    good = final_state("mine")
+    limited = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+        "runpy.run_module('tests.train.tiny', run_name='__main__')"
+    )
+    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name} | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-c", limited, "--resume", "mine", "--epochs", "9"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 1, process.stderr
+    reason = "error: the checkpoint of step 10 cannot be written: File too large; the checkpoints written before are kept\n"
+    assert process.stderr == reason
+    assert final_state("mine") == good
+    code, _, err = finish(start("--resume", "mine", "--epochs", "2"))
+    assert code == 0, err
 
 
 @pytest.mark.slow
