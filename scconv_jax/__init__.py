@@ -12,6 +12,7 @@ from any checkpoint to a network: `load_model`, `load_weights`.
 
 from scconv_jax import functional
 from scconv_jax.convert import ConversionError, from_torch, to_torch
+from scconv_jax.download import list_pretrained
 from scconv_jax.ghost import GhostConv
 from scconv_jax.models import create_model, list_models
 from scconv_jax.pretrained import load_model, load_weights
@@ -35,6 +36,7 @@ __all__ = [
     "from_torch",
     "functional",
     "list_models",
+    "list_pretrained",
     "load",
     "load_model",
     "load_weights",

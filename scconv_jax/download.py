@@ -37,6 +37,11 @@ MOST_BYTES = 16 << 30
 _CHUNK = 1 << 20
 
 
+def list_pretrained() -> list[str]:
+    """Return the names of the networks whose authors published weights, sorted: what `load_model` and `fetch` take as a name."""
+    return sorted(PUBLISHED)
+
+
 def fetch(source: str, *, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
     """Download weights, unless they are in the cache already.
 

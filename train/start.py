@@ -65,6 +65,9 @@ def initial_weights(source: str, name: str, like: dict[str, Any]) -> tuple[dict[
     Raises:
         ConfigError: the source cannot be had, or is of another network.
     """
+    if source == PRETRAINED and name not in scconv_jax.list_pretrained():
+        there = ", ".join(scconv_jax.list_pretrained())
+        raise ConfigError(f"no weights were published for {name}, only for {there}; those of a file: --init FILE")
     try:
         variables, notes = scconv_jax.load_weights(name if source == PRETRAINED else source, like)
     except (scconv_jax.WeightsError, scconv_jax.ConversionError) as error:

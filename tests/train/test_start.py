@@ -73,6 +73,12 @@ def test_pretrained_is_the_weights_published_for_the_network(weights, monkeypatc
     assert notes == ["Beginning with the published weights of scnet50."]
 
 
+def test_pretrained_is_refused_where_nothing_was_published():
+    expected = r"^no weights were published for resnet50, only for scnet101, scnet50, scnet50_v1d; those of a file: --init FILE$"
+    with pytest.raises(ConfigError, match=expected):
+        initial_weights("pretrained", "resnet50", {})
+
+
 def test_a_later_epoch_has_its_place_in_schedule_and_data():
     config = Config(epochs=3, start_epoch=2, data=CONFIG.data, optim=Optim(lr=1.0, schedule="step", drop_epochs=(1.0, 2.0)))
     start = start_of(config)
