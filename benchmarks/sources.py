@@ -17,7 +17,7 @@ from benchmarks.timing import record, table
 from scconv_jax.models import create_model
 from scconv_jax.pretrained import choose, fill_model, open_entries
 from scconv_jax.verify import SIZES, compare
-from tests.reference.namings import MMPose, PytorchCV
+from tests.reference.namings import MMPose, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import randomise
 
@@ -31,6 +31,7 @@ ghostnet_100 = partial(build, "ghostnet_100")
 pytorchcv_scnet50 = partial(PytorchCV, "scnet")
 pytorchcv_scneta50 = partial(PytorchCV, "scneta")
 pytorchcv_resnet50b = partial(PytorchCV, "resnetb")
+pytorchcv_ghostnet = PytorchCVGhostNet
 mmpose_scnet50 = MMPose
 
 ONE = SIZES[2:]
@@ -44,6 +45,7 @@ SOURCES = (  # source, network, output stride, sizes of the images
     ("pytorchcv", "pytorchcv_scnet50", 32, ONE),
     ("pytorchcv", "pytorchcv_scneta50", 32, ONE),
     ("pytorchcv", "pytorchcv_resnet50b", 32, ONE),
+    ("pytorchcv", "pytorchcv_ghostnet", 32, ONE),
     ("mmpose", "mmpose_scnet50", 32, ONE),
 )
 

@@ -109,20 +109,20 @@ NAMINGS = (
     ),
     Naming(
         "pytorchcv",
-        "pytorchcv: scnet50, scnet101, scneta50 (v1d), scneta101, resnet50b, resnet101b",
+        "SCNet (scneta is v1d) and ResNet-b of osmr/imgclsmob",
         (r"features\.init_block\.", r"features\.stage1\.unit1\.body\.conv1a?\.conv\.weight$"),
         _PYTORCHCV,
     ),
     Naming(
         "pytorchcv-ghostnet",
-        "pytorchcv: ghostnet, which is ghostnet_100_pytorchcv here",
+        "ghostnet of osmr/imgclsmob, which is ghostnet_100_pytorchcv here",
         (r"features\.init_block\.", r"features\.stage1\.unit1\.body\.exp_conv\.main_conv\."),
         _PYTORCHCV_GHOSTNET,
         linear=("classifier.weight",),
     ),
     Naming(
         "mmpose",
-        "mmpose: SCNet as a backbone",
+        "SCNet of open-mmlab/mmpose, a backbone",
         (r"(backbone\.)?layer1\.0\.k1\.0\.weight$", r"(backbone\.)?layer1\.0\.conv1\.weight$"),
         (
             (r"^backbone\.", ""),

@@ -72,102 +72,30 @@ NAMES = {
 }
 
 
-class Network:
-    """A residual network: images `(n, 3, h, w)` to its maps.
+class Operators:
+    """The operators of a network, each on the entries of its name.
 
     Args:
         entries: name to array, a checkpoint's own.
-        naming: whose names; the networks' own for a naming that is not in `NAMES`.
-        output_stride: size of the images over size of the last map.
         variant: of its ScConv, if it has any.
         dtype: "float32" or "float64".
     """
 
-    def __init__(self, entries: Mapping[str, np.ndarray], naming: str, output_stride: int, variant: str, dtype: str):
+    def __init__(self, entries: Mapping[str, np.ndarray], variant: str, dtype: str):
         import torch
 
         self.torch, self.F = torch, torch.nn.functional
+        self.variant = variant
         prefix = "backbone." if any(name.startswith("backbone.") for name in entries) else ""
         self.entries = {
             name.removeprefix(prefix): torch.from_numpy(np.asarray(value).astype(dtype))
             for name, value in entries.items()
             if name.startswith(prefix) and not name.endswith("num_batches_tracked")
         }
-        self.names = NAMES.get(naming, _OURS)
-        if f"{self.block_name(1, 0)}.identity_conv.conv.weight" in self.entries:  # pytorchcv's ResNets
-            self.names = self.names._replace(shortcut=("identity_conv.conv", "identity_conv.bn"))
-        self.output_stride, self.variant = output_stride, variant
-        self.v1d = self._has(self.names.pooled_shortcut[0], 2)  # by its pooled shortcuts; its blocks pool as well
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the stem's map before its ReLU, each stage's, and, where there is a head, the logits."""
-        deep = f"{self.names.deep_stem[0][0]}.weight" in self.entries
-        pairs = self.names.deep_stem if deep else (self.names.stem,)
-        small = not deep and self.entries[f"{pairs[0][0]}.weight"].shape[-1] == 3  # for small images: 3×3, no stride, no pool
-        x = images
-        for i, pair in enumerate(pairs):
-            x = self.conv_norm(pair, x if i == 0 else x.relu(), stride=2 if i == 0 and not small else 1)
-        maps = {"stem": x}
-        x = x.relu() if small else self.F.max_pool2d(x.relu(), 3, 2, padding=1)
-        stride, dilation, stage = (1 if small else 4), 1, 1
-        while self._blocks(stage):
-            first, strides = dilation, 1
-            if stage > 1 and stride < self.output_stride:
-                strides, stride = 2, stride * 2
-            elif stage > 1:
-                dilation *= 2
-            for block in range(self._blocks(stage)):
-                if block == 0:
-                    x = self.block(self.block_name(stage, 0), x, strides, first, begins=stage > 1)
-                else:
-                    x = self.block(self.block_name(stage, block), x, 1, dilation, begins=False)
-            maps[f"layer{stage}"] = x
-            stage += 1
-        if f"{self.names.head}.weight" in self.entries:
-            head = [self.entries[f"{self.names.head}.{kind}"] for kind in ("weight", "bias")]
-            maps["logits"] = self.F.linear(x.mean(dim=(2, 3)), *head)
-        return maps
-
-    def block_name(self, stage: int, block: int) -> str:
-        """Name of a block, counted from 0, of a stage, counted from 1."""
-        return self.names.block.format(stage, block + self.names.first)
-
-    def block(self, name: str, x: Tensor, stride: int, dilation: int, *, begins: bool) -> Tensor:
-        """A block of either kind; `begins` a stage that halves the map, or would, were it not dilated."""
-        at = name + "."
-        if f"{at}{self.names.k[0][0]}.weight" in self.entries:
-            pools = self.v1d and begins
-            inner = {"stride": 1 if pools else stride, "dilation": dilation}
-            a, b = (self.conv_norm(pair, x, at=at).relu() for pair in (self.names.a[0], self.names.b))
-            a = self.conv_norm(self.names.a[1], a, at=at, **inner).relu()
-            k2, k3, k4 = self.names.k
-            context = self.conv_norm(k2, self.F.avg_pool2d(b, 4), at=at, dilation=dilation)
-            gate = self.torch.sigmoid(b + self.F.interpolate(context, size=b.shape[2:], mode="nearest"))
-            b = self.conv_norm(k4, self.conv_norm(k3, b, at=at, dilation=dilation) * gate, at=at, **inner).relu()
-            if pools:
-                a, b = (self.F.avg_pool2d(y, 3, stride, padding=1) for y in (a, b))
-            y = self.conv_norm(self.names.out, self.torch.cat([a, b], dim=1), at=at)
-        else:
-            pairs = [pair for pair in self.names.plain if any(key.startswith(f"{at}{pair[0]}.") for key in self.entries)]
-            strided = len(pairs) - 2  # the 3×3 of three, the first of two
-            y = x
-            for i, pair in enumerate(pairs):
-                spatial = len(pairs) == 2 or i == 1
-                y = self.conv_norm(pair, y, at=at, stride=stride if i == strided else 1, dilation=dilation if spatial else 1)
-                y = y.relu() if i < len(pairs) - 1 else y
-        if f"{at}se.fc1.weight" in self.entries:
-            squeezed = self.conv(f"{at}se.fc1", y.mean(dim=(2, 3), keepdim=True)).relu()
-            y = y * self.conv(f"{at}se.fc2", squeezed).sigmoid()
-        return (y + self.shortcut(at, x, stride)).relu()
-
-    def shortcut(self, at: str, x: Tensor, stride: int) -> Tensor:
-        """The block's input in the shape of its output."""
-        if self.v1d and f"{at}{self.names.pooled_shortcut[0]}.weight" in self.entries:
-            pooled = self.F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
-            return self.conv_norm(self.names.pooled_shortcut, pooled, at=at)
-        if f"{at}{self.names.shortcut[0]}.weight" in self.entries:
-            return self.conv_norm(self.names.shortcut, x, at=at, stride=stride)
-        return x
+    def has(self, name: str) -> bool:
+        """Whether there is a convolution or norm of this name."""
+        return f"{name}.weight" in self.entries
 
     def conv_norm(self, pair: Pair, x: Tensor, *, at: str = "", stride: int = 1, dilation: int = 1) -> Tensor:
         """A convolution, or what stands in for it, and its norm."""
@@ -179,14 +107,14 @@ class Network:
 
     def operator(self, name: str, x: Tensor, stride: int, dilation: int) -> Tensor:
         """A convolution, a ghost convolution or an ScConv, by what entries there are."""
-        if f"{name}.weight" in self.entries:
+        if self.has(name):
             return self.conv(name, x, stride, dilation)
-        if f"{name}.primary_conv.0.weight" in self.entries:
+        if self.has(f"{name}.primary_conv.0"):
             y = self.conv(f"{name}.primary_conv.0", x, stride, dilation)
             return self.torch.cat([y, self.conv(f"{name}.cheap_operation.0", y)], dim=1)
         x = self.F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
         y = self.channel_reconstruction(f"{name}.CRU.", self.spatial_reconstruction(f"{name}.SRU.gn.", x))
-        return self.conv(f"{name}.projection", y) if f"{name}.projection.weight" in self.entries else y
+        return self.conv(f"{name}.projection", y) if self.has(f"{name}.projection") else y
 
     def conv(self, name: str, x: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
         """A convolution that keeps the size, at stride 1; its groups are read off its shape."""
@@ -219,7 +147,7 @@ class Network:
         upper, lower = x.split([self.entries[f"{at}squeeze{i}.weight"].shape[1] for i in (1, 2)], dim=1)
         upper, lower = self.conv(f"{at}squeeze1", upper), self.conv(f"{at}squeeze2", lower)
         first = self.conv(f"{at}GWC", upper) + self.conv(f"{at}PWC1", upper)
-        second = self.torch.cat([self.conv(f"{at}PWC2", lower), lower], dim=1) if f"{at}PWC2.weight" in self.entries else lower
+        second = self.torch.cat([self.conv(f"{at}PWC2", lower), lower], dim=1) if self.has(f"{at}PWC2") else lower
         both = self.torch.cat([first, second], dim=1)
         means = both.mean(dim=(2, 3), keepdim=True)
         if self.variant == "paper":  # a softmax over the two, for each channel
@@ -229,8 +157,98 @@ class Network:
         first, second = self.torch.chunk(shares * both, 2, dim=1)
         return first + second
 
-    def _has(self, name: str, stage: int) -> bool:
-        entry = f"{self.block_name(stage, 0)}.{name}.weight"
+
+class Network(Operators):
+    """A residual network: images `(n, 3, h, w)` to its maps.
+
+    Args:
+        entries: name to array, a checkpoint's own.
+        naming: whose names; the networks' own for a naming that is not in `NAMES`.
+        output_stride: size of the images over size of the last map.
+        variant: of its ScConv, if it has any.
+        dtype: "float32" or "float64".
+    """
+
+    def __init__(self, entries: Mapping[str, np.ndarray], naming: str, output_stride: int, variant: str, dtype: str):
+        super().__init__(entries, variant, dtype)
+        self.names = NAMES.get(naming, _OURS)
+        if self.has(f"{self.block_name(1, 0)}.identity_conv.conv"):  # pytorchcv's ResNets
+            self.names = self.names._replace(shortcut=("identity_conv.conv", "identity_conv.bn"))
+        self.output_stride = output_stride
+        self.v1d = self._is_pooled(2)  # by its shortcuts; its blocks pool as well
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the stem's map before its ReLU, each stage's, and, where there is a head, the logits."""
+        deep = self.has(self.names.deep_stem[0][0])
+        pairs = self.names.deep_stem if deep else (self.names.stem,)
+        small = not deep and self.entries[f"{pairs[0][0]}.weight"].shape[-1] == 3  # for small images: 3×3, no stride, no pool
+        x = images
+        for i, pair in enumerate(pairs):
+            x = self.conv_norm(pair, x if i == 0 else x.relu(), stride=2 if i == 0 and not small else 1)
+        maps = {"stem": x}
+        x = x.relu() if small else self.F.max_pool2d(x.relu(), 3, 2, padding=1)
+        stride, dilation, stage = (1 if small else 4), 1, 1
+        while self._blocks(stage):
+            first, strides = dilation, 1
+            if stage > 1 and stride < self.output_stride:
+                strides, stride = 2, stride * 2
+            elif stage > 1:
+                dilation *= 2
+            for block in range(self._blocks(stage)):
+                if block == 0:
+                    x = self.block(self.block_name(stage, 0), x, strides, first, begins=stage > 1)
+                else:
+                    x = self.block(self.block_name(stage, block), x, 1, dilation, begins=False)
+            maps[f"layer{stage}"] = x
+            stage += 1
+        if self.has(self.names.head):
+            head = [self.entries[f"{self.names.head}.{kind}"] for kind in ("weight", "bias")]
+            maps["logits"] = self.F.linear(x.mean(dim=(2, 3)), *head)
+        return maps
+
+    def block_name(self, stage: int, block: int) -> str:
+        """Name of a block, counted from 0, of a stage, counted from 1."""
+        return self.names.block.format(stage, block + self.names.first)
+
+    def block(self, name: str, x: Tensor, stride: int, dilation: int, *, begins: bool) -> Tensor:
+        """A block of either kind; `begins` a stage that halves the map, or would, were it not dilated."""
+        at = name + "."
+        if self.has(f"{at}{self.names.k[0][0]}"):
+            pools = self.v1d and begins
+            inner = {"stride": 1 if pools else stride, "dilation": dilation}
+            a, b = (self.conv_norm(pair, x, at=at).relu() for pair in (self.names.a[0], self.names.b))
+            a = self.conv_norm(self.names.a[1], a, at=at, **inner).relu()
+            k2, k3, k4 = self.names.k
+            context = self.conv_norm(k2, self.F.avg_pool2d(b, 4), at=at, dilation=dilation)
+            gate = self.torch.sigmoid(b + self.F.interpolate(context, size=b.shape[2:], mode="nearest"))
+            b = self.conv_norm(k4, self.conv_norm(k3, b, at=at, dilation=dilation) * gate, at=at, **inner).relu()
+            if pools:
+                a, b = (self.F.avg_pool2d(y, 3, stride, padding=1) for y in (a, b))
+            y = self.conv_norm(self.names.out, self.torch.cat([a, b], dim=1), at=at)
+        else:
+            pairs = [pair for pair in self.names.plain if any(key.startswith(f"{at}{pair[0]}.") for key in self.entries)]
+            strided = len(pairs) - 2  # the 3×3 of three, the first of two
+            y = x
+            for i, pair in enumerate(pairs):
+                spatial = len(pairs) == 2 or i == 1
+                y = self.conv_norm(pair, y, at=at, stride=stride if i == strided else 1, dilation=dilation if spatial else 1)
+                y = y.relu() if i < len(pairs) - 1 else y
+        if self.has(f"{at}se.fc1"):
+            squeezed = self.conv(f"{at}se.fc1", y.mean(dim=(2, 3), keepdim=True)).relu()
+            y = y * self.conv(f"{at}se.fc2", squeezed).sigmoid()
+        return (y + self.shortcut(at, x, stride)).relu()
+
+    def shortcut(self, at: str, x: Tensor, stride: int) -> Tensor:
+        """The block's input in the shape of its output."""
+        if self.v1d and self.has(f"{at}{self.names.pooled_shortcut[0]}"):
+            pooled = self.F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
+            return self.conv_norm(self.names.pooled_shortcut, pooled, at=at)
+        if self.has(f"{at}{self.names.shortcut[0]}"):
+            return self.conv_norm(self.names.shortcut, x, at=at, stride=stride)
+        return x
+
+    def _is_pooled(self, stage: int) -> bool:
+        entry = f"{self.block_name(stage, 0)}.{self.names.pooled_shortcut[0]}.weight"
         return entry in self.entries and self.entries[entry].ndim == 4
 
     def _blocks(self, stage: int) -> int:

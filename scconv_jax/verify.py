@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from scconv_jax.convert import ConversionError, Variables, normalised, to_torch
+from scconv_jax.ghostnet import GhostNet
 from scconv_jax.models import create_model
 from scconv_jax.pretrained import Entries
 from scconv_jax.resnet import ResNet
+from scconv_jax.torch_ghostnet import GhostNetwork
 from scconv_jax.torch_side import Network
 
 LIMITS = {"float64": 1e-12, "float32": 2e-5}
@@ -95,6 +97,8 @@ def compare(
                 theirs = partial(_staged, module.to(getattr(torch, dtype)))
             elif isinstance(model, ResNet):
                 theirs = Network(entries, found.naming.name, model.output_stride, options.get("variant", "paper"), dtype)
+            elif isinstance(model, GhostNet):
+                theirs = GhostNetwork(entries, found.naming.name, dtype)
             else:
                 raise ConversionError(f"There is no PyTorch counterpart of {name} here; give one by --reference FILE.py:NAME.")
             ours = _compiled(model, dtype)
@@ -127,7 +131,7 @@ def _compiled(model: Any, dtype: str) -> Callable[[Variables, jax.Array], Mappin
             capture_intermediates=lambda module, _: module.path == ("bn1",),
             mutable=["intermediates"],
         )
-        if isinstance(model, ResNet):
+        if isinstance(model, (ResNet, GhostNet)):
             maps["stem"] = state["intermediates"]["bn1"]["__call__"][0]
         return {**maps, "logits": logits}
 

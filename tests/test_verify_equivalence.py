@@ -1,5 +1,6 @@
 """`python -m scconv_jax verify`, and the PyTorch counterparts that it compares with."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from scconv_jax.cli import main
+from scconv_jax.torch_ghostnet import GhostNetwork
 from scconv_jax.torch_side import Network
-from tests.reference.namings import MMPose, PytorchCV
+from tests.reference.namings import MMPose, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import nchw, random_images, randomise
 
@@ -46,6 +48,19 @@ def test_counterparts_are_the_oracles(close, name):
         expected = oracle(images)
     found = maps["logits"] if expected.ndim == 2 else maps["layer4"]
     close(found.numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("make", "naming"), [(partial(build, "ghostnet_100"), "timm-ghostnet"), (PytorchCVGhostNet, "pytorchcv-ghostnet")]
+)
+def test_counterparts_of_ghostnet(close, make, naming):
+    oracle = randomise(make(), 0).double().eval()
+    entries = {key: value.numpy() for key, value in oracle.state_dict().items()}
+    images = nchw(random_images((2, 65, 97, 3), 1))
+    with torch.no_grad():
+        maps = GhostNetwork(entries, naming, "float64")(images)
+        close(maps["logits"].numpy(), oracle(images).numpy())
+    assert list(maps) == ["stem", "layer1", "layer2", "layer3", "layer4", "layer5", "logits"]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +175,15 @@ def test_the_size_that_networks_are_used_at(capsys, tmp_path):
     assert out.count("│") >= 6 * 6
     out = verify(capsys, tmp_path, "scnet50.pth", "--output-stride", "8", "--sizes", "193x161").out
     assert "Equal within tolerance at every stage" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [partial(build, "ghostnet_100"), PytorchCVGhostNet])
+def test_ghostnet(capsys, tmp_path, make):
+    torch.save(randomise(make(), 0).state_dict(), tmp_path / "ghostnet.pth")
+    out = verify(capsys, tmp_path, "ghostnet.pth", "--sizes", "65x97").out
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert rows == ["stem", "layer1", "layer2", "layer3", "layer4", "layer5", "logits"]
 
 
 @pytest.mark.slow
