@@ -193,10 +193,13 @@ class Checkpoints:
             raise DamagedError("metrics/metrics cannot be read")
         wanted = {name: (list(leaf.shape), leaf.dtype.name) for name, leaf in _named_leaves(like).items()}
         found = {name: (array["shape"], array["dtype"]) for name, array in arrays.items()}
-        for name in sorted(found.keys() | wanted.keys()):
-            if found.get(name) != wanted.get(name):
-                there, here = (_described(side.get(name)) for side in (found, wanted))
-                raise ConfigError(f"the checkpoint {folder} is of another model: {name} is {there} there, {here} here")
+        differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        if differing:
+            name = differing[0]
+            there, here = (_described(side.get(name)) for side in (found, wanted))
+            same_model = all(other.startswith(("opt_state/", "ema/")) for other in differing)
+            other = "optimizer: keep optim.name, and whether there is optim.ema, as they were" if same_model else "model"
+            raise ConfigError(f"the checkpoint {folder} is of another {other}; {name} is {there} there, {here} here")
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:

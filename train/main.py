@@ -37,7 +37,7 @@ PROGRAM = "python -m train.main"
 
 
 IMAGENET = CONFIGS / "scnet50.py"
-"""What a folder of images is trained by, where no config is given."""
+"""What a folder of images, or noise in its place, is trained by, where no config is given."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path | None, bool]:
         workdir = workdir or latest_workdir(path.stem)
         before = load_run(workdir)
     arguments = read(path, before if before and not known.config else load_config(path))
-    if arguments.images and not known.config and not before:
+    if (arguments.images or known.dummy) and not known.config and not before:
         path = IMAGENET
         arguments = read(path, load_config(path))
 

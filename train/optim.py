@@ -33,7 +33,8 @@ def make_optimizer(optim: Optim, schedule: optax.ScalarOrSchedule) -> optax.Grad
     else:
         decay = optax.add_decayed_weights(optim.weight_decay, mask=is_kernel if optim.decay_kernels_only else None)
         rule = optax.chain(decay, optax.sgd(schedule, momentum=optim.momentum))
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), rule) if optim.clip_norm else rule
+    # Clipped or not, the state has the same structure: a run may go on with another setting.
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(), rule)
 
 
 def is_kernel(params: Any) -> Any:

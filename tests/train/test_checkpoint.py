@@ -85,10 +85,15 @@ def test_another_model_is_an_error_that_names_the_difference(tmp_path, state):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(at(state, 3))
         other = init_state(Tiny(num_classes=7), OPTIMIZER, (8, 8, 3), seed=0)
-        with pytest.raises(ConfigError, match=r"is of another model: .*fc/bias is \(10,\) float32 there, \(7,\) float32 here$"):
+        with pytest.raises(ConfigError, match=r"is of another model; .*fc/bias is \(10,\) float32 there, \(7,\) float32 here$"):
+            checkpoints.restore(other)
+        other = state.replace(ema={"params": state.params, "batch_stats": state.batch_stats})
+        with pytest.raises(
+            ConfigError, match=r"is of another optimizer: keep optim.name, .* as they were; ema/.* is absent there"
+        ):
             checkpoints.restore(other)
         other = state.replace(params={"conv": state.params["conv"]})
-        with pytest.raises(ConfigError, match=r"is of another model: params/bn/bias is \(8,\) float32 there, absent here$"):
+        with pytest.raises(ConfigError, match=r"is of another model; params/bn/bias is \(8,\) float32 there, absent here$"):
             checkpoints.restore(other)
 
 

@@ -25,7 +25,7 @@ ROWS = {
     "-p, --print-freq": (["-p", "10"], {"log_every": 10}),
     "--pretrained": (["-a", "scnet50", "--pretrained"], {"model.init": "pretrained"}),
     "--seed": (["--seed", "5"], {"seed": 5}),
-    "--dummy": (["--dummy"], {"data.name": "synthetic", "data.synthetic_classes": 1000}),
+    "--dummy": (["--dummy"], {"data.name": "synthetic", "data.synthetic_classes": 1000, "data.image_size": 224}),
 }
 """Row of the table → (command line, fields that it sets)."""
 ACTIONS = ["--resume", "-e, --evaluate", "--gpu", "--no-accel", "--multiprocessing-distributed", "--dist-backend"]
