@@ -84,7 +84,9 @@ def fetch(source: str, *, cache: str | os.PathLike[str] | None = None, progress:
         raise WeightsError(f"{shown} cannot be downloaded: the server says {error.code} {_line(error.reason)}.") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = _line(getattr(error, "reason", None) or error or type(error).__name__)
-        raise WeightsError(f"{shown} cannot be downloaded: {reason}. Try again; what has come is kept.") from error
+        raise WeightsError(
+            f"{shown} cannot be downloaded: {reason}. Try again (what has come is kept), or put the file into {path.parent} by hand."
+        ) from error
     except OSError as error:
         raise WeightsError(f"{shown} cannot be kept in {path.parent}: {error.strerror or error}.") from error
     return path

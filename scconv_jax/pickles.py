@@ -1,8 +1,9 @@
 """A machine that reads pickles and can do nothing else: plain data, and objects by the few names that its caller admits.
 
-Python's own unpickler looks up and calls whatever a file names. PyTorch's `weights_only` loader does not, but before 2.6 it
-could be made to (CVE-2025-32434), and it is not there where torch is not. This machine imports nothing and calls only
-the functions that it is given; a name that it was not given ends the reading. The opcodes are those of
+Python's own unpickler looks up and calls whatever a file names. PyTorch's `weights_only` loader does not, but before 2.6 a
+file could make it run code (CVE-2025-32434), and before 2.10 corrupt its memory (CVE-2026-24747); it unpacks an archive
+that grows a thousandfold; and it is not there where torch is not. This machine imports nothing and calls only the
+functions that it is given; a name that it was not given ends the reading. The opcodes are those of
 https://github.com/python/cpython/blob/main/Lib/pickletools.py, protocols 2 to 5, as far as weights need them.
 
 Python's recursion is never used, memory is bounded by the size of the pickle and by the number of its opcodes, and no

@@ -9,6 +9,7 @@ the few names a state dict needs and nothing else. Every bad file ends in one `W
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from scconv_jax.convert import to_torch
 from scconv_jax.files import WeightsError, sha256, unknown
 
 Variables = dict[str, Any]
+
+_log = logging.getLogger("scconv_jax")
 
 
 class Source(NamedTuple):
@@ -85,7 +88,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     Returns:
         `(variables, metadata)`: variables are NumPy arrays; metadata has, as far as the file gives them, `model` and
         `arguments` (so that `create_model(metadata["model"], **metadata["arguments"])` is the network), `source`,
-        `source_sha256`, `version`.
+        `source_sha256`, `version`. Values that are not finite are logged as a warning under `scconv_jax`, and kept.
 
     Raises:
         WeightsError: the file cannot be read, or has PyTorch's naming: convert it first.
@@ -99,6 +102,9 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     metadata: dict[str, Any] = dict(source.metadata)
     if "arguments" in metadata:
         metadata["arguments"] = json.loads(metadata["arguments"])
+    if source.not_finite:
+        count = sum(source.not_finite.values())
+        _log.warning("%s: %d values are NaN or infinite, in %s.", path, count, ", ".join(list(source.not_finite)[:3]))
     return Loaded(source.variables, metadata)
 
 

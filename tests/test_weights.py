@@ -261,12 +261,14 @@ def test_the_forms_of_checkpoints(tmp_path, form, name):
     assert source.skipped == skipped
 
 
-def test_values_that_are_not_finite_are_counted(tmp_path):
+def test_values_that_are_not_finite_are_counted(tmp_path, caplog):
     numbers = {"a": np.array([1, np.nan, np.inf], np.float32), "b": np.array([-np.inf], ml_dtypes.bfloat16), "c": np.ones(3)}
     torch_files.write_zip(tmp_path / "x.pth", numbers)
     assert weights.read(tmp_path / "x.pth").not_finite == {"a": 2, "b": 1}
     scconv_jax.save(tmp_path / "x.safetensors", {"params": numbers})
     assert weights.read(tmp_path / "x.safetensors").not_finite == {"params/a": 2, "params/b": 1}
+    assert np.isnan(scconv_jax.load(tmp_path / "x.safetensors").variables["params"]["a"][1])
+    assert "x.safetensors: 3 values are NaN or infinite, in params/" in caplog.text
 
 
 # Writing
