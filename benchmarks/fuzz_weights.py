@@ -151,7 +151,7 @@ def hostile(number: int, canary: Path) -> tuple[str, bytes]:
     chance = random.Random(number)
     kind = chance.choice(["zip", "legacy"])
     pickled = chance.choice([state_dict, checkpoint])()
-    match number % 6:
+    match number % 7:
         case 0:
             return f"file mutated, {kind}", mutated(container(kind, pickled), chance)
         case 1:
@@ -160,6 +160,12 @@ def hostile(number: int, canary: Path) -> tuple[str, bytes]:
             return f"pickle rearranged, {kind}", container(kind, rearranged(pickled, chance, canary))
         case 4:
             return f"random opcodes, {kind}", container(kind, made.whole(opcodes(chance, canary, 40)))
+        case 5:
+            parts = [made.MAGIC, made.VERSION, made.MACHINE, pickled, made.whole(made.text([str(i) for i in range(len(ARRAYS))]))]
+            at = chance.randrange(len(parts))
+            parts[at] = rearranged(parts[at], chance, canary)
+            storages = [array.size.to_bytes(8, "little") + array.tobytes() for array in ARRAYS.values()]
+            return "part rearranged, legacy", b"".join(parts + storages)
         case _:
             return "file mutated, safetensors", mutated(safetensors(), chance)
 

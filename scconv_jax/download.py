@@ -85,7 +85,8 @@ def fetch(source: str, *, cache: str | os.PathLike[str] | None = None, progress:
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = _line(getattr(error, "reason", None) or error or type(error).__name__)
         raise WeightsError(
-            f"{shown} cannot be downloaded: {reason}. Try again (what has come is kept), or put the file into {path.parent} by hand."
+            f"{shown} cannot be downloaded: {reason}. Try again (what has come is kept), "
+            f"or put the file into {path.parent} by hand."
         ) from error
     except OSError as error:
         raise WeightsError(f"{shown} cannot be kept in {path.parent}: {error.strerror or error}.") from error
@@ -245,4 +246,6 @@ def _bar(progress: bool) -> Progress:
 
 
 def _line(reason: object) -> str:
-    return " ".join(str(reason).split())[:200]
+    """What a server or the system says, in one line that a terminal may be shown."""
+    text = " ".join(str(reason).split())[:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

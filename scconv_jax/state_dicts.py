@@ -236,20 +236,26 @@ def contents(value: Any, load: Callable[[Storage], np.ndarray], file_size: int) 
     skipped: dict[str, str] = {}
     while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
         inner = value.pop(wrapper)  # so that a dict within itself comes to an end
-        skipped |= {str(key): _kind(item) for key, item in value.items()}
+        skipped |= {_shown(key): _kind(item) for key, item in value.items()}
         value = inner
     if not isinstance(value, dict):
         raise WeightsError(f"it holds {_kind(value)}, not a state dict")
     tensors = {key: item for key, item in value.items() if isinstance(item, Tensor) and isinstance(key, str)}
     if not tensors:
-        keys = ", ".join(str(key)[:40] for key in list(value)[:8])
+        keys = ", ".join(map(_shown, list(value)[:8]))
         raise WeightsError(f"it holds no tensors by name, but {keys or 'nothing'}. Save the state dict alone")
-    skipped |= {str(key): _kind(item) for key, item in value.items() if key not in tensors}
+    skipped |= {_shown(key): _kind(item) for key, item in value.items() if key not in tensors}
     claimed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
     if claimed > 8 * file_size + 1024:
         raise WeightsError(f"its tensors say that they have {claimed:,} bytes, in a file of {file_size:,}")
     storages = {tensor.storage: load(tensor.storage) for tensor in tensors.values()}
     return Contents({name: _array(tensor, storages[tensor.storage]) for name, tensor in tensors.items()}, skipped)
+
+
+def _shown(key: Any) -> str:
+    """A key of a dict, fit to be printed."""
+    text = str(key)[:60]
+    return text if text.isprintable() else repr(text)
 
 
 def _array(tensor: Tensor, elements: np.ndarray) -> np.ndarray:

@@ -76,18 +76,18 @@ def read_legacy(path: Path) -> Contents:
         version = read_pickle(head, magic.end)
         machine = read_pickle(head, version.end)
         if version.value != _LEGACY_VERSION or not isinstance(machine.value, dict):
-            raise WeightsError(
-                f"it says that it is of version {version.value!r:.40} of PyTorch's format; {_LEGACY_VERSION} is known"
-            )
+            raise WeightsError(f"it is not of version {_LEGACY_VERSION} of PyTorch's format, the only one that is known")
         if machine.value.get("little_endian") is not True:
             raise WeightsError("it was written on a big-endian machine; save it again there with PyTorch 1.6 or later")
         pickled = read_pickle(head, machine.end)
         keys = read_pickle(head, pickled.end)
-        if not isinstance(keys.value, list) or sorted(map(str, keys.value)) != sorted(pickled.storages):
+        # Texts alone are compared: anything else could be so deep that to write or compare it would recurse.
+        listed = keys.value if isinstance(keys.value, list) and all(isinstance(key, str) for key in keys.value) else []
+        if sorted(listed) != sorted(pickled.storages):
             raise WeightsError("its list of storages is not that of its tensors")
         at = keys.end
         places: dict[str, int] = {}
-        for key in keys.value:
+        for key in listed:
             storage = pickled.storages[key]
             file.seek(at)
             if file.read(8) != struct.pack("<q", storage.length):

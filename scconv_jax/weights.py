@@ -148,6 +148,8 @@ def _read_file(path: Path) -> Source:
         raise WeightsError(unknown(head))
     if not tensors:
         raise WeightsError("it holds no arrays")
+    if unprintable := next((name for name in tensors if not name.isprintable()), None):
+        raise WeightsError(f"it has an entry with a name that cannot be printed, {unprintable!r}")
     if not _is_plain(metadata.get("arguments", "{}")):
         raise WeightsError("the arguments in its metadata are no JSON object of numbers and texts")
     is_flax = all(name.startswith(runs.PREFIXES) for name in tensors)

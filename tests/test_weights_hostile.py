@@ -99,6 +99,40 @@ def test_nothing_is_run_in_the_smaller_pickles_of_the_legacy_format(path, where)
     assert not canary.exists()
 
 
+DEEP = b"]" * 20_000 + b"a" * 19_999
+OTHER_VALUES = {
+    "deep": DEEP, "None": b"N", "0": text(0), "{}": text({}), "[0]": text([0]), "one twice": text(["0", "0"]),
+    "[['0']]": text([["0"]]), "an unknown key": text(["x"]), "a deep key": b"](" + DEEP + b"e",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["magic", "version", "machine", "little_endian", "keys"])
+@pytest.mark.parametrize("value", OTHER_VALUES)
+def test_other_values_in_the_smaller_pickles_of_the_legacy_format(path, value, where):
+    opcodes = OTHER_VALUES[value]
+    parts = {
+        "magic": made.MAGIC, "version": made.VERSION, "machine": made.MACHINE, "dict": whole(dictionary([("w", tensor())])),
+        "keys": whole(text(["0"])), "data": struct.pack("<q", 4) + bytes(16),
+    }  # fmt: skip
+    path.write_bytes(b"".join(parts.values()))
+    assert list(weights.read(path).tensors) == ["w"]
+    if where == "little_endian":
+        parts["machine"] = whole(dictionary([("little_endian", opcodes)]))
+    elif where == "magic":
+        parts["magic"] = whole(text(0x1950A86A20F9469CFC6C) + b"0" + opcodes)
+    else:
+        parts[where] = whole(opcodes)
+    refused(path, b"".join(parts.values()))
+
+
+@pytest.mark.parametrize("key", ["\x1b[2J", "a\nb", "\r", "\u202e"])
+def test_names_that_a_terminal_would_obey(path, key):
+    refused(path, made.zip_file(whole(dictionary([(key, tensor())]))), "a name that cannot be printed")
+    refused(path, made.safetensors_file({key: FLOATS}, bytes(8)), "a name that cannot be printed")
+    path.write_bytes(made.zip_file(whole(dictionary([("w", tensor()), (key, text(1))]))))
+    assert all(name.isprintable() for name in weights.read(path).skipped)
+
+
 @pytest.mark.parametrize(
     "module", ["os", "nt", "sys", "builtins", "__builtin__", "numpy", "torch", "torch.hub", "__main__", "models.resnet"]
 )
