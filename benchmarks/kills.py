@@ -35,29 +35,41 @@ TIMES = {"images_per_second", "waiting_for_data", "multiply_adds_per_second", "p
 KILLS = 20
 
 
-def started(workdir: Path) -> bool:
-    """Whether the run has written its config: it compiles, or takes its first steps."""
-    return (workdir / "config.json").exists()
+def started(workdir: Path, since: float) -> bool:
+    """Whether the run has written its config since then: it compiles, or takes its first steps."""
+    return _newer(workdir / "config.json", since)
 
 
-def saving(workdir: Path) -> bool:
+def saving(workdir: Path, since: float) -> bool:
     """Whether a checkpoint is being written."""
-    return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+    return any(_newer(path, since) for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
-def testing(workdir: Path) -> bool:
+def testing(workdir: Path, since: float) -> bool:
     """Whether the last thing done is an epoch that has not been tested yet."""
-    metrics = workdir / "metrics.jsonl"
-    lines = read_metrics(metrics) if metrics.exists() else []
+    lines = read_metrics(metrics) if _newer(metrics := workdir / "metrics.jsonl", since) else []
     return bool(lines) and lines[-1]["step"] % 100 == 0 and "eval/loss" not in lines[-1]
 
 
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "start-up": lambda _: True,
-    "first steps": started,
+def running(workdir: Path, since: float) -> bool:
+    """Whether it takes steps."""
+    return _newer(workdir / "metrics.jsonl", since)
+
+
+def _newer(path: Path, since: float) -> bool:
+    """Whether it was written since then: what the process before left does not count."""
+    try:
+        return path.stat().st_mtime > since
+    except FileNotFoundError:
+        return False
+
+
+MOMENTS: dict[str, Callable[[Path, float], bool]] = {
+    "start-up": lambda *_: True,
+    "the first steps": started,
     "a save": saving,
     "a test": testing,
-    "anywhere": lambda workdir: (workdir / "metrics.jsonl").exists(),
+    "some step": running,
 }
 
 
@@ -69,12 +81,13 @@ def kill_and_resume(folder: Path, moments: Sequence[str], seed: int) -> tuple[Co
     """
     rng, workdir, killed, resumed = random.Random(seed), folder / "killed", Counter[str](), []
     for moment in (*moments, None):
+        since = time.time()
         process = start(folder, "killed", *(["--resume"] if (workdir / "config.json").exists() else []))
         if moment is not None:
-            while process.poll() is None and not MOMENTS[moment](workdir):
+            while process.poll() is None and not MOMENTS[moment](workdir, since):
                 time.sleep(0.001)
             # Then a little later: most of what can go wrong goes wrong between two lines.
-            time.sleep(rng.uniform(0, {"start-up": 3.0, "first steps": 2.0, "anywhere": 0.5}.get(moment, 0.02)))
+            time.sleep(rng.uniform(0, {"start-up": 2.0, "the first steps": 1.0, "some step": 0.5}.get(moment, 0.02)))
             process.kill()
         out, err = process.communicate(timeout=600)
         if moment is None or process.returncode == 0:
@@ -131,7 +144,7 @@ def main() -> None:
         "kills",
         "A run killed at random moments",
         f"400 steps, a checkpoint every 30 and at each of 4 epochs; {killed.total()} SIGKILLs ({where}), each followed by "
-        f"`--resume`; it went on from steps {', '.join(map(str, resumed))}.\n\n"
+        f"`--resume`. Those that came so far went on from steps {', '.join(map(str, resumed))}.\n\n"
         "Final parameters, statistics and optimizer state: bit for bit those of the run that was left alone. "
         "`metrics.jsonl`: the same lines, but for the times.",
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import index, input, networks, operators, weights
+from benchmarks import endurance, index, input, kills, networks, operators, weights
 
 BENCHMARKS = {
+    "endurance": endurance.main,
     "index": index.main,
     "input": input.main,
+    "kills": kills.main,
     "networks": networks.main,
     "operators": operators.main,
     "weights": weights.main,

@@ -174,8 +174,8 @@ def train(config: Config, workdir: Path) -> int:
     return 0
 
 
-def evaluate(config: Config, workdir: Path | None) -> None:
-    """Test the latest checkpoint in `workdir`, or, where none is given, `model.init`; prints the result and writes nothing.
+def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
+    """Test the latest or best checkpoint in `workdir`, or, of no folder, `model.init`; prints the result and writes nothing.
 
     Raises:
         ConfigError: there is no checkpoint, or it does not fit the config.
@@ -190,7 +190,7 @@ def evaluate(config: Config, workdir: Path | None) -> None:
         print(*notes, sep="\n")
     elif jax.process_index() == 0 and workdir is not None:
         with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-            state = checkpoints.restore(start.shapes())
+            state = checkpoints.restore(start.shapes(), step=checkpoints.best() if best else None)
     state = from_host_0(state)
     result = make_test(job, config)(job.parallel.put_state(state))
     print(

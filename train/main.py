@@ -77,6 +77,8 @@ class Arguments:
     """Go on with the run in the workdir, by its own config unless --config is given. --resume DIR works too."""
     evaluate: Annotated[bool, arg(aliases=("-e",), help_behavior_hint="")] = False
     """Only test the latest checkpoint of the run in the workdir."""
+    best: Annotated[bool, arg(help_behavior_hint="")] = False
+    """With --evaluate: the checkpoint of the best test accuracy, not the latest."""
     pytorch: Annotated[FromPyTorch, arg(name="")] = FromPyTorch()
     images: Annotated[str, Positional, arg(metavar="DIR")] = ""
     """Folder of images, train/CLASS/… and val/CLASS/…, to train on: --data.name folder --data.dir DIR. Or of a set of TFDS."""
@@ -152,6 +154,7 @@ def first_pass(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     first.add_argument("--workdir", type=Path)
     first.add_argument("--resume", nargs="?", type=Path, const=True, default=False)
     first.add_argument("-e", "--evaluate", action="store_true")
+    first.add_argument("--best", action="store_true")
     first.add_argument("--init")
     first.add_argument("--pretrained", action="store_const", dest="init", const="pretrained")
     first.add_argument("--dummy", action="store_true")
@@ -191,17 +194,17 @@ def run(argv: Sequence[str], link: Link) -> int:
     what = None
     if link.index == 0:
         experiment, workdir, only_test = parse(argv)
-        what = [to_json(experiment), workdir and str(workdir), only_test]
+        what = [to_json(experiment), workdir and str(workdir), only_test, first_pass(argv)[0].best]
     else:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
-    text, folder, only_test = link.share(what)
+    text, folder, only_test, best = link.share(what)
     # Imported late, so that --help and mistakes take no time.
     from train import loop
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's and Grain's notes; their errors are raised, too
     experiment = from_json(text, "the config of host 0")
     if only_test or folder is None:
-        loop.evaluate(experiment, folder and Path(folder))
+        loop.evaluate(experiment, folder and Path(folder), best)
         return 0
     signum = loop.train(experiment, Path(folder))
     return 128 + signum if signum else 0

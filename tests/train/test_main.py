@@ -332,7 +332,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits():
 def test_a_run_killed_where_it_hurts_ends_in_the_same_bits(tmp_path):
     """In start-up, in the first steps, in a save, in a test: `benchmarks.kills` is the long form."""
     kills.prepare(tmp_path)
-    moments = ["start-up", "first steps", "a save", "a test"]
+    moments = ["start-up", "the first steps", "a save", "a test"]
     killed, _ = kills.kill_and_resume(tmp_path, moments, seed=1)
     assert killed.total() == 4
     kills.compare(tmp_path)

@@ -1,0 +1,110 @@
+"""Memory over many epochs, and what checkpoints cost."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.timing import record
+from train.log import read_metrics
+
+ROOT = Path(__file__).parents[1]
+EPOCHS, WARM = 50, 5
+SMALL = """
+from train.config import Config, Data, Optim
+
+config = Config(
+    epochs=50,
+    log_every=10,
+    checkpoint_every=10,
+    data=Data(name="synthetic", image_size=32, batch_size=32, crop_padding=4, synthetic_train=640, synthetic_test=200),
+    optim=Optim(lr=0.01),
+)
+"""
+STEPS, EVERY = 600, 100
+LARGE = """
+from train.config import Config, Data, Optim
+
+config = Config(
+    epochs=1,
+    log_every=50,
+    checkpoint_every=100,
+    data=Data(name="synthetic", image_size=32, batch_size=32, crop_padding=4, synthetic_train=32 * 600, synthetic_test=32),
+    optim=Optim(lr=0.01),
+)
+"""
+
+
+def main() -> None:
+    """Measure and record."""
+    with TemporaryDirectory() as name:
+        memory = resident_memory(Path(name))
+    with TemporaryDirectory() as name:
+        lines = train(Path(name), "train.main", LARGE)
+    first, warm = memory[WARM - 1], memory[WARM - 1 :]
+    costs = checkpoint_costs(lines)
+    record(
+        "endurance",
+        "Memory over many epochs, and what checkpoints cost",
+        f"**Memory.** {EPOCHS} epochs of 20 steps of a tiny network, in each a test and two checkpoints: "
+        f"resident memory after epoch {WARM} {first / 2**20:.0f} MiB; "
+        f"from then on {percent(min(warm) / first - 1)} to {percent(max(warm) / first - 1)}.\n\n"
+        f"**Checkpoints.** scnet20_small, batches of 32 at 32 px, a checkpoint every {EVERY} steps: "
+        "the 50 steps during which one is written take longer than the 50 before, by this share of the time of 100 steps: "
+        f"{percent(statistics.median(costs))} (median of {len(costs)}; {percent(min(costs))} to {percent(max(costs))}).",
+    )
+
+
+def percent(share: float) -> str:
+    """Write a share with its sign."""
+    return f"{100 * share:+.1f} %"
+
+
+def start(folder: Path, program: str, config: str) -> subprocess.Popen[str]:
+    """The trainer in a process of its own, on one CPU device."""
+    (folder / "config.py").write_text(config)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", program, "--config", "config.py", "--workdir", "run"]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def train(folder: Path, program: str, config: str) -> list[dict[str, Any]]:
+    """Train to the end, and return the metrics."""
+    process = start(folder, program, config)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return read_metrics(folder / "run" / "metrics.jsonl")
+
+
+def resident_memory(folder: Path) -> list[int]:
+    """Bytes after each epoch."""
+    process, metrics, found = start(folder, "tests.train.tiny", SMALL), folder / "run" / "metrics.jsonl", []
+    while process.poll() is None:
+        tested = sum("eval/loss" in line for line in read_metrics(metrics)) if metrics.exists() else 0
+        if tested > len(found):
+            found += [_resident(process.pid)] * (tested - len(found))
+        time.sleep(0.01)
+    assert process.returncode == 0, process.communicate()[1]
+    return found
+
+
+def _resident(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def checkpoint_costs(lines: Sequence[dict[str, Any]]) -> list[float]:
+    """For each checkpoint within the run, the added time as a share of the time of 100 steps without one."""
+    seconds = {line["step"]: 1 / line["images_per_second"] for line in lines if "images_per_second" in line}
+    return [(seconds[step + 50] - seconds[step]) / (2 * seconds[step]) for step in range(EVERY, STEPS, EVERY)]
+
+
+if __name__ == "__main__":
+    main()
