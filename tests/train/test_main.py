@@ -18,7 +18,7 @@ from tests.train.tiny import create_tiny, final_state
 from train import workdir as folders
 from train.checkpoint import Checkpoints
 from train.config import load_config
-from train.log import read_metrics
+from train.log import best_line, read_metrics
 from train.main import main, parse
 from train.step import AXIS
 
@@ -107,6 +107,9 @@ def test_evaluate_repeats_the_last_result_and_writes_nothing(small, capsys):
     out = capsys.readouterr().out
     assert f"step 15: test accuracy {100 * last['eval/top1']:.2f} %" in out
     assert f"loss {last['eval/loss']:.4f}" in out
+    best = best_line([line for line in read_metrics(Path("runs/small/metrics.jsonl")) if "eval/top1" in line])
+    assert main(["--config", small, "--evaluate", "--best"]) == 0
+    assert f"step {best['step']}: test accuracy {100 * best['eval/top1']:.2f} %" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
 
 
