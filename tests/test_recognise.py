@@ -15,14 +15,23 @@ def entries_of(name, **options):
     return {key: np.broadcast_to(np.float32(0), shape) for key, shape in found.items()}
 
 
-@pytest.mark.parametrize("name", ["scnet50_v1d", "scconv_resnet56_small", "resnext29_small", "ghost_resnet50", "wrn28_10_small"])
-def test_the_short_way_to_shapes_gives_the_shapes(name):
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("scnet50_v1d", (3, 1, 4, 2)),
+        ("scconv_resnet56_small", (4, 1, 1)),
+        ("ghost_resnet50", (1, 3, 1, 1)),
+        ("wrn28_10_small", None),
+    ],
+)
+def test_the_short_way_to_shapes_gives_the_shapes(name, sizes):
     model = create_model(name, num_classes=7)
+    model = model if sizes is None else model.clone(stage_sizes=sizes)
     assert jax.tree.structure(template(model)) == jax.tree.structure(_traced(model))
     assert jax.tree.leaves(template(model)) == jax.tree.leaves(_traced(model))
 
 
-SLOW = [name for name in list_models() if "densenet" in name or "ghostnet" in name]  # they are looked at last, and trace slowly
+SLOW = [name for name in list_models() if any(part in name for part in ("densenet", "ghostnet", "101"))]  # they trace slowly
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in list_models()])
@@ -60,5 +69,11 @@ def test_what_differs_in_one_entry_is_not_recognised(change):
 
 
 def test_heads():
-    assert {head(template(create_model(name))) for name in ("scnet20_small", "ghostnet_100")} == {"fc", "classifier"}
-    assert head({"params": {"kernel": np.zeros((3, 3, 2, 2))}}) is None
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, np.float32)
+
+    dense, conv = {"kernel": shape(8, 3), "bias": shape(3)}, {"kernel": shape(3, 3, 8, 8)}
+    assert head({"params": {"conv_head": conv, "classifier": dense}}) == "classifier"
+    assert head({"params": {"conv1": conv, "blocks": {"0": {"fc": dense}}}}) is None
+    assert head({"params": {"first": dense, "second": dense}}) is None
+    assert head({"params": conv}) is None
