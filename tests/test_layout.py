@@ -31,9 +31,10 @@ ABOVE_NO_NETWORK = {
     "download",
 }
 TRAINER = {
-    "config": 0, "randaugment": 0, "augment": 1, "optim": 1, "step": 1, "checkpoint": 1, "workdir": 1,
-    "batches": 1, "images": 2, "folder": 2, "tfds": 2, "records": 3, "data": 4, "prepare": 5,
-    "trackers": 1, "speed": 1, "log": 2, "hosts": 1, "parallel": 2, "start": 3, "loop": 5, "main": 6,
+    "fields": 0, "randaugment": 0, "config": 1, "config_files": 2,
+    "augment": 3, "optim": 3, "step": 3, "checkpoint": 3, "workdir": 3, "trackers": 3, "speed": 3, "hosts": 3,
+    "batches": 3, "images": 4, "folder": 4, "tfds": 4, "records": 5, "data": 6, "prepare": 7,
+    "log": 4, "parallel": 4, "start": 5, "loop": 7, "main": 8,
 }  # fmt: skip
 
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors", "jaxtyping"}  # ml_dtypes is jax's, rich flax's

@@ -5,25 +5,12 @@ value is a `ConfigError` that says which field, what was found and what would do
 (steps, not epochs) is worked out once, after the overrides, by `make_plan`.
 """
 
-import dataclasses
-import difflib
-import json
-import runpy
-import types
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-DEFAULT = CONFIGS / "digits.py"
-
-
-class ConfigError(ValueError):
-    """A mistake that the person who started the run can put right: printed as one line, exit code 2."""
+from train.fields import ConfigError, Group
 
 
 class DivergedError(Exception):
@@ -32,30 +19,6 @@ class DivergedError(Exception):
 
 class CheckpointError(Exception):
     """A checkpoint that could not be written: no space, no permission, no disk."""
-
-
-class Group:
-    """A group of fields whose names, types and ranges are checked when it is built."""
-
-    def __new__(cls, *_args: Any, **fields: Any) -> Self:
-        """Refuse unknown field names; the dataclass's own message would not name the nearest."""
-        known = typing.get_type_hints(cls)
-        for name in fields.keys() - known.keys():
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        for name, annotation in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if not _fits(value, annotation):
-                raise ConfigError(
-                    f"{type(self).__name__}.{name} must be {_describe(annotation)}, found {value!r}"
-                    + (nearest(value, typing.get_args(annotation)) if isinstance(value, str) else "")
-                )
-
-    def _require(self, condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise ConfigError(f"{type(self).__name__}.{name} must be {expected}, found {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -331,115 +294,3 @@ def make_plan(config: Config, train_images: int, devices: int) -> Plan:
         drop_steps=tuple(round(epoch * steps) for epoch in config.optim.drop_epochs),
         peak_lr=config.optim.lr * batch / (config.optim.lr_reference_batch or batch),
     )
-
-
-def load_config(path: Path) -> Config:
-    """Run a config file and return its `config`.
-
-    Raises:
-        ConfigError: there is no such file, it fails, or it defines no `config = Config(...)`.
-    """
-    if not path.is_file():
-        there = [str(p) for p in sorted({*CONFIGS.glob("*.py"), *path.parent.glob("*.py")})]
-        by_stem = {Path(p).stem: shown(p) for p in there if not p.endswith("__init__.py")}
-        close = difflib.get_close_matches(path.stem, by_stem, n=3, cutoff=0.5) or list(by_stem)
-        raise ConfigError(f"no config file {path}; there is {', '.join(by_stem[stem] for stem in close)}")
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        line = getattr(error, "lineno", None) or _line_in(path, error)
-        raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(f"{path} must define `config = Config(...)`, found {type(config).__name__}")
-    return config
-
-
-def to_json(config: Config) -> str:
-    """The config as text, for `config.json` in the run's folder."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str, source: str) -> Config:
-    """The config of an earlier run; `source` names the file in an error."""
-    try:
-        return _from_dict(Config, json.loads(text))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{source} is not the config of a run: {error}") from error
-
-
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Field path → (old, new) for each field in which the two differ."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        leaves = {}
-        for key, value in values.items():
-            leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return leaves
-
-    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
-
-
-def nearest(name: str, valid: Iterable[Any]) -> str:
-    """The end of an error message: the valid names most like `name`, or all of them where none is."""
-    names = [v for v in valid if isinstance(v, str)]
-    if close := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; valid: {', '.join(names)}" if names else ""
-
-
-def shown(path: str) -> str:
-    """The path as a person would type it here."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return path
-
-
-def _from_dict(cls: type, values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-
-    def value_of(name: str, value: Any) -> Any:
-        if isinstance(hints.get(name), type) and issubclass(hints[name], Group):
-            return _from_dict(hints[name], value)
-        return tuple(value) if isinstance(value, list) else value
-
-    return cls(**{name: value_of(name, value) for name, value in values.items()})
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return value in arguments
-    if origin is types.UnionType:
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
-
-
-def _describe(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
-    if typing.get_origin(annotation) is tuple:
-        return f"a tuple of {typing.get_args(annotation)[0].__name__}"
-    if typing.get_origin(annotation) is types.UnionType:
-        return " or ".join(map(_describe, typing.get_args(annotation)))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", types.NoneType: "None"}
-    return names.get(annotation, f"a {annotation.__name__}(...)")
-
-
-def _line_in(path: Path, error: BaseException) -> int | None:
-    """The line of the config file at which it failed."""
-    line, step = None, error.__traceback__
-    while step:
-        if step.tb_frame.f_code.co_filename == str(path):
-            line = step.tb_lineno
-        step = step.tb_next
-    return line

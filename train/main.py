@@ -18,18 +18,8 @@ except ModuleNotFoundError:
     print("error: the trainer needs more packages than the library: pip install -e '.[train]', or make setup", file=sys.stderr)
     sys.exit(2)
 
-from train.config import (
-    CONFIGS,
-    DEFAULT,
-    CheckpointError,
-    Config,
-    ConfigError,
-    DivergedError,
-    Hosts,
-    from_json,
-    load_config,
-    to_json,
-)
+from train.config import CheckpointError, Config, ConfigError, DivergedError, Hosts
+from train.config_files import CONFIGS, DEFAULT, from_json, load_config, to_json
 from train.hosts import Link, find
 from train.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_held
 

@@ -12,7 +12,9 @@ from itertools import count
 from pathlib import Path
 from typing import NoReturn
 
-from train.config import Config, ConfigError, differences, from_json, nearest, to_json
+from train.config import Config, ConfigError
+from train.config_files import differences, from_json, to_json
+from train.fields import nearest
 
 RUNS = Path("runs")
 FIXED = ("model.name", "data.name", "data.batch_size", "data.synthetic_train", "data.synthetic_classes")

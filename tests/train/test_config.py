@@ -12,23 +12,8 @@ from PIL import Image
 
 import scconv_jax
 from train import config as config_module
-from train.config import (
-    CONFIGS,
-    DEFAULT,
-    Augment,
-    Config,
-    ConfigError,
-    Data,
-    Hosts,
-    Log,
-    Model,
-    Optim,
-    differences,
-    from_json,
-    load_config,
-    make_plan,
-    to_json,
-)
+from train.config import Augment, Config, ConfigError, Data, Hosts, Log, Model, Optim, make_plan
+from train.config_files import CONFIGS, DEFAULT, differences, from_json, load_config, to_json
 from train.data import load_dataset
 from train.optim import make_optimizer, make_schedule
 

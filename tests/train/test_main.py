@@ -17,7 +17,7 @@ from benchmarks import kills
 from tests.train.tiny import create_tiny, final_state
 from train import workdir as folders
 from train.checkpoint import Checkpoints
-from train.config import load_config
+from train.config_files import load_config
 from train.log import best_line, read_metrics
 from train.main import main, parse
 from train.step import AXIS

@@ -1,0 +1,69 @@
+"""Groups of fields that check themselves when they are built: names, types and ranges."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal, Self
+
+
+class ConfigError(ValueError):
+    """A mistake that the person who started the run can put right: printed as one line, exit code 2."""
+
+
+class Group:
+    """A group of fields whose names, types and ranges are checked when it is built."""
+
+    def __new__(cls, *_args: Any, **fields: Any) -> Self:
+        """Refuse unknown field names; the dataclass's own message would not name the nearest."""
+        known = typing.get_type_hints(cls)
+        for name in fields.keys() - known.keys():
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, annotation in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, annotation):
+                raise ConfigError(
+                    f"{type(self).__name__}.{name} must be {_describe(annotation)}, found {value!r}"
+                    + (nearest(value, typing.get_args(annotation)) if isinstance(value, str) else "")
+                )
+
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise ConfigError(f"{type(self).__name__}.{name} must be {expected}, found {getattr(self, name)!r}")
+
+
+def nearest(name: str, valid: Iterable[Any]) -> str:
+    """The end of an error message: the valid names most like `name`, or all of them where none is."""
+    names = [v for v in valid if isinstance(v, str)]
+    if close := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; valid: {', '.join(names)}" if names else ""
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return value in arguments
+    if origin is types.UnionType:
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is tuple:
+        return f"a tuple of {typing.get_args(annotation)[0].__name__}"
+    if typing.get_origin(annotation) is types.UnionType:
+        return " or ".join(map(_describe, typing.get_args(annotation)))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", types.NoneType: "None"}
+    return names.get(annotation, f"a {annotation.__name__}(...)")
