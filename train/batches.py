@@ -5,6 +5,7 @@ a step is a fixed list of images, of which each host reads its part. So the step
 and a resumed run continues with exactly the batch that was next. Grain reads ahead, in threads.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -58,8 +59,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, key: tuple[int, ...]) -> tuple[np.ndarray, int]:
-        """Image uint8 (h, w, 3) and label; all randomness comes from `key`.
+    def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
+        """Write an image to `out`, uint8 (h, w, 3), contiguous, and return its label; all randomness comes from `key`.
 
         Raises:
             UnreadableImageError: and so it does each time.
@@ -67,7 +68,8 @@ class Source(Protocol):
         ...
 
 
-FIELDS = {"image": np.uint8, "label": np.int32, "weight": np.float32}
+FIELDS = {"label": np.int32, "weight": np.float32}
+"""What a batch holds beside its images."""
 
 
 class Batches(Iterator[Batch]):
@@ -75,7 +77,7 @@ class Batches(Iterator[Batch]):
 
     def __init__(
         self,
-        load: Callable[[int, int], tuple[Any, ...]],
+        load: Callable[[int, int, np.ndarray], tuple[Any, ...]],
         image_shape: tuple[int, int, int],
         fields: tuple[str, ...],
         *,
@@ -84,7 +86,7 @@ class Batches(Iterator[Batch]):
         last: int,
         threads: int,
     ) -> None:
-        """Batches `first` to `last` - 1; `load(step, position)` gives the `fields` of one place in the whole batch."""
+        """Batches `first` to `last` - 1; `load(step, position, out)` writes one image of the batch and gives its `fields`."""
         per_batch = -(-len(positions) // PIECE)
         ahead = max(2 * per_batch, 2 * threads) if threads else 0
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
@@ -131,19 +133,17 @@ def train_batches(
     positions = _positions(batch_size, process_index, process_count)
     order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle()
 
-    def load(step: int, position: int) -> tuple[np.ndarray, int]:
+    def load(step: int, position: int, out: np.ndarray) -> tuple[int]:
         epoch, batch = divmod(step, len(source) // batch_size)
         index = order[epoch * len(source) + batch * batch_size + position]
         for substitute in range(len(source)):
             try:
-                return source.load((index + substitute) % len(source), (seed, step, position))
+                return (source.load((index + substitute) % len(source), (seed, step, position), out),)
             except UnreadableImageError:
                 continue
         raise ConfigError("not one image of the training set can be read")
 
-    return Batches(
-        load, source.image_shape, ("image", "label"), positions=positions, first=first_step, last=ENDLESS, threads=threads
-    )
+    return Batches(load, source.image_shape, ("label",), positions=positions, first=first_step, last=ENDLESS, threads=threads)
 
 
 def eval_batches(source: Source, batch_size: int, *, threads: int, process_index: int = 0, process_count: int = 1) -> Batches:
@@ -155,14 +155,14 @@ def eval_batches(source: Source, batch_size: int, *, threads: int, process_index
         `{"image": uint8 (b / H, h, w, 3), "label": int32 (b / H,), "weight": float32 (b / H,)}` at each step.
     """
     positions = _positions(batch_size, process_index, process_count)
-    nothing = np.zeros(source.image_shape, np.uint8), 0, 0.0
 
-    def load(step: int, position: int) -> tuple[np.ndarray, int, float]:
+    def load(step: int, position: int, out: np.ndarray) -> tuple[int, float]:
         index = step * batch_size + position
-        try:
-            return (*source.load(index, ()), 1.0) if index < len(source) else nothing
-        except UnreadableImageError:
-            return nothing
+        if index < len(source):
+            with contextlib.suppress(UnreadableImageError):
+                return source.load(index, (), out), 1.0
+        out[...] = 0
+        return 0, 0.0
 
     steps = -(-len(source) // batch_size)
     return Batches(load, source.image_shape, tuple(FIELDS), positions=positions, first=0, last=steps, threads=threads)
@@ -224,7 +224,7 @@ class _Pieces:
 
     def __init__(
         self,
-        load: Callable[[int, int], tuple[Any, ...]],
+        load: Callable[[int, int, np.ndarray], tuple[Any, ...]],
         image_shape: tuple[int, int, int],
         fields: tuple[str, ...],
         positions: range,
@@ -245,11 +245,12 @@ class _Pieces:
         size = len(self._positions)
         with self._lock:
             if step not in self._batches:
-                shapes = {"image": (size, *self._image_shape), "label": (size,), "weight": (size,)}
-                self._batches[step] = {key: np.empty(shapes[key], dtype) for key, dtype in self._fields.items()}
+                fields = {key: np.empty(size, dtype) for key, dtype in self._fields.items()}
+                self._batches[step] = {"image": np.empty((size, *self._image_shape), np.uint8), **fields}
             batch = self._batches[step]
         for i in range(piece * PIECE, min((piece + 1) * PIECE, size)):
-            for key, value in zip(batch, self._load(step, self._positions[i]), strict=True):
+            values = self._load(step, self._positions[i], batch["image"][i])
+            for key, value in zip(self._fields, values, strict=True):
                 batch[key][i] = value
         return step
 

@@ -27,10 +27,11 @@ class ArraySource:
         """(h, w, 3)."""
         return self.images.shape[1:]
 
-    def load(self, index: int, key: tuple[int, ...]) -> tuple[np.ndarray, int]:
-        """The image and its label; nothing is random here."""
+    def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
+        """Write the image to `out`, uint8 (h, w, 3); returns its label. Nothing is random here."""
         del key
-        return self.images[index], self.labels[index]
+        out[...] = self.images[index]
+        return self.labels[index]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def random_resized_crop(
     scale: Sequence[float] = (0.08, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     exif: bool = False,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """A random part of an image, resized.
 
@@ -48,6 +49,7 @@ def random_resized_crop(
         scale: least and greatest share of the image's area.
         ratio: least and greatest width over height.
         exif: turn the image the way its EXIF orientation says. PyTorch's `ImageFolder` does not.
+        out: array to write to, uint8 (size, size, 3), contiguous; by default a new one.
 
     Returns:
         uint8 (size, size, 3).
@@ -67,7 +69,7 @@ def random_resized_crop(
         crop = _part(pixels, *box_of(*pixels.shape[:2]))
     # Bilinear looks at the two nearest pixels, which covers all of them only while the crop is less than twice as large.
     shrinks = min(crop.shape[:2]) >= 2 * size
-    return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def center_crop(data: bytes, size: int, resize: int, *, exif: bool = False) -> np.ndarray:

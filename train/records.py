@@ -47,16 +47,16 @@ class EncodedSource:
     """A `train.batches.Source` of encoded images."""
 
     records: Records
-    pixels: Callable[[bytes, tuple[int, ...]], np.ndarray]
-    """(file, key) → uint8 (h, w, 3)."""
+    write_pixels: Callable[[bytes, tuple[int, ...], np.ndarray], object]
+    """(file, key, out): writes the image to `out`, uint8 (h, w, 3)."""
     image_shape: tuple[int, int, int]
     unreadable: Unreadable
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def load(self, index: int, key: tuple[int, ...]) -> tuple[np.ndarray, int]:
-        """The image, cropped at random by `key` or centrally, and its label.
+    def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
+        """Write the image, cropped at random by `key` or centrally, to `out`, uint8 (h, w, 3); returns its label.
 
         Raises:
             UnreadableImageError: it cannot be read; noted.
@@ -64,7 +64,8 @@ class EncodedSource:
         """
         try:
             data, label = self.records.read(index)
-            return self.pixels(data, key), label
+            self.write_pixels(data, key, out)
+            return label
         except (OSError, UnreadableImageError) as error:
             self.unreadable.note(self.records.name(index), error)
             raise UnreadableImageError(str(error)) from error
@@ -76,13 +77,13 @@ def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSour
     resize = data.resize or round(size * 256 / 224)
     unreadable = Unreadable(data.max_bad_images)
 
-    def train_pixels(image: bytes, key: tuple[int, ...]) -> np.ndarray:
+    def write_part(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
         rng = np.random.default_rng(key)
-        return random_resized_crop(image, size, rng, scale=data.crop_scale, ratio=data.crop_ratio, exif=exif)
+        random_resized_crop(image, size, rng, scale=data.crop_scale, ratio=data.crop_ratio, exif=exif, out=out)
 
-    def test_pixels(image: bytes, key: tuple[int, ...]) -> np.ndarray:
+    def write_middle(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
         del key
-        return center_crop(image, size, resize, exif=exif)
+        out[...] = center_crop(image, size, resize, exif=exif)
 
     shape = (size, size, 3)
-    return EncodedSource(train, train_pixels, shape, unreadable), EncodedSource(test, test_pixels, shape, unreadable)
+    return EncodedSource(train, write_part, shape, unreadable), EncodedSource(test, write_middle, shape, unreadable)

@@ -243,4 +243,4 @@ def test_an_image_that_has_gone_is_unreadable(colors):
     dataset = load_dataset(data(colors))
     (colors / "train/red/0.jpg").unlink()
     with pytest.raises(UnreadableImageError, match="No such file"):
-        dataset.train.load(0, (0,))
+        dataset.train.load(0, (0,), np.empty((16, 16, 3), np.uint8))
