@@ -24,7 +24,7 @@ CONFIG = """
 from train.config import Config, Data, Optim
 
 config = Config(
-    epochs=4,
+    epochs=8,
     log_every=10,
     checkpoint_every=30,
     data=Data(name="synthetic", image_size=8, batch_size=16, crop_padding=1, synthetic_train=1600, synthetic_test=1600),
@@ -64,6 +64,11 @@ def _newer(path: Path, since: float) -> bool:
         return False
 
 
+def _latest(workdir: Path) -> int:
+    """The last checkpoint's step; 0 before the first."""
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
+
+
 MOMENTS: dict[str, Callable[[Path, float], bool]] = {
     "start-up": lambda *_: True,
     "the first steps": started,
@@ -81,10 +86,11 @@ def kill_and_resume(folder: Path, moments: Sequence[str], seed: int) -> tuple[Co
     """
     rng, workdir, killed, resumed = random.Random(seed), folder / "killed", Counter[str](), []
     for moment in (*moments, None):
-        since = time.time()
+        since, before = time.time(), _latest(workdir)
         process = start(folder, "killed", *(["--resume"] if (workdir / "config.json").exists() else []))
         if moment is not None:
-            while process.poll() is None and not MOMENTS[moment](workdir, since):
+            further = moment in ("a save", "a test", "some step")  # than the last time, so that kills lie all over the run
+            while process.poll() is None and ((further and _latest(workdir) == before) or not MOMENTS[moment](workdir, since)):
                 time.sleep(0.001)
             # Then a little later: most of what can go wrong goes wrong between two lines.
             time.sleep(rng.uniform(0, {"start-up": 2.0, "the first steps": 1.0, "some step": 0.5}.get(moment, 0.02)))
@@ -139,11 +145,12 @@ def main() -> None:
         rng.shuffle(moments)
         killed, resumed = kill_and_resume(folder, moments, seed=0)
         compare(folder)
+    assert killed.total() == KILLS, "the run was over before all kills"
     where = ", ".join(f"{count} in {moment}" for moment, count in killed.most_common())
     record(
         "kills",
         "A run killed at random moments",
-        f"400 steps, a checkpoint every 30 and at each of 4 epochs; {killed.total()} SIGKILLs ({where}), each followed by "
+        f"800 steps, a checkpoint every 30 and at each of 8 epochs; {killed.total()} SIGKILLs ({where}), each followed by "
         f"`--resume`. Those that came so far went on from steps {', '.join(map(str, resumed))}.\n\n"
         "Final parameters, statistics and optimizer state: bit for bit those of the run that was left alone. "
         "`metrics.jsonl`: the same lines, but for the times.",
