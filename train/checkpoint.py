@@ -161,7 +161,7 @@ class Checkpoints:
                         f"warning: the metrics of step {step} are damaged; it is kept in {self._set_aside(step)}", file=sys.stderr
                     )
             self.directory.mkdir(parents=True, exist_ok=True)
-            process = jax.process_index()
+            alone = _this_process_alone()
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -170,9 +170,12 @@ class Checkpoints:
                     enable_async_checkpointing=False,
                     create=False,
                     cleanup_tmp_directories=True,  # of writes that were killed
-                    multiprocessing_options=ocp.options.MultiprocessingOptions(process, active_processes={process}),
+                    multiprocessing_options=alone,
                 ),
-                item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()},
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+                    "about": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+                },
             )
         return self._manager
 
@@ -202,7 +205,9 @@ class Checkpoints:
             raise ConfigError(f"the checkpoint {folder} is of another {other}; {name} is {there} there, {here} here")
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            alone = _this_process_alone()
+            handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
                 state = reader.restore(folder / "state", args=ocp.args.StandardRestore(like))
         except Exception as error:
             raise DamagedError(f"state: {_first_line(error)}") from error
@@ -223,6 +228,12 @@ class Checkpoints:
 
 _BEST = BestN(get_metric_fn=lambda metrics: metrics["eval/top1"], n=1, keep_checkpoints_without_metrics=False)
 _hashing = ThreadPoolExecutor(4, "crc32")
+
+
+def _this_process_alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax would wait for the other hosts, which have no part in this."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(process, active_processes={process})
 
 
 def _top1(step: Path) -> float | None:

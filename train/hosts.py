@@ -89,8 +89,8 @@ class Link:
     def _gather(self, port: int, timeout: float, flags: Any) -> None:
         """Host 0: wait for all others, and see that they fit."""
         try:
-            socket.create_server(("", port)).close()  # jax.distributed will want it
-            server = socket.create_server(("", port + 1))
+            _listen(port).close()  # jax.distributed will want it
+            server = _listen(port + 1)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise ConfigError(
@@ -258,6 +258,12 @@ def find(hosts: Hosts) -> Hosts:
     if address is None or count is None or index is None or count == 1:
         return hosts
     return Hosts(count=count, index=index, address=address, timeout=hosts.timeout)
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 def _only_in(flags: list[str], others: list[str]) -> str:

@@ -120,6 +120,12 @@ def test_two_hosts_of_four_devices_equal_one_device():
     assert "Stopped" not in results[1][1]
     saved = int(final_arrays("stopped")["step"])
     epochs = saved // 5 + 2
+    for code, out, err in map(finish, start_hosts("--resume", "stopped", "--epochs", str(epochs - 1))):
+        assert (code, errors(err)) == (0, []), err
+        assert "Begun on" not in out
+    saved = int(final_arrays("stopped")["step"])
+    for code, _, err in map(finish, start_hosts("--evaluate", "--workdir", "stopped")):
+        assert (code, errors(err)) == (0, []), err
     code, out, err = finish(start("--resume", "stopped", "--epochs", str(epochs), devices=1))
     assert code == 0, err
     assert f"going on from step {saved} of {5 * epochs}" in out
