@@ -277,7 +277,7 @@ def _differences(
     if differing:
         lines.append(f"{len(differing)} entries have another shape:")
         lines += [f"  {name}: {source[name].shape} in the state dict, {leaf.shape} expected" for name, leaf in differing]
-    lines.append("Give the matching model and options, or name the entries to pass over (ignore), or all of them by strict=False.")
+    lines.append("Give the matching model and options, or name entries to pass over (ignore), or pass over all (strict=False).")
     return "\n".join(lines)
 
 
