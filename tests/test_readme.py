@@ -1,6 +1,7 @@
 """The README and the documentation: their Python runs, and the files and commands that they name exist."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,6 +36,8 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page, files, monkeypatch):
     monkeypatch.chdir(files)
+    # Run once each, whole networks are not worth LLVM's minutes.
+    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}))
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     assert blocks or page.name != "README.md"
     names: dict[str, object] = {"__name__": "readme"}
