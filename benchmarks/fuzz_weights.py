@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.timing import record, table
-from scconv_jax import state_dicts, weights
-from scconv_jax.files import WeightsError
+from scconv_jax import weights
+from scconv_jax.weights import state_dicts
+from scconv_jax.weights.files import WeightsError
 from tests import weight_files as made
 from tests.test_weights_hostile import BOMBS, OPCODES
 

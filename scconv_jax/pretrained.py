@@ -23,11 +23,11 @@ from flax import linen as nn
 
 from scconv_jax import naming
 from scconv_jax.convert import ConversionError, Match, Rename, Variables, match, normalised, to_torch
-from scconv_jax.download import PUBLISHED, fetch
 from scconv_jax.layers import Dense
 from scconv_jax.models import MODELS, create_model
 from scconv_jax.recognise import head, options_shown, recognise, template
 from scconv_jax.weights import Source, WeightsError, read
+from scconv_jax.weights.download import PUBLISHED, fetch
 
 _log = logging.getLogger("scconv_jax")
 

@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from scconv_jax import __version__, create_model, load, load_weights, save, to_torch
 from scconv_jax.cli import main
-from scconv_jax.files import sha256
 from scconv_jax.recognise import template
+from scconv_jax.weights.files import sha256
 
 
 def filled(name, **options):

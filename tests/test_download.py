@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from scconv_jax import download
-from scconv_jax.download import fetch
-from scconv_jax.files import WeightsError
+from scconv_jax.weights import download
+from scconv_jax.weights.download import fetch
+from scconv_jax.weights.files import WeightsError
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 NAME = f"net-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"

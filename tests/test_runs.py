@@ -12,7 +12,7 @@ import pytest
 
 import scconv_jax
 from scconv_jax import weights
-from scconv_jax.files import WeightsError
+from scconv_jax.weights.files import WeightsError
 from tests.train.tiny import Tiny
 from train.checkpoint import Checkpoints
 from train.config import Optim

@@ -16,8 +16,9 @@ import pytest
 import safetensors.numpy
 
 import scconv_jax
-from scconv_jax import files, safetensors_files, torch_files, weights
-from scconv_jax.files import WeightsError
+from scconv_jax import weights
+from scconv_jax.weights import files, safetensors_files, torch_files
+from scconv_jax.weights.files import WeightsError
 from tests import weight_files as made
 from tests.weight_files import call, dictionary, named, storage, tensor, text, whole
 
@@ -306,7 +307,7 @@ def test_an_interruption_leaves_nothing(tmp_path, name, monkeypatch):
 def test_a_killed_process_leaves_nothing(tmp_path):
     code = """
 import sys, time
-from scconv_jax.files import replacing
+from scconv_jax.weights.files import replacing
 with replacing(sys.argv[1]) as path:
     path.write_bytes(bytes(1000))
     print("half", flush=True)

@@ -13,8 +13,8 @@ import torch
 
 import scconv_jax
 from scconv_jax import weights
-from scconv_jax.files import WeightsError
-from scconv_jax.torch_files import write_zip
+from scconv_jax.weights.files import WeightsError
+from scconv_jax.weights.torch_files import write_zip
 from tests.reference.networks import build
 from tests.reference.state import randomise
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scconv_jax import pickles, state_dicts, weights
-from scconv_jax.files import WeightsError
+from scconv_jax import weights
+from scconv_jax.weights import pickles, state_dicts
+from scconv_jax.weights.files import WeightsError
 from tests import weight_files as made
 from tests.weight_files import Entry, archive, call, dictionary, named, storage, tensor, text, whole
 

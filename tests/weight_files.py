@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scconv_jax import state_dicts
+from scconv_jax.weights import state_dicts
 
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 VERSION = pickle.dumps(1001, protocol=2)

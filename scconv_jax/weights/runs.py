@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scconv_jax.files import WeightsError
+from scconv_jax.weights.files import WeightsError
 
 COLLECTIONS = ("params", "batch_stats")
 PREFIXES = ("params/", "batch_stats/")

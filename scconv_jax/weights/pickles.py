@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from scconv_jax.files import WeightsError
+from scconv_jax.weights.files import WeightsError
 
 MOST_BYTES = 16 << 20
 MOST_OPCODES = 1_000_000  # some twenty times those of a network's and its optimizer's state

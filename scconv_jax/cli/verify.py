@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from scconv_jax.cli_convert import ANY, add_source, model_options, open_source
+from scconv_jax.cli.convert import ANY, add_source, model_options, open_source
 from scconv_jax.console import show
 from scconv_jax.convert import ConversionError
 from scconv_jax.models import create_model

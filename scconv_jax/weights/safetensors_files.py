@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from scconv_jax.files import WeightsError, read_bytes, replacing
+from scconv_jax.weights.files import WeightsError, read_bytes, replacing
 
 _LONGEST_HEADER = 16 << 20
 _DTYPES = {

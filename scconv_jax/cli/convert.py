@@ -15,12 +15,12 @@ from rich.text import Text
 from scconv_jax import __version__
 from scconv_jax.console import show
 from scconv_jax.convert import IGNORED
-from scconv_jax.files import WeightsError, sha256
 from scconv_jax.models import create_model
 from scconv_jax.naming import NAMINGS, OWN
 from scconv_jax.pretrained import Entries, Filled, choose, fill, fill_model, open_entries
 from scconv_jax.recognise import kinds
 from scconv_jax.weights import save
+from scconv_jax.weights.files import WeightsError, sha256
 
 ANY = "any"
 SUFFIXES = (".safetensors", ".pth", ".pt")

@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from scconv_jax.files import WeightsError
-from scconv_jax.pickles import Inert, Name, ordered_dict, unpickle
+from scconv_jax.weights.files import WeightsError
+from scconv_jax.weights.pickles import Inert, Name, ordered_dict, unpickle
 
 _MOST_AXES = 32
 

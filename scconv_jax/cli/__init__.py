@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from scconv_jax import __version__, cli_convert, cli_summary, cli_verify
+from scconv_jax import __version__
+from scconv_jax.cli import convert, summary, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scconv-jax", description="Tools for the networks of scconv_jax.")
     parser.add_argument("--version", action="version", version=f"scconv_jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (cli_summary, cli_convert, cli_verify):
+    for command in (summary, convert, verify):
         command.add(commands)
     return parser

@@ -1,9 +1,7 @@
-"""Files of weights, read safely and written whole: PyTorch's `.pth`, `.safetensors`, and the checkpoints of our training runs.
+"""Reading and writing files of weights, whatever their format, which their first bytes tell.
 
-No file can run code, whatever it holds: pickles are read by a machine of our own (`scconv_jax.torch_files`) that knows
+No file can run code, whatever it holds: pickles are read by a machine of our own (`scconv_jax.weights.pickles`) that knows
 the few names a state dict needs and nothing else. Every bad file ends in one `WeightsError`.
-
-    variables, metadata = load("scnet50.safetensors")
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from scconv_jax import runs, safetensors_files, torch_files
 from scconv_jax.convert import to_torch
-from scconv_jax.files import WeightsError, sha256, unknown
+from scconv_jax.weights import runs, safetensors_files, torch_files
+from scconv_jax.weights.files import WeightsError, sha256, unknown
 
 Variables = dict[str, Any]
 

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from scconv_jax.files import WeightsError, sha256
+from scconv_jax.weights.files import WeightsError, sha256
 
 PUBLISHED = {
     "scnet50": "https://backseason.oss-cn-beijing.aliyuncs.com/scnet/scnet50-dc6a7e87.pth",

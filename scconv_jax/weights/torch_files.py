@@ -6,9 +6,9 @@ Two formats hold the same pickle of a state dict, in which each tensor is a view
     legacy, before      five pickles (magic number, version, machine, the state dict, keys of the storages), then each
                         storage as its length (int64) and its elements
 
-after https://github.com/pytorch/pytorch/blob/main/torch/serialization.py. The pickle is read by `scconv_jax.pickles`: what is
-no plain data and no tensor is refused by name, and nothing that a file says of sizes is believed before it is checked
-against the file.
+after https://github.com/pytorch/pytorch/blob/main/torch/serialization.py. The pickle is read by `scconv_jax.weights.pickles`:
+what is no plain data and no tensor is refused by name, and nothing that a file says of sizes is believed before it is
+checked against the file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scconv_jax.files import WeightsError, read_bytes, replacing
-from scconv_jax.pickles import MOST_BYTES
-from scconv_jax.state_dicts import Contents, Storage, contents, read_pickle, write_pickle
+from scconv_jax.weights.files import WeightsError, read_bytes, replacing
+from scconv_jax.weights.pickles import MOST_BYTES
+from scconv_jax.weights.state_dicts import Contents, Storage, contents, read_pickle, write_pickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
