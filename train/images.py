@@ -3,8 +3,9 @@
 Evaluation is torchvision's `Resize(resize)` and `CenterCrop(size)` on PIL images, bit for bit: published accuracies depend on it.
 
 Training is torchvision's `RandomResizedCrop(size)`, the box by the same rule. Differences, for speed: a JPEG that is much larger
-than needed is decoded at a half, quarter or eighth of its size (never so that the box falls below `size`), by libjpeg's
-fast variants; and the bilinear resize looks at the nearest pixels without smoothing, as TensorFlow's does.
+than needed is decoded at a half, quarter or eighth of its size (never so that the box falls below `size`), no further down
+than the box reaches, by libjpeg's fast variants; and the bilinear resize looks at the nearest pixels without smoothing, as
+TensorFlow's does.
 
 A palette is resolved, transparency dropped and CMYK converted as PIL does. Of 16 bits the upper eight are kept; PIL clips.
 """
@@ -26,6 +27,18 @@ Box = tuple[int, int, int, int]
 
 JPEG = b"\xff\xd8\xff"
 """How every JPEG file begins."""
+
+END_OF_JPEG = b"\xff\xd9"
+"""How a JPEG file ends that is whole."""
+
+SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")
+"""Marker of the frame's header where a single pass over the file makes all rows, from top to bottom."""
+
+BEFORE_FRAME = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
+"""Markers of tables, applications' data and comments."""
+
+ROWS = 16
+"""Rows that most files code together: less cannot be left out. Twice the largest factor of scaled decoding."""
 
 cv2.setNumThreads(1)  # images are read in threads of our own
 
@@ -150,9 +163,11 @@ def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> n
             return None
         box = box_of(height, width)
         factor = next(factor for factor in (8, 4, 2, 1) if factor == 1 or min(box[2:]) >= factor * size)
+        shortened, height = _shorten(data, height, box[0] + box[2])
         height, width = -(-height // factor), -(-width // factor)
         pixels = simplejpeg.decode_jpeg(
-            data,
+            shortened,
+            strict=shortened is data,  # what follows the rows that are left is reported, though not as an error
             fastdct=True,
             fastupsample=True,
             min_factor=factor,
@@ -163,6 +178,22 @@ def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> n
     except ValueError:  # damaged, or merely odd
         return None
     return _part(pixels, *(round(side / factor) for side in box))
+
+
+def _shorten(data: bytes, height: int, bottom: int) -> tuple[bytes | bytearray, int]:
+    """A JPEG of `height` rows without most of those from row `bottom` on, and how many rows it has now.
+
+    Its header alone is changed: a decoder stops where that says, a seventh of the way before the end on average.
+    """
+    height_left = min(height, -(-bottom // ROWS) * ROWS)
+    at = 2
+    while height_left < height and data.endswith(END_OF_JPEG) and data[at] == 0xFF and data[at + 1] in BEFORE_FRAME:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        if data[at : at + 2] in SEQUENTIAL:  # marker, two bytes of length, one of precision, two of height
+            shortened = bytearray(data)
+            shortened[at + 5 : at + 7] = height_left.to_bytes(2)
+            return shortened, height_left
+    return data, height
 
 
 _own = threading.local()

@@ -154,6 +154,19 @@ def test_training_pixels_are_near_those_of_an_antialiased_resize(height, width, 
         assert np.abs(found.astype(int) - expected).mean() < 3
 
 
+@pytest.mark.parametrize("options", [{"subsampling": s} for s in (0, 1, 2)] + [{"progressive": True}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize(("height", "width"), [(211, 300), (1031, 900)])
+def test_leaving_out_the_rows_below_a_crop_changes_no_pixel(height, width, options):
+    """A byte after the end makes a file whose rows are all decoded."""
+    rng = np.random.default_rng(2)
+    for quality in (50, 95):
+        data = encoded(photo(height, width), quality=quality, **options)
+        for _ in range(8):
+            key = int(rng.integers(2**32))
+            found, expected = (random_resized_crop(d, 64, np.random.default_rng(key)) for d in (data, data + b"\0"))
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_boxes_have_the_distribution_of_torchvision():
     """Area uniform, ratio log-uniform, place uniform: moments of 4,000 boxes of a square that all fit."""
     rng = np.random.default_rng(0)
