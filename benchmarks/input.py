@@ -207,7 +207,7 @@ def overlap(steps: int = 150, step_seconds: float = 0.05) -> str:
             values = jax.block_until_ready(step(jnp.float32(0), next(staged)))
             window = Window(BATCH, waited=lambda: staged.waited)
             for number in range(steps):
-                values = step(values["loss"], next(staged))
+                values = step(values["loss"], staged.take(window.idle))
                 window.add(number, values)
             found = window.close()
         return BATCH / found["images_per_second"], found["waiting_for_data"]

@@ -22,6 +22,9 @@ Batch = dict[str, np.ndarray]
 PIECE = 16
 """Images that one thread reads at a time: few, so that the first batch is soon there and memory small."""
 
+LOOK_SECONDS = 1e-3
+"""Between two looks at whether the device still has work, while a batch is waited for."""
+
 ENDLESS = 2**48
 """More steps than any run has."""
 
@@ -169,14 +172,11 @@ def eval_batches(source: Source, batch_size: int, *, threads: int, process_index
 
 
 class Staged(Iterator[Any]):
-    """What `put` makes of each batch, two ahead of use: a thread of its own calls it while the step before runs.
-
-    `waited` is the time in seconds that its reader has spent waiting. It is a share of the whole that data cost only where
-    the reader does not run far ahead of the device: a loop that waits for the results of the step before last does not.
-    """
+    """What `put` makes of each batch, two ahead of use: a thread of its own calls it while the step before runs."""
 
     def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Any], ahead: int = 2) -> None:
         self.waited = 0.0
+        """Seconds that went by for want of a batch, so far."""
         self._batches, self._put = batches, put
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
         self._stop = threading.Event()
@@ -190,9 +190,18 @@ class Staged(Iterator[Any]):
         self.close()
 
     def __next__(self) -> Any:
-        start = time.perf_counter()
-        batch, error = self._queue.get()
-        self.waited += time.perf_counter() - start
+        return self.take(lambda: True)
+
+    def take(self, idle: Callable[[], bool]) -> Any:
+        """The next batch. `waited` grows by the time until it is there, as far as `idle()`: the device has nothing to do."""
+        found = None
+        while found is None:
+            start, lost = time.perf_counter(), idle()
+            with contextlib.suppress(queue.Empty):
+                found = self._queue.get(timeout=None if lost else LOOK_SECONDS)
+            if lost:
+                self.waited += time.perf_counter() - start
+        batch, error = found
         if error is not None:
             self._queue.put((None, error))  # and so it ends for whoever asks again
             raise error

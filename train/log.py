@@ -2,9 +2,9 @@
 
 Each line of `metrics.jsonl` has `step` and `epoch`. Training lines add, as means since the line before, `train/loss`
 (the objective: label smoothing is part of it), `train/top1` and, of more than five classes, `train/top5` (shares, 0 to 1), `lr`,
-and, without compilation and tests, `images_per_second`, `waiting_for_data` (share of the time), `multiply_adds_per_second` and,
-where the devices' peak is known, `peak_share`. Test lines, one per epoch, add `eval/loss`, `eval/top1` and `eval/top5`
-over all test images.
+and, without compilation and tests, `images_per_second`, `waiting_for_data` (share of the time that the devices had nothing to
+do for want of images), `multiply_adds_per_second` and, where the devices' peak is known, `peak_share`. Test lines, one per epoch,
+add `eval/loss`, `eval/top1` and `eval/top5` over all test images.
 """
 
 import json
@@ -68,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Window:
     """Training metrics since the last look at them. They stay on the device until then.
 
-    The host runs two steps ahead of the device and no further: then what it waits for data is time lost.
+    The host runs two steps ahead of the device and no further, so that no more batches than that are on the device.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Window:
 
         Args:
             batch_size: images in a step, all devices together.
-            waited: seconds that the run has waited for data so far.
+            waited: seconds that the run has lost for want of data so far.
             multiply_adds: of training on one image; 0 where they are not known.
             peak: multiply-adds a second of all devices together, where it is known.
         """
@@ -103,6 +103,10 @@ class Window:
         self._timed_steps += 1
         if len(self._steps) > RUN_AHEAD:
             jax.block_until_ready(self._steps[-RUN_AHEAD - 1])
+
+    def idle(self) -> bool:
+        """Whether the device has done all that it was given."""
+        return not self._steps or all(value.is_ready() for value in self._steps[-1][1].values())
 
     def close(self) -> dict[str, float]:
         """Means over the window as `train/loss`, …, and its speed; the next window begins.

@@ -127,7 +127,7 @@ def train(config: Config, workdir: Path) -> int:
             stop = signals.stop_after(step)
             while step < plan.total_steps and not stop:
                 profiler.before(step + 1)
-                state, values = next_state(state, next(staged))
+                state, values = next_state(state, staged.take(window.idle))
                 step += 1
                 stop = signals.stop_after(step)
                 if profiler.after(step, values):

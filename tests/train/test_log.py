@@ -86,6 +86,15 @@ def test_the_host_runs_no_more_than_two_steps_ahead(monkeypatch):
         assert awaited == list(range(1, step - 1))
 
 
+def test_the_device_is_idle_when_the_last_step_is_done():
+    window, done = Window(batch_size=8), []
+    assert window.idle()
+    window.add(1, {"loss": SimpleNamespace(is_ready=lambda: bool(done))})
+    assert not window.idle()
+    done.append(True)
+    assert window.idle()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_named_by_its_first_step(bad):
     window = Window(batch_size=8)
