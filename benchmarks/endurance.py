@@ -28,7 +28,7 @@ config = Config(
     optim=Optim(lr=0.01),
 )
 """
-STEPS, EVERY = 600, 100
+STEPS, EVERY = 1600, 100
 LARGE = """
 from train.config import Config, Data, Optim
 
@@ -36,7 +36,7 @@ config = Config(
     epochs=1,
     log_every=50,
     checkpoint_every=100,
-    data=Data(name="synthetic", image_size=32, batch_size=32, crop_padding=4, synthetic_train=32 * 600, synthetic_test=32),
+    data=Data(name="synthetic", image_size=32, batch_size=32, crop_padding=4, synthetic_train=32 * 1600, synthetic_test=32),
     optim=Optim(lr=0.01),
 )
 """

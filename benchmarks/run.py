@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
-from benchmarks import endurance, index, input, kills, networks, operators, weights
+from benchmarks import endurance, fuzz_weights, index, input, kills, memory, networks, operators, sources, weights
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, Callable[[], object]] = {
     "endurance": endurance.main,
+    "fuzz_weights": fuzz_weights.main,
     "index": index.main,
     "input": input.main,
     "kills": kills.main,
+    "memory": memory.main,
     "networks": networks.main,
     "operators": operators.main,
+    "sources": sources.main,
     "weights": weights.main,
 }
 

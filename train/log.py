@@ -106,7 +106,7 @@ class Window:
 
     def idle(self) -> bool:
         """Whether the device has done all that it was given."""
-        return not self._steps or all(value.is_ready() for value in self._steps[-1][1].values())
+        return not self._steps or all(value.is_ready() for value in self._steps[-1][1].values())  # type: ignore[attr-defined]
 
     def close(self) -> dict[str, float]:
         """Means over the window as `train/loss`, …, and its speed; the next window begins.
