@@ -113,8 +113,8 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) 
     tfds.folder_dataset.write_metadata(
         data_dir=partial, features=features, split_infos=infos, filename_template=templates["train"], check_data=False
     )
-    (partial / PLAN).unlink()
     partial.rename(out)
+    (out / PLAN).unlink()
 
 
 def write_digits(out: Path) -> None:

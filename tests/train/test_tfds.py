@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -255,6 +256,35 @@ def test_preparing_goes_on_where_it_was_stopped(folder, tmp_path):
     assert not list(out.glob("*.unfinished"))
     for original, records in zip(open_folder(str(source)), opened(out), strict=True):
         assert everything(records) == everything(original)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from train import prepare
+
+read = prepare.FolderRecords.read
+
+def read_and_die(self, index):
+    if os.path.basename(self.root) == "train" and index == 14:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, index)
+
+prepare.FolderRecords.read = read_and_die
+prepare.prepare_folder(sys.argv[1], Path(sys.argv[2]), workers=1, shard=10)
+"""
+
+
+def test_a_killed_preparation_goes_on_and_ends_in_the_same_files(folder, made, tmp_path):
+    out = tmp_path / made.name
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(out)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    left = {path.name.rpartition("-train.")[2] for path in (tmp_path / f"{out.name}.partial").iterdir()}
+    assert {"array_record-00000-of-00003", "array_record-00001-of-00003.unfinished"} <= left
+
+    prepare_folder(str(folder), out, workers=3, shard=10)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in made.iterdir()}
 
 
 def test_nothing_that_is_there_is_touched(folder, made, tmp_path, capsys):
