@@ -4,7 +4,7 @@ Each line of `metrics.jsonl` has `step` and `epoch`. Training lines add, as mean
 (the objective: label smoothing is part of it), `train/top1` and, of more than five classes, `train/top5` (shares, 0 to 1), `lr`,
 and, without compilation and tests, `images_per_second`, `waiting_for_data` (share of the time that the devices had nothing to
 do for want of images), `multiply_adds_per_second` and, where the devices' peak is known, `peak_share`. Test lines, one per epoch,
-add `eval/loss`, `eval/top1` and `eval/top5` over all test images.
+add `eval/loss`, `eval/top1` and `eval/top5` over all test images, and `eval/images`, their number.
 """
 
 import json

@@ -170,7 +170,7 @@ def train(config: Config, workdir: Path) -> int:
             f"Stopped and saved at step {step} of {plan.total_steps}; to go on: python -m train.main --workdir {workdir} --resume"
         )
         return signals.received
-    print(summary(workdir, len(job.dataset.test), time.perf_counter() - began))
+    print(summary(workdir, time.perf_counter() - began))
     return 0
 
 
@@ -195,7 +195,7 @@ def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
     result = make_test(job, config)(job.parallel.put_state(state))
     print(
         f"{config.model.name} on {config.data.name}, step {int(state.step)}: test accuracy "
-        f"{accuracy(result['eval/top1'], len(job.dataset.test))}, "
+        f"{accuracy(result)}, "
         + (f"top-5 {result['eval/top5']:.2%}, " if "eval/top5" in result else "")
         + f"loss {result['eval/loss']:.4f}"
     )
@@ -236,7 +236,10 @@ def prepare(config: Config) -> Job:
 
 
 def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, float]]:
-    """State → `eval/loss`, `eval/top1` and, of more than five classes, `eval/top5` over all test images, each counted once."""
+    """State → `eval/loss`, `eval/top1` and, of more than five classes, `eval/top5` over all test images, each counted once.
+
+    `eval/images` is how many they are, without those that cannot be read.
+    """
     sums_of = job.parallel.over_devices(functools.partial(eval_step, model=job.model, normalize=job.normalize))
 
     def test(state: TrainState) -> dict[str, float]:
@@ -257,7 +260,7 @@ def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, floa
         count = totals.pop("count")
         if not count:
             raise ConfigError("not one image of the test set can be read")
-        return {f"eval/{key}": total / count for key, total in totals.items()}
+        return {f"eval/{key}": total / count for key, total in totals.items()} | {"eval/images": int(count)}
 
     return test
 
@@ -272,18 +275,19 @@ def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
     )
 
 
-def summary(workdir: Path, test_images: int, seconds: float) -> str:
+def summary(workdir: Path, seconds: float) -> str:
     """What a person reads at the end."""
     tested = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/top1" in line]
     last, best = tested[-1], best_line(tested)
     return (
-        f"Test accuracy {accuracy(last['eval/top1'], test_images)} after the last epoch, "
+        f"Test accuracy {accuracy(last)} after the last epoch, "
         f"{best['eval/top1']:.2%} at best (epoch {best['epoch']}); {seconds:.0f} s. Curves: {workdir / 'curves.png'}"
     )
 
 
-def accuracy(share: float, images: int) -> str:
+def accuracy(tested: dict[str, Any]) -> str:
     """`98.61 % (355 of 360)`."""
+    share, images = tested["eval/top1"], tested["eval/images"]
     return f"{100 * share:.2f} % ({round(share * images)} of {images})"
 
 

@@ -92,6 +92,14 @@ def test_too_many_unreadable_images_end_the_run_with_one_line(digits, capsys):
     assert run(capsys, digits, "--workdir", "b", "--data.max-bad-images", "3")[0] == 0
 
 
+def test_a_test_image_that_cannot_be_read_is_not_counted(digits, capsys):
+    next(iter(sorted(digits.glob("val/*/*.jpg")))).write_bytes(b"")
+    assert main([str(digits), "--workdir", "a", "--config", "small.py"]) == 0
+    last = metrics("a")[-1]
+    assert last["eval/images"] == 19
+    assert f"({round(19 * last['eval/top1'])} of 19) after the last epoch" in capsys.readouterr().out
+
+
 def test_not_one_readable_test_image_is_an_error(digits, capsys):
     for path in digits.glob("val/*/*.jpg"):
         path.write_bytes(b"")

@@ -84,6 +84,7 @@ def test_a_run_leaves_what_it_promises(small, capsys):
     assert (run / "checkpoints" / "15" / "state").is_dir()
     last = lines[-1]["eval/top1"]
     assert last * 27 == pytest.approx(round(last * 27)), "all 27 test images count, each once"
+    assert lines[-1]["eval/images"] == 27
     out = capsys.readouterr().out
     assert f"Test accuracy {100 * last:.2f} % ({round(27 * last)} of 27) after the last epoch" in out
     assert out.count("\nepoch ") == 3
