@@ -20,6 +20,8 @@ from typing import Any, NoReturn, Self
 
 from train.config import ConfigError, Hosts
 
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+"""A host whose power or network is gone is given up after 30 s without an answer; the system's own rule is two hours."""
 REASON_WAIT = 3.0
 """Seconds in which another host may say why, after an operation between hosts failed here."""
 
@@ -181,6 +183,9 @@ class _Peer:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            if hasattr(socket, option):  # macOS has other names
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._connection, self._lines = connection, connection.makefile("r", encoding="utf-8")
 
     def send(self, message: dict[str, Any]) -> None:
