@@ -7,11 +7,11 @@ are checked on every call. Torch is optional here: only the files named `test_*_
 import importlib
 import importlib.util
 import os
-import pkgutil
 import sys
 import typing
 import warnings
 import zlib
+from pathlib import Path
 
 DEVICES = 8
 
@@ -26,9 +26,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Not checked: the console script, whose module level may read the command line, and a machine whose every call is so
-# short that its check would take fifty times as long.
-_UNCHECKED = {"__main__", "cli", "pickles"}
+# Not checked: what reads the command line when it is imported, and a machine whose every call is so short that its check
+# would take fifty times as long.
+_UNCHECKED = {"scconv_jax.__main__", "scconv_jax.weights.pickles"}
 
 
 def _import_library_with_shape_checks() -> None:
@@ -47,8 +47,9 @@ def _import_library_with_shape_checks() -> None:
     assert "scconv_jax" not in sys.modules, "imported before its annotations could be checked"
     spec = importlib.util.find_spec("scconv_jax")
     assert spec is not None
-    found = pkgutil.iter_modules(spec.submodule_search_locations)
-    checked = [f"scconv_jax.{module.name}" for module in found if module.name not in _UNCHECKED]
+    [root] = map(Path, spec.submodule_search_locations or ())
+    found = {".".join(path.relative_to(root.parent).with_suffix("").parts) for path in root.rglob("*.py")}
+    checked = sorted(name for name in found - _UNCHECKED if not name.endswith("__init__"))
     with jaxtyping.install_import_hook(checked, "beartype.beartype"):
         typing.TYPE_CHECKING = True
         try:
