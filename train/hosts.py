@@ -6,6 +6,7 @@ connection of a process that is killed, so that the others know it at once, wher
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import queue
@@ -75,6 +76,28 @@ class Link:
             self._tell({"shared": value})
             return value
         return self._shared.get()
+
+    def check_name(self) -> None:
+        """See that CPUs of other hosts can reach those of this one, which they do by what its name means to itself.
+
+        Raises:
+            ConfigError: it means this very machine, as some systems' /etc/hosts has it. GPUs and TPUs find each other otherwise.
+        """
+        import jax
+
+        if not self._peers or jax.default_backend() != "cpu":
+            return
+        name, seen = socket.gethostname(), next(iter(self._peers.values())).own_address()
+        try:
+            meant = {ipaddress.ip_address(found[4][0]) for found in socket.getaddrinfo(name, None)}
+        except OSError:
+            meant = set()
+        if not seen.is_loopback and all(address.is_loopback for address in meant):
+            what = ", ".join(map(str, meant)) or "nothing"
+            raise ConfigError(
+                f"host {self.index} is called {name}, which to itself means {what}, where no other host can reach its CPUs: "
+                f"let it mean {seen}, in /etc/hosts"
+            )
 
     def fail(self, reason: str, code: int) -> None:
         """Tell the others why this host ends, and end the process; where there are no others, return."""
@@ -191,6 +214,11 @@ class _Peer:
     def send(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # it is gone, which `receive` tells
             self._connection.sendall((json.dumps(message) + "\n").encode())
+
+    def own_address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        """By which the other side knows this host."""
+        address = ipaddress.ip_address(self._connection.getsockname()[0].partition("%")[0])
+        return getattr(address, "ipv4_mapped", None) or address
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the other side may have done so

@@ -188,6 +188,7 @@ def run(argv: Sequence[str], link: Link) -> int:
     else:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
     text, folder, only_test, best = link.share(what)
+    link.check_name()
     # Imported late, so that --help and mistakes take no time.
     from train import loop
 

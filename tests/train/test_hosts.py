@@ -1,6 +1,7 @@
 """Several hosts: here they are processes of this machine, four simulated devices each, that talk over 127.0.0.1."""
 
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -268,6 +269,31 @@ def test_a_port_in_use_is_named(team):
         port = taken.getsockname()[1]
         (message,) = team((of(0, port), []))
     assert message.startswith(f"host 0 cannot listen at ports {port} and {port + 1}: Address already in use; choose another port")
+
+
+def test_a_name_that_other_hosts_cannot_use_is_an_error(team, monkeypatch):
+    def name_means(*addresses):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+
+    port = free_port()
+    links = team((of(0, port), []), (of(1, port), []))
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    name_means("127.0.1.1")
+    for link in links:
+        link.check_name()  # both are this machine
+    monkeypatch.setattr(hosts_module._Peer, "own_address", lambda _: ipaddress.ip_address("10.9.0.2"))
+    name_means("10.9.0.2")
+    links[1].check_name()
+    name_means("127.0.1.1")
+    with pytest.raises(ConfigError) as caught:
+        links[1].check_name()
+    assert str(caught.value) == (
+        "host 1 is called node7, which to itself means 127.0.1.1, where no other host can reach its CPUs: let it mean 10.9.0.2, "
+        "in /etc/hosts"
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    links[1].check_name()
 
 
 def test_one_process_needs_nobody(monkeypatch):
