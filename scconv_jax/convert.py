@@ -31,7 +31,7 @@ Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 _MOST_LISTED = 1000
 
-IGNORED = ("*.num_batches_tracked", "num_batches_tracked")
+_BATCHES, _AVERAGED = "num_batches_tracked", "n_averaged"  # of a norm; of torch.optim.swa_utils.AveragedModel
 
 
 class ConversionError(ValueError):
@@ -128,6 +128,11 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def is_counter(name: str) -> bool:
+    """Whether an entry counts batches or steps, which Flax does not: such are ignored."""
+    return name == _AVERAGED or name.rpartition(".")[2] == _BATCHES
+
+
 def shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes that `to_torch` would give; `variables` may be shapes only. Without `num_batches_tracked`."""
     return {_qualified(leaf)[0]: leaf.shape for leaf in _leaves(variables)}
@@ -152,9 +157,11 @@ def match(
     rename: Sequence[Rename] = (),
 ) -> Match:
     """Do what `from_torch` does, and account for every entry; same arguments and errors."""
+    if isinstance(ignore, str):  # each of its letters would be a pattern, and `*` would pass over everything
+        raise ConversionError(f"ignore is a sequence of patterns: give [{ignore!r}].")
     source = normalised(state_dict, rename)
     leaves = list(_leaves(template))
-    ignored = [name for name in source if _matches(name, (*IGNORED, *ignore))]
+    ignored = [name for name in source if is_counter(name) or _matches(name, ignore)]
     passed_over = set(ignored)
     available = {name: value for name, value in source.items() if name not in passed_over}
     converted, unfilled, differing = [], [], []
@@ -188,6 +195,9 @@ def match(
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[_Leaf]:
+    if not path and not (isinstance(tree, Mapping) and {"params", "batch_stats"}.issuperset(tree)):
+        found = f"one of {_listing(list(map(str, tree)))}" if isinstance(tree, Mapping) else type(tree).__name__
+        raise ConversionError(f'Variables are {{"params": ..., "batch_stats": ...}}, as `model.init` returns them; got {found}.')
     for key, value in tree.items():
         here = (*path, key)
         if isinstance(value, Mapping):
@@ -208,20 +218,44 @@ def _qualified(leaf: _Leaf) -> list[str]:
 
 
 def normalised(state_dict: Mapping[str, Any], rename: Sequence[Rename] = ()) -> dict[str, np.ndarray]:
-    """Take a state dict out of its wrapper, its names' `module.` away, and apply `rename`."""
+    """Take a state dict out of its wrapper, its names' `module.` or `_orig_mod.` away, and apply `rename`."""
+    if not isinstance(state_dict, Mapping):
+        raise ConversionError(
+            f"A state dict maps names to arrays; got {type(state_dict).__name__}. Give `model.state_dict()`, or for a file use "
+            "`scconv_jax.load_model` or `scconv_jax.load_weights`."
+        )
     while "state_dict" in state_dict and isinstance(state_dict["state_dict"], Mapping):
         state_dict = state_dict["state_dict"]
-    if state_dict and all(name.startswith("module.") for name in state_dict):
-        rename = [(r"^module\.", ""), *rename]
+    if unnamed := [name for name in state_dict if not isinstance(name, str)]:
+        raise ConversionError(f"The names of a state dict are texts; one of them is {unnamed[0]!r:.100}.")
+    outer = _outer_modules(state_dict)
     result: dict[str, np.ndarray] = {}
     for original, value in state_dict.items():
-        name = original
-        for pattern, replacement in rename:
-            name = re.sub(pattern, replacement, name)
+        name = original.removeprefix(outer)
+        for pair in rename:
+            name = _renamed(name, pair)
         if name in result:
             raise ConversionError(f"Two entries have the name {name} after renaming; one of them was {original}.")
         result[name] = _to_numpy(original, value)
     return result
+
+
+def _outer_modules(names: Iterable[str]) -> str:
+    """What DataParallel and the like (`module.`) and `torch.compile` (`_orig_mod.`) put before the names, in any order."""
+    names = [name for name in names if name != _AVERAGED]
+    begin = re.match(r"(module\.|_orig_mod\.)*", names[0] if names else "")
+    outer = begin[0] if begin else ""
+    return outer if all(name.startswith(outer) for name in names) else ""
+
+
+def _renamed(name: str, pair: Rename) -> str:
+    try:
+        pattern, replacement = pair
+        return re.sub(pattern, replacement, name)
+    except (re.error, TypeError, ValueError) as error:
+        raise ConversionError(
+            f"rename is a sequence of pairs, (regular expression, replacement); {pair!r:.200}: {error}."
+        ) from error
 
 
 def _to_numpy(name: str, value: Any) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 
 from scconv_jax import naming
-from scconv_jax.convert import ConversionError, Match, Rename, Variables, match, normalised, to_torch
+from scconv_jax.convert import ConversionError, Match, Rename, Variables, is_counter, match, normalised, to_torch
 from scconv_jax.layers import Dense
 from scconv_jax.models import MODELS, create_model
 from scconv_jax.recognise import head, options_shown, recognise, template
@@ -216,7 +216,7 @@ def _values(leaves: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_dtypes(arrays: Mapping[str, np.ndarray]) -> None:
-    wrong = [f"{name} ({value.dtype})" for name, value in arrays.items() if not _is_float(value) and not _is_counter(name)]
+    wrong = [f"{name} ({value.dtype})" for name, value in arrays.items() if not _is_float(value) and not is_counter(name)]
     if wrong:
         listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise ConversionError(f"Weights must be floating-point; these are not: {listed}. Quantised weights cannot be converted.")
@@ -224,10 +224,6 @@ def _check_dtypes(arrays: Mapping[str, np.ndarray]) -> None:
 
 def _is_float(value: np.ndarray) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating)
-
-
-def _is_counter(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
 
 
 def _cast(value: Any, dtype: Any, changes: dict[str, int]) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from scconv_jax.convert import IGNORED, ConversionError, shapes
+from scconv_jax.convert import ConversionError, is_counter, shapes
 from scconv_jax.models import MODELS, create_model, options_of
 from scconv_jax.naming import scconv_options
 from scconv_jax.resnet import ResNet
@@ -66,7 +66,7 @@ def kinds(entries: Mapping[str, Any], ignore: Sequence[str] = ()) -> dict[str, A
     """
     tree: dict[str, Any] = {"params": {}}
     for name, value in entries.items():
-        if any(fnmatchcase(name, pattern) for pattern in (*IGNORED, *ignore)):
+        if is_counter(name) or any(fnmatchcase(name, pattern) for pattern in ignore):
             continue
         *modules, kind = name.split(".")
         shape = tuple(value.shape)
@@ -107,7 +107,7 @@ def recognise(entries: Mapping[str, Any]) -> Recognised | None:
         The network, with the options that show in its entries: `num_classes`, and ScConv's `alpha` and `variant`. None if it is
         none of `list_models()`. Output strides do not show.
     """
-    found = {name: tuple(value.shape) for name, value in entries.items() if not name.endswith("num_batches_tracked")}
+    found = {name: tuple(value.shape) for name, value in entries.items() if not is_counter(name)}
     dense = [name for name, shape in found.items() if len(shape) == 2]
     blocks = _blocks(found)
     for name in MODELS:

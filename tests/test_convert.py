@@ -134,6 +134,57 @@ def test_a_whole_checkpoint_in_place_of_its_state_dict(variables):
         from_torch({"epoch": 3, "model": {}}, variables)
 
 
+def test_one_pattern_in_place_of_a_sequence_does_not_ignore_everything(variables, state_dict):
+    with pytest.raises(ConversionError, match=r"ignore is a sequence of patterns: give \['scconv\.\*'\]"):
+        from_torch(state_dict, variables, ignore="scconv.*")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [(("a", "b"), "'a': not enough"), ([("(", "")], "unterminated"), ([("k", r"\9")], "invalid group"), ([("k", 3)], "k', 3")],
+)
+def test_a_rename_that_is_none(variables, state_dict, rename, message):
+    with pytest.raises(ConversionError, match=f"rename is a sequence of pairs.*{message}"):
+        from_torch(state_dict, variables, rename=rename)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("scnet50.pth", "maps names to arrays; got str. .*load_model"),
+        (None, "got NoneType"),
+        ({0: np.zeros(3)}, "are texts; one of them is 0"),
+    ],
+)
+def test_what_is_no_state_dict(variables, given, message):
+    with pytest.raises(ConversionError, match=message):
+        from_torch(given, variables)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("given", [SelfCalibratedConv(8), None, [1]])
+def test_what_is_no_variables(state_dict, given):
+    with pytest.raises(ConversionError, match=rf"Variables are .*; got {type(given).__name__}"):
+        to_torch(given)
+    with pytest.raises(ConversionError, match=rf"Variables are .*; got {type(given).__name__}"):
+        from_torch(state_dict, given)
+
+
+def test_variables_without_the_name_of_their_collection(variables, state_dict):
+    with pytest.raises(ConversionError, match="Variables are"):
+        from_torch(state_dict, variables["params"])
+
+
+@pytest.mark.parametrize("outer", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_what_wrapped_the_network_is_taken_away(variables, state_dict, outer):
+    """DataParallel, torch.compile, both; and AveragedModel, which counts beside them."""
+    wrapped = {f"{outer}{key}": value for key, value in state_dict.items()}
+    assert_same(from_torch(wrapped, variables), variables)
+    assert_same(from_torch({"n_averaged": np.array(5), **wrapped}, variables), variables)
+
+
 def test_a_leaf_of_no_known_kind():
     with pytest.raises(ConversionError, match=r"params/layer/wait"):
         to_torch({"params": {"layer": {"wait": np.zeros(3)}}})

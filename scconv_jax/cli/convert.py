@@ -14,7 +14,7 @@ from rich.text import Text
 
 from scconv_jax import __version__
 from scconv_jax.console import show
-from scconv_jax.convert import IGNORED
+from scconv_jax.convert import is_counter
 from scconv_jax.models import create_model
 from scconv_jax.naming import NAMINGS, OWN
 from scconv_jax.pretrained import Entries, Filled, choose, fill, fill_model, open_entries
@@ -141,7 +141,7 @@ def _report(
 
 def _reasons(found: Entries, ignored: Sequence[str]) -> str:
     """Why entries were ignored: kinds of them, each with its number and reason."""
-    counters = [name for name in ignored if name.endswith(IGNORED[1])]
+    counters = [name for name in ignored if is_counter(name)]
     others = [name for name in ignored if name not in set(counters)]
     reasons = [f"{len(counters)} num_batches_tracked, PyTorch's counters, which Flax has not"] if counters else []
     if others:
