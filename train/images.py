@@ -118,9 +118,10 @@ def decode(data: bytes, *, exif: bool = False) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(data))
+        sixteen = image.format in ("PNG", "PPM")  # what these hold in mode I
         if exif:
             image = ImageOps.exif_transpose(image)
-        if image.mode in ("F", "I") and image.format != "PNG":
+        if image.mode == "F" or (image.mode == "I" and not sixteen):
             raise UnreadableImageError(f"pixels of 32 bits (mode {image.mode}); convert the image to 8 bits")
         if image.mode.startswith("I"):  # PIL would clip to 255 what has 16 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -175,7 +176,7 @@ def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> n
             min_width=width,
             buffer=_buffer(height * width * 3),
         )
-    except ValueError:  # damaged, or merely odd
+    except (ValueError, LookupError):  # damaged, or merely odd: 4:4:1 is a KeyError
         return None
     return _part(pixels, *(round(side / factor) for side in box))
 

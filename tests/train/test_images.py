@@ -75,6 +75,8 @@ def modes():
     yield "palette PNG with transparency", encoded(palette, "PNG", transparency=bytes([0, 0, 0, 9])), red
     yield "16-bit PNG", encoded(sixteen, "PNG"), (77,) * 3
     yield "16-bit TIFF", encoded(sixteen, "TIFF"), (77,) * 3
+    yield "16-bit PGM", b"P5 30 20 65535\n" + (77 * 256 + 200).to_bytes(2) * 600, (77,) * 3
+    yield "10-bit PGM", b"P5 30 20 1023\n" + (77 * 4 + 2).to_bytes(2) * 600, (77,) * 3
     yield "one-bit PNG", encoded(Image.new("1", (30, 20), 1), "PNG"), (255,) * 3
     yield "GIF", encoded(palette, "GIF"), red
     yield "BMP", encoded(image, "BMP"), red
@@ -83,7 +85,7 @@ def modes():
 
 @pytest.mark.parametrize(("data", "color"), [pytest.param(data, color, id=name) for name, data, color in modes()])
 def test_every_kind_of_image_has_its_colours(data, color):
-    for pixels in (center_crop(data, 16, 16), whole(data, 16)):
+    for pixels in (center_crop(data, 16, 16), whole(data, 16), center_crop(data, 16, 16, exif=True)):
         assert pixels.shape == (16, 16, 3)
         assert np.abs(pixels.astype(int) - color).max() <= 3
 
@@ -127,6 +129,28 @@ def test_what_cannot_be_read_says_why(data, reason):
     for crop in (lambda: center_crop(data, 16, 16), lambda: whole(data, 16), lambda: whole(data, 16, exif=True)):
         with pytest.raises(UnreadableImageError, match=reason):
             crop()
+
+
+def subsampled(factors):
+    """A JPEG of one colour, its components sampled so: written by hand, since PIL writes no more than three of the kinds."""
+    table = bytes(64 * [1])
+    frame = bytes([8, 0, 32, 0, 32, 3]) + b"".join(bytes([i + 1, factor, 0]) for i, factor in enumerate(factors))
+    codes = bytes([1, *[0] * 15, 0])  # a single code, "0": no difference (DC), no more values (AC)
+    scan = bytes([3, 1, 0, 2, 0, 3, 0, 0, 63, 0])
+    segments = [(0xDB, b"\0" + table), (0xC0, frame), (0xC4, b"\x00" + codes + b"\x10" + codes), (0xDA, scan)]
+    header = b"".join(bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2) + body for marker, body in segments)
+    return b"\xff\xd8" + header + bytes(64) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [(luma, 0x11, 0x11) for luma in (0x11, 0x21, 0x22, 0x12, 0x41, 0x14, 0x24, 0x31)] + [(0x11, 0x22, 0x22), (0x22, 0x12, 0x21)],
+    ids=lambda factors: "".join(f"{factor:x}" for factor in factors),
+)
+def test_every_kind_of_subsampling_is_read(factors):
+    data = subsampled(factors)
+    for pixels in (center_crop(data, 16, 16), whole(data, 16)):
+        assert (pixels == 128).all()
 
 
 def test_a_crop_is_decided_by_its_key_alone():
