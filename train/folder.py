@@ -66,8 +66,15 @@ def open_folder(directory: str) -> tuple[FolderRecords, FolderRecords]:
     """Training and test images: `DIR/train` and `DIR/val`.
 
     Raises:
-        ConfigError: the folder is not of this layout, a class has no image, or the two hold different classes.
+        ConfigError: the folder is not of this layout or cannot be read, a class has no image, or the two hold different classes.
     """
+    try:
+        return _open(directory)
+    except OSError as error:
+        raise ConfigError(f"data.dir: cannot read {error.filename}: {error.strerror}") from error
+
+
+def _open(directory: str) -> tuple[FolderRecords, FolderRecords]:
     root = Path(directory).expanduser()
     if not directory:
         raise ConfigError("data.dir must be the folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE, found ''")
@@ -114,14 +121,15 @@ def cache_folder() -> Path:
 
 def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
     """The index read off the folders, and every folder of it with the time of its last change in ns."""
-    changed = {"": root.stat().st_mtime_ns}
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    top = root.stat()
+    changed = {"": top.st_mtime_ns}
+    classes = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
     if not classes:
         raise ConfigError(f"{root} must hold a folder for each class, found none")
     folders, labels, starts, offsets, names = [], [], [0], [np.zeros(1, np.int64)], bytearray()
     empty = []
     with ThreadPoolExecutor(THREADS) as pool:
-        for label, found in enumerate(pool.map(lambda name: _walk(root, name), classes)):
+        for label, found in enumerate(pool.map(lambda name: _walk(root, name, top), classes)):
             before = starts[-1]
             for folder, time_ns, files in found:
                 changed[folder] = time_ns
@@ -148,21 +156,34 @@ def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
     return records, changed
 
 
-def _walk(root: Path, folder: str) -> list[tuple[str, int, list[str]]]:
-    """Every folder at and under `folder`, by path: itself relative to `root`, the time of its last change, its images by name."""
-    found, waiting = [], [folder]
+def _walk(root: Path, folder: str, top: os.stat_result) -> list[tuple[str, int, list[str]]]:
+    """Every folder at and under `folder`, by path: itself relative to `root`, the time of its last change, its images by name.
+
+    Links are followed, but not back to a folder in which they lie; `top` is the status of `root`.
+    """
+    found, waiting = [], [(folder, [(top.st_dev, top.st_ino)])]
     while waiting:
-        folder = waiting.pop()
+        folder, above = waiting.pop()
         path = os.path.join(root, folder)
-        time_ns, files = os.stat(path).st_mtime_ns, []
+        status, files = os.stat(path), []
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            continue
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
+                if _is_folder(entry):
+                    waiting.append((os.path.join(folder, entry.name), [*above, here]))
+                elif entry.name.lower().endswith(EXTENSIONS):
                     files.append(entry.name)
-                elif entry.is_dir():
-                    waiting.append(os.path.join(folder, entry.name))
-        found.append((folder, time_ns, sorted(files)))
+        found.append((folder, status.st_mtime_ns, sorted(files)))
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where one may not look
+        return False
 
 
 def _read_cache(path: Path, root: Path) -> FolderRecords | None:

@@ -70,6 +70,16 @@ def test_images_and_labels_are_those_of_imagefolder(tmp_path):
     assert len(records) == len(expected) == 20
 
 
+def test_links_in_a_circle_lead_nowhere(tmp_path):
+    fill(tmp_path, ["a/x.jpg", "a/in/y.jpg", "b/z.jpg"])
+    (tmp_path / "a" / "in" / "up").symlink_to("..")
+    (tmp_path / "a" / "in" / "top").symlink_to(tmp_path)
+    (tmp_path / "a" / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "self").symlink_to("self")
+    records = load_index(tmp_path)
+    assert [os.path.relpath(name, tmp_path) for name, _ in listed(records)] == ["a/self.jpg", "a/x.jpg", "a/in/y.jpg", "b/z.jpg"]
+
+
 def test_the_second_time_no_folder_is_read(tmp_path, monkeypatch, cache):
     root = tmp_path / "set"
     fill(root, NAMES)
@@ -157,6 +167,20 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
         open_folder(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"data.dir must be the folder .*, found ''"):
         open_folder("")
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    """Said by a stand-in: the root user may read everything."""
+    fill(tmp_path, ["train/a/x.jpg", "val/a/x.jpg"])
+
+    def scandir(path, scandir=os.scandir):
+        if os.fspath(path).endswith("a"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=r"^data.dir: cannot read .*train/a: Permission denied$"):
+        open_folder(str(tmp_path))
 
 
 @pytest.fixture
