@@ -64,6 +64,7 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) 
         import importlib_resources  # noqa: F401  (TFDS needs it and does not say so)
         import tensorflow_datasets as tfds
         from array_record.python.array_record_module import ArrayRecordWriter
+        from tensorflow_datasets.proto import tf_example_pb2
     except ImportError as error:
         raise ModuleNotFoundError(
             f"preparing a set needs {error.name or error}, which is not installed: pip install 'scconv-jax[train,tfds]'"
@@ -73,7 +74,9 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) 
         splits = dict(zip(("train", "validation"), open_folder(source), strict=True))
     except ConfigError as error:
         raise ConfigError(str(error).replace("data.dir", "SRC")) from error
+    _check_names(splits["train"].classes)
     partial: Any = _open_partial(out, splits.values(), shard)
+    proto: Any = tf_example_pb2
     features: Any = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(),
@@ -97,8 +100,9 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) 
     def serialize(records: FolderRecords, index: int) -> bytes:
         data, label = records.read(index)
         file_name = os.path.relpath(records.name(index), records.root)
-        encoded = features.encode_example({"image": io.BytesIO(data), "label": label, "file_name": os.fsencode(file_name)})
-        return features.serialize_example(encoded)
+        record = features.serialize_example({"image": io.BytesIO(data), "label": label, "file_name": os.fsencode(file_name)})
+        # TFDS leaves the order of the fields to chance; the same images shall always be the same file.
+        return proto.Example.FromString(record).SerializeToString(deterministic=True)
 
     _write([*itertools.chain(*shards.values())], serialize, ArrayRecordWriter, partial, workers)
     infos = [
@@ -168,6 +172,13 @@ def _write(
             pool.shutdown(cancel_futures=True)
 
 
+def _check_names(classes: Iterable[str]) -> None:
+    """The names must come back as they are from TFDS's file of them: a line of UTF-8 each, without spaces around it."""
+    for name in classes:
+        if name != name.strip() or name.splitlines() != [name] or name.encode(errors="replace").decode() != name:
+            raise ConfigError(f"SRC: a set cannot keep the class name {name!r}, only UTF-8 text of one line: rename its folder")
+
+
 def _open_partial(out: Path, splits: Iterable[FolderRecords], shard: int) -> Path:
     """The folder to write to: a new one, or one that was begun with the same images."""
     digest = hashlib.sha256(str(shard).encode())
@@ -177,7 +188,7 @@ def _open_partial(out: Path, splits: Iterable[FolderRecords], shard: int) -> Pat
             digest.update(numbers.tobytes())
     plan = _partial(out) / PLAN
     with contextlib.suppress(OSError):
-        if plan.read_text() == digest.hexdigest() and not out.exists():
+        if plan.read_text() == digest.hexdigest():
             return plan.parent
     _new_partial(out)
     plan.write_text(digest.hexdigest())
@@ -187,8 +198,6 @@ def _open_partial(out: Path, splits: Iterable[FolderRecords], shard: int) -> Pat
 def _new_partial(out: Path) -> Path:
     """An empty folder, to become `out`."""
     partial = _partial(out)
-    if out.exists():
-        raise ConfigError(f"{out} is there already: choose another place, or remove it")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
@@ -200,6 +209,9 @@ def _new_partial(out: Path) -> Path:
 
 
 def _partial(out: Path) -> Path:
+    """Where `out` is made."""
+    if out.exists():
+        raise ConfigError(f"{out} is there already: choose another place, or remove it")
     return out.with_name(f"{out.name}.partial")
 
 

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from train.batches import UnreadableImageError
 from train.config import ConfigError
 
 
@@ -26,7 +27,7 @@ class Serialized(Protocol):
 
 
 class TFRecords:
-    """The records of TFRecord files; `files` are TFDS's `FileInstruction`s: which records of which file."""
+    """The records of TFRecord files, of which `files` are TFDS's `FileInstruction`s."""
 
     def __init__(self, files: Sequence[Any]) -> None:
         self._files = files
@@ -51,6 +52,8 @@ class TfdsRecords:
 
     classes: tuple[str, ...]
     split: str
+    files: Sequence[Any]
+    """TFDS's `FileInstruction`s: which records of which file."""
     serialized: Serialized
     features: Any
     """TFDS's `FeaturesDict`."""
@@ -66,11 +69,17 @@ class TfdsRecords:
         """The bytes of an image file, and its label.
 
         Raises:
-            ConfigError: the label is none of the classes.
+            UnreadableImageError: the record is damaged.
+            ConfigError: the file is damaged, or the label is none of the classes.
         """
         from tensorflow_datasets import decode
 
-        record = self.features.deserialize_example_np(self.serialized[index], decoders={self.image: decode.SkipDecoding()})
+        try:
+            record = self.features.deserialize_example_np(self.serialized[index], decoders={self.image: decode.SkipDecoding()})
+        except ConfigError:
+            raise
+        except Exception as error:  # of every kind: RuntimeError by array_record, DecodeError, KeyError and more by TFDS
+            raise UnreadableImageError(_first_line(error)) from error
         label = int(record[self.label])
         if not 0 <= label < len(self.classes):
             raise ConfigError(
@@ -80,8 +89,10 @@ class TfdsRecords:
         return record[self.image], label
 
     def name(self, index: int) -> str:
-        """Split and number of an image, and the place of its set."""
-        return f"record {index} of {self.split}"
+        """Split and number of an image, the place of its set, and its file."""
+        starts = [0, *accumulate(file.take for file in self.files)]
+        file = self.files[bisect_right(starts, index) - 1]
+        return f"record {index} of {self.split} ({os.path.basename(file.filename)})"
 
 
 def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> tuple[TfdsRecords, TfdsRecords]:
@@ -134,7 +145,7 @@ def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> t
             serialized = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         else:
             serialized = TFRecords(files)
-        return TfdsRecords(tuple(features[label].names), f"{split} of {folder}", serialized, features, image, label)
+        return TfdsRecords(tuple(features[label].names), f"{split} of {folder}", files, serialized, features, image, label)
 
     return records(train_split, "train_split"), records(test_split, "test_split")
 

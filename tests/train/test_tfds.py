@@ -5,13 +5,14 @@ import signal
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from train import prepare
-from train.batches import train_batches
+from train.batches import UnreadableImageError, train_batches
 from train.config import ConfigError, Data
 from train.data import load_dataset
 from train.folder import open_folder
@@ -224,6 +225,31 @@ def test_a_truncated_tfrecord_file_is_an_error(tfrecord, tmp_path):
         train.read(0)
 
 
+@pytest.mark.parametrize("content", [b"", b"nonsense" * 20000])
+def test_a_damaged_array_record_file_is_named_and_its_images_are_unreadable(copy, content):
+    next(copy.glob("*train*-00001-of-*")).write_bytes(content)
+    source = load_dataset(Data(name="tfds", dir=str(copy), image_size=16, max_bad_images=9)).train
+    image = np.empty((16, 16, 3), np.uint8)
+    for index in range(len(source)):
+        if 10 <= index < 19:
+            with pytest.raises(UnreadableImageError):
+                source.load(index, (index,), image)
+        elif index != 19:
+            source.load(index, (index,), image)
+    message = (
+        r"more than data.max_bad_images 9 .*: record 10 of train of .*\(images_pets_my_own-train.array_record-00001-of-00003\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        source.load(19, (0,), image)
+
+
+def test_a_damaged_record_is_unreadable(copy):
+    """Not what the reader of files finds, but what it gives."""
+    train, _ = opened(copy)
+    with pytest.raises(UnreadableImageError):
+        replace(train, serialized=[b"\xff nonsense"]).read(0)
+
+
 def test_a_missing_package_is_named(copy, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'scconv-jax\[train,tfds\]'"):
@@ -290,6 +316,8 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_files(folder, made, t
 def test_nothing_that_is_there_is_touched(folder, made, tmp_path, capsys):
     assert prepare.main([str(folder), str(made)]) == 2
     assert "is there already: choose another place, or remove it" in capsys.readouterr().err
+    assert prepare.main([str(folder), "."]) == 2
+    assert "error: . is there already" in capsys.readouterr().err
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").touch()
     assert prepare.main([str(folder), str(tmp_path / "out")]) == 2
@@ -303,6 +331,18 @@ def test_a_wrong_command_says_so(tmp_path, capsys):
     for arguments in (["out"], ["source", "out", "--digits"], ["source", "out", "--workers", "0"]):
         with pytest.raises(SystemExit, match="2"):
             prepare.main(arguments)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", b" space"])
+def test_a_class_whose_name_a_set_cannot_keep_is_an_error(tmp_path, capsys, name):
+    for split in ("train", "val"):
+        path = tmp_path / split / os.fsdecode(name) / "x.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(path)
+    assert prepare.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: SRC: a set cannot keep the class name {os.fsdecode(name)!r}, only UTF-8")
     assert not (tmp_path / "out.partial").exists()
 
 
