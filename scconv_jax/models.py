@@ -51,7 +51,7 @@ def create_model(name: str, **options: Any) -> nn.Module:
         A Flax module: `model.init(key, images, train=False)`, `model.apply(variables, images, train=False)`.
 
     Raises:
-        ValueError: for a name or an option that does not exist; the nearest that do are named.
+        ValueError: for a name or an option that does not exist, whose nearest are named; for less than one class.
     """
     if name not in MODELS:
         raise ValueError(f"There is no model {name!r}.{_nearest(name, MODELS)} All: {', '.join(list_models())}.")
@@ -59,6 +59,9 @@ def create_model(name: str, **options: Any) -> nn.Module:
     for option in options:
         if option not in known:
             raise ValueError(f"Model {name!r} has no option {option!r}.{_nearest(option, known)} All: {', '.join(known)}.")
+    classes = options.get("num_classes", 1)
+    if isinstance(classes, int) and classes < 1:
+        raise ValueError(f"num_classes={classes}: a network has at least one class.")
     return MODELS[name](**options)
 
 

@@ -27,7 +27,7 @@ from scconv_jax.layers import Dense
 from scconv_jax.models import MODELS, create_model
 from scconv_jax.recognise import head, options_shown, recognise, template
 from scconv_jax.weights import Source, WeightsError, read
-from scconv_jax.weights.download import PUBLISHED, fetch
+from scconv_jax.weights.download import fetch
 
 _log = logging.getLogger("scconv_jax")
 
@@ -111,9 +111,9 @@ def open_entries(
     source: str | os.PathLike[str], *, convention: str | None = None, rename: Sequence[Rename] = (), ignore: Sequence[str] = ()
 ) -> Entries:
     """Read a source, fetched first if it is a name or an address; `convention` forces the naming."""
-    path = Path(source)
-    if re.match(r"\w+://", str(source)) or (str(source) in PUBLISHED and not path.exists()):
-        path = fetch(str(source))
+    path, text = Path(source), str(source)
+    if "://" in text or (re.fullmatch(r"\w[\w-]*", text) and not os.path.lexists(path)):  # a name, which may be misspelt
+        path = fetch(text)
     read_source = read(path)
     if read_source.tensors is None:
         named, arrays = naming.FLAX, to_torch(read_source.variables or {})
@@ -121,7 +121,9 @@ def open_entries(
         arrays = normalised(read_source.tensors)
         named = naming.recognise(arrays) if convention is None else naming.naming(convention)
     arrays = normalised(arrays, (*named.rename, *rename))
-    arrays |= {name: arrays[name].reshape(arrays[name].shape[:2]) for name in named.linear if name in arrays}
+    for name in named.linear:
+        if name in arrays and arrays[name].shape[2:] == (1, 1):
+            arrays[name] = arrays[name][:, :, 0, 0]
     return Entries(arrays, named, read_source, (*named.ignore, *ignore))
 
 
@@ -134,13 +136,17 @@ def choose(found: Entries, model: str | None, options: Mapping[str, Any]) -> tup
     said = found.source.metadata
     if model is None and said.get("model") in MODELS:
         arguments = json.loads(said.get("arguments", "{}"))
-        if "num_classes" in (shown := options_shown(said["model"], found.arrays)):
-            arguments["num_classes"] = shown["num_classes"]  # a file cannot ask for a head that it does not have
+        said_to_be = f"{said['model']} with {json.dumps(arguments):.200}"
+        arguments.pop("num_classes", None)  # a file cannot ask for a head that it does not have
+        arguments |= {key: value for key, value in options_shown(said["model"], found.arrays).items() if key == "num_classes"}
         try:
+            if arguments.get("depth", 0) > len(found.arrays):  # the only option that could make a network without end
+                raise ValueError("its depth is more than the file has entries")
             template(create_model(said["model"], **arguments))
         except Exception as error:  # whatever options of a file, wrong in name or type, lead to
-            said_to_be = f"{said['model']} with {said.get('arguments', 'no arguments'):.200}"
-            raise WeightsError(f"{found.source.path} says that it is of {said_to_be}, which cannot be made: {error}") from error
+            raise WeightsError(
+                f"{found.source.path} says that it is of {said_to_be}, which cannot be made: {error!s:.300}"
+            ) from error
         return said["model"], {**arguments, **options}
     if model is not None:
         if model in MODELS:

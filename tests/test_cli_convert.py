@@ -90,6 +90,7 @@ def test_another_number_of_classes(capsys, variables):
     table = convert(capsys, "theirs.pth", "--num-classes", "3", "--out", "ours.safetensors")
     assert "note The file's head has 10 classes, the network 3: fc is as initialised." in table
     assert "as initialised fc.weight, fc.bias" in table
+    assert "which Flax has not; fc.weight, fc.bias: kept as initialised" in table
     found, metadata = load("ours.safetensors")
     assert metadata["arguments"] == {"num_classes": 3}
     assert found["params"]["fc"]["kernel"].shape == (256, 3)
@@ -117,7 +118,7 @@ def test_a_naming_and_names_of_ones_own(capsys, variables):
     arguments = ["--naming", "reference", "--rename", r"^net\.", "", "--ignore", "loss.*"]
     table = convert(capsys, "theirs.safetensors", *arguments, "--out", "ours.safetensors")
     assert "reference: SCNet of MCG-NKU/SCNet (as given)" in table
-    assert "loss.center: loss.* is to be passed over" in table
+    assert "loss.center: to be passed over (loss.*)" in table
     jax.tree.map(np.testing.assert_array_equal, load("ours.safetensors").variables, variables)
 
 
@@ -170,6 +171,10 @@ def test_no_network_at_all(capsys):
             "--out new.onnx: its name must end in .safetensors, .pth or .pt, which says the format",
         ),
         (["theirs.pth", "--out", "kept.safetensors"], "kept.safetensors exists. Give --force to replace it, or another --out."),
+        (["theirs.pth", "--out", "x" * 300 + ".pth"], "File name too long"),
+        (["theirs.pth", "--rename", "(", "", "--out", "new.pth"], "missing ), unterminated subpattern"),
+        (["theirs.pth", "--num-classes", "0", "--out", "new.pth"], "num_classes=0: a network has at least one class."),
+        (["scnet5", "--out", "new.pth"], "Did you mean scnet50?"),
         (["theirs.pth", "--out", "no/new.pth"], "There is no folder no to write new.pth in; make it first."),
         (
             ["theirs.pth", "--model", "resnet20_small", "--out", "new.pth"],

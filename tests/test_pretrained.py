@@ -1,6 +1,7 @@
 """From files of weights to variables: what is taken, what is left, what is said."""
 
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,41 @@ def test_options_in_a_file_that_make_no_network(tmp_path, variables, arguments):
     save(tmp_path / "x.safetensors", variables, {"model": NAME, "arguments": arguments})
     with pytest.raises(WeightsError, match=rf"x\.safetensors says that it is of {NAME} with .*, which cannot be made: "):
         load_model(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("classes", [10**11, 3])
+def test_a_file_without_a_head_cannot_ask_for_one_that_fills_the_memory(tmp_path, variables, classes):
+    params = {key: value for key, value in variables["params"].items() if key != "fc"}
+    save(tmp_path / "x.safetensors", {**variables, "params": params}, {"model": NAME, "arguments": {"num_classes": classes}})
+    model, found = load_model(tmp_path / "x.safetensors")
+    assert model == create_model(NAME)
+    equal(
+        {**found, "params": {key: value for key, value in found["params"].items() if key != "fc"}},
+        {**variables, "params": params},
+    )
+
+
+def test_a_file_cannot_ask_for_a_network_without_end(tmp_path, variables):
+    save(tmp_path / "x.safetensors", variables, {"model": "wrn28_10_small", "arguments": {"depth": 4 + 6 * 10**6}})
+    with pytest.raises(WeightsError, match=r"which cannot be made: its depth is more than the file has entries"):
+        load_model(tmp_path / "x.safetensors")
+
+
+def test_options_in_a_file_are_shown_in_one_line(tmp_path, variables):
+    save(tmp_path / "x.safetensors", variables, {"model": NAME, "arguments": '{"stem":\n\n\n7}'})
+    with pytest.raises(WeightsError, match=r'with {"stem": 7}, which cannot be made') as error:
+        load_model(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("scnet5", " Did you mean scnet50?"), ("scnet_101", " Did you mean scnet101?"), ("mine", "")]
+)
+def test_a_misspelt_name(name, hint):
+    with pytest.raises(
+        WeightsError, match=rf"^'{name}' is neither a published .*, and no file or folder here\.{re.escape(hint)}$"
+    ):
+        load_model(name)
 
 
 def test_another_head_keeps_the_templates_values(write, variables):

@@ -127,7 +127,9 @@ def test_pytorchs_names_are_not_loaded_as_variables(tmp_path, variables):
         scconv_jax.load(path)
 
 
-@pytest.mark.parametrize("arguments", ["{", "[" * 100_000, "[1]", "3", "null", '{"a": [1]}', '{"a": {}}'])
+@pytest.mark.parametrize(
+    "arguments", ["{", "[" * 100_000, "[1]", "3", "null", '{"a": [1]}', '{"a": {}}', '{"a": "\\u001b[2J"}', '{"\x9b": 1}']
+)
 def test_arguments_that_are_no_options(tmp_path, variables, arguments):
     scconv_jax.save(tmp_path / "x.safetensors", variables, {"arguments": arguments})
     with pytest.raises(WeightsError, match="the arguments in its metadata are no JSON object"):
@@ -325,6 +327,7 @@ with replacing(sys.argv[1]) as path:
         ("x.npz", r"must end in \.safetensors, \.pth or \.pt"),
         ("nowhere/x.pth", "There is no folder"),
         ("folder.pth", "is a folder"),
+        ("x" * 300 + ".pth", "File name too long"),
     ],
 )
 def test_places_that_cannot_be_written(tmp_path, name, match):
@@ -332,6 +335,20 @@ def test_places_that_cannot_be_written(tmp_path, name, match):
     with pytest.raises(WeightsError, match=match):
         scconv_jax.save(tmp_path / name, {"params": {"fc": {"bias": np.zeros(3)}}})
     assert [found.name for found in tmp_path.iterdir()] == ["folder.pth"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"fc": {"bias": np.zeros(3)}}, {"params": {}, "opt_state": {}}])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_what_is_no_variables_is_not_written(tmp_path, name, variables):
+    with pytest.raises(WeightsError, match=r"variables are .*; got (none|fc|params, opt_state)"):
+        scconv_jax.save(tmp_path / name, variables)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_that_is_no_json_is_not_written(tmp_path, variables):
+    with pytest.raises(WeightsError, match=r"metadata must be texts, or what JSON has \(Object of type float32"):
+        scconv_jax.save(tmp_path / "x.safetensors", variables, {"top1": np.float32(0.9)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_must_not_be_written(tmp_path, monkeypatch):

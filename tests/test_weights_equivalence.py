@@ -2,6 +2,8 @@
 
 import argparse
 import collections
+import datetime
+import random
 import sys
 
 import jax
@@ -133,6 +135,14 @@ def test_a_checkpoint_of_the_imagenet_script(tmp_path, legacy, torch_or_not):
         "classes": {"a", "b"},
         "size": torch.Size([1, 2]),
         "counts": collections.defaultdict(int, a=1),
+        "milestones": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),  # has a Counter
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "dtype": torch.bfloat16,
+        "range": range(3),
+        "day": datetime.date(2026, 1, 1),
+        "thresholds": {None: 0.5, 0.5: None},
     }
     write(tmp_path / "x.pth", checkpoint, legacy)
     source = torch_or_not(tmp_path / "x.pth")

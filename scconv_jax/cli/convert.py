@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,13 @@ from rich.text import Text
 
 from scconv_jax import __version__
 from scconv_jax.console import show
-from scconv_jax.convert import is_counter
+from scconv_jax.convert import Match, is_counter
 from scconv_jax.models import create_model
 from scconv_jax.naming import NAMINGS, OWN
 from scconv_jax.pretrained import Entries, Filled, choose, fill, fill_model, open_entries
 from scconv_jax.recognise import kinds
 from scconv_jax.weights import save
-from scconv_jax.weights.files import WeightsError, sha256
+from scconv_jax.weights.files import WeightsError, check_place, sha256
 
 ANY = "any"
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -102,10 +103,9 @@ def _check_out(out: Path, force: bool) -> None:
         raise WeightsError(
             f"--out {out}: its name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, which says the format."
         )
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise WeightsError(f"{out} exists. Give --force to replace it, or another --out.")
-    if not out.parent.is_dir():
-        raise WeightsError(f"There is no folder {out.parent} to write {out.name} in; make it first.")
+    check_place(out)  # before the work
 
 
 def _report(
@@ -122,7 +122,7 @@ def _report(
         "names": f"{found.naming.name}: {found.naming.description} ({how[options.naming is None]})",
         "network": f"{network} ({how[options.model is None]})",
         "entries": f"{len(found.arrays)} read, {len(matched.converted)} converted, {len(matched.ignored)} ignored",
-        "ignored": _reasons(found, matched.ignored),
+        "ignored": _reasons(found, matched),
         "beside them": ", ".join(f"{key} ({kind})" for key, kind in source.skipped.items()),
         "as initialised": ", ".join(matched.unfilled),
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(filled.variables['params'])):,}",
@@ -139,12 +139,18 @@ def _report(
     show(table)
 
 
-def _reasons(found: Entries, ignored: Sequence[str]) -> str:
+def _reasons(found: Entries, matched: Match) -> str:
     """Why entries were ignored: kinds of them, each with its number and reason."""
-    counters = [name for name in ignored if is_counter(name)]
-    others = [name for name in ignored if name not in set(counters)]
+    counters = [name for name in matched.ignored if is_counter(name)]
+    heads = [name for name in matched.ignored if name in matched.unfilled]
+    others = [name for name in matched.ignored if name not in {*counters, *heads}]
     reasons = [f"{len(counters)} num_batches_tracked, PyTorch's counters, which Flax has not"] if counters else []
+    if heads:
+        reasons.append(f"{_listed(heads)}: kept as initialised")
     if others:
-        listed = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        reasons.append(f"{listed}: {', '.join(found.ignore)} is to be passed over")
+        reasons.append(f"{_listed(others)}: to be passed over ({', '.join(found.ignore)})")
     return "; ".join(reasons)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -105,7 +105,8 @@ def _place(source: str, cache: Path) -> Path:
         nearest = difflib.get_close_matches(address, PUBLISHED, n=1)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise WeightsError(
-            f"{address!r:.200} is neither a published checkpoint ({', '.join(PUBLISHED)}) nor an http or https address.{hint}"
+            f"{address!r:.200} is neither a published checkpoint ({', '.join(PUBLISHED)}) nor an http or https address, "
+            f"and no file or folder here.{hint}"
         )
     name = urllib.parse.unquote(parts.path.rpartition("/")[2])
     name = re.sub(r"[^A-Za-z0-9._+-]", "_", name).lstrip(".")[-120:] or "weights"

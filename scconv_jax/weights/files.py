@@ -17,6 +17,25 @@ class WeightsError(ValueError):
     """A file or address of weights cannot be used; the message says what was found and what to do."""
 
 
+def check_place(path: Path) -> None:
+    """Say early what would keep a file from being written.
+
+    Raises:
+        WeightsError: the folder does not exist or cannot be written, or the name cannot be a file's.
+    """
+    if os.path.isdir(path):
+        raise WeightsError(f"{path} is a folder; give the name of a file to write.")
+    if not os.path.isdir(path.parent):
+        raise WeightsError(f"There is no folder {path.parent} to write {path.name} in; make it first.")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()
+    except OSError as error:
+        raise WeightsError(f"Cannot write {path}: {error.strerror or error}.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise WeightsError(f"Cannot write {path}: the folder cannot be written in.")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a file to write, which takes the place of `path` when it has been written whole.
@@ -28,10 +47,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         WeightsError: the folder does not exist, cannot be written, or is full.
     """
     path = Path(path)
-    if path.is_dir():
-        raise WeightsError(f"{path} is a folder; give the name of a file to write.")
-    if not path.parent.is_dir():
-        raise WeightsError(f"There is no folder {path.parent} to write {path.name} in; make it first.")
+    check_place(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with contextlib.ExitStack() as stack:

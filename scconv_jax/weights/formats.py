@@ -117,10 +117,18 @@ def save(path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: M
             PyTorch state dict has no place for it.
 
     Raises:
-        WeightsError: another suffix, or a file that cannot be written.
+        WeightsError: another suffix, no variables, metadata that JSON has not, or a file that cannot be written.
     """
     path = Path(path)
-    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    if "params" not in variables or not set(variables) <= set(runs.COLLECTIONS):
+        raise WeightsError(
+            f"Cannot write {path}: variables are {{'params': ..., 'batch_stats': ...}}, as `model.init` returns them; "
+            f"got {', '.join(map(str, list(variables)[:5])) or 'none'}."
+        )
+    try:
+        text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"Cannot write {path}: its metadata must be texts, or what JSON has ({error}).") from error
     if path.suffix == ".safetensors":
         safetensors_files.write(path, traverse_util.flatten_dict(dict(variables), sep="/"), text)
     elif path.suffix in (".pth", ".pt"):
@@ -149,7 +157,7 @@ def _read_file(path: Path) -> Source:
     if unprintable := next((name for name in tensors if not name.isprintable()), None):
         raise WeightsError(f"it has an entry with a name that cannot be printed, {unprintable!r}")
     if not _is_plain(metadata.get("arguments", "{}")):
-        raise WeightsError("the arguments in its metadata are no JSON object of numbers and texts")
+        raise WeightsError("the arguments in its metadata are no JSON object of numbers and printable texts")
     is_flax = all(name.startswith(runs.PREFIXES) for name in tensors)
     return Source(
         tensors=None if is_flax else tensors,
@@ -169,7 +177,9 @@ def _is_plain(arguments: str) -> bool:
         found = json.loads(arguments)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and all(isinstance(value, (str, int, float, type(None))) for value in found.values())
+    if not isinstance(found, dict) or not all(isinstance(value, (str, int, float, type(None))) for value in found.values()):
+        return False
+    return all(text.isprintable() for text in (*found, *found.values()) if isinstance(text, str))
 
 
 def _nested(tensors: Mapping[str, np.ndarray]) -> Variables:

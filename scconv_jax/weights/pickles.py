@@ -182,16 +182,16 @@ class _Machine:
 
 
 def ordered_dict(items: Any = ()) -> dict[Any, Any]:
-    """What an `OrderedDict` becomes; Python 2 gives the items in its call."""
+    """What an `OrderedDict` becomes, whose items Python 2 gives in its call, and a `Counter`, which gives a dict."""
     result: dict[Any, Any] = {}
-    _set(result, items)
+    _set(result, items.items() if isinstance(items, dict) else items)
     return result
 
 
 def _set(target: dict[Any, Any], items: Iterable[Any]) -> None:
     for key, value in items:
         # Hashing a deep tuple would recurse, and long integers can be chosen to have the same hash.
-        if not isinstance(key, (str, int, float, bytes)) or (type(key) is int and abs(key) >= 1 << 64):
+        if not isinstance(key, (str, int, float, bytes, type(None))) or (type(key) is int and abs(key) >= 1 << 64):
             raise WeightsError(f"its pickle has a dict with {_kind(key)} as a key")
         if key in target:
             raise WeightsError(f"entry {str(key)[:200]} occurs twice")

@@ -151,8 +151,12 @@ _BUILTINS = (
     "tuple",
     "unicode",
 )
+_TORCH_DTYPES = (
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128",
+)  # fmt: skip
 _INERT = (
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS),
+    "builtins.range", "__builtin__.xrange", "datetime.date", *(f"torch.{name}" for name in _TORCH_DTYPES),
     "argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath",
     "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "_codecs.encode", "torch.device",
     "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
