@@ -137,7 +137,7 @@ def test_a_checkpoint_of_the_imagenet_script(tmp_path, legacy, torch_or_not):
         "counts": collections.defaultdict(int, a=1),
         "milestones": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),  # has a Counter
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 (what scripts keep)
         "scaler": torch.amp.GradScaler("cpu").state_dict(),
         "dtype": torch.bfloat16,
         "range": range(3),
