@@ -92,13 +92,14 @@ def load_synthetic(data: Data) -> Dataset:
     """Noise around one random 4×4 pattern per class, of any size: for smoke tests and benchmarks, not for science."""
     rng = np.random.default_rng(0)
     patterns = rng.uniform(64, 192, (data.synthetic_classes, 4, 4, 3))
-    enlarged = np.stack([resize_bilinear(patterns[..., c], data.image_size) for c in range(3)], axis=-1)
+    shape = (data.image_size, data.image_size, 3)
 
     def make(count: int) -> ArraySource:
         labels = (np.arange(count) % data.synthetic_classes).astype(np.int32)
-        images = np.empty((count, *enlarged.shape[1:]), np.uint8)
-        for index, label in enumerate(labels):  # one at a time: ImageNet-size float noise would not fit in memory
-            images[index] = np.clip(enlarged[label] + rng.normal(0, 24, enlarged.shape[1:]), 0, 255)
+        images = np.empty((count, *shape), np.uint8)
+        for index, label in enumerate(labels):  # one at a time: ImageNet-size floats would not fit in memory
+            pattern = resize_bilinear(patterns[label].transpose(2, 0, 1), data.image_size).transpose(1, 2, 0)
+            images[index] = np.clip(pattern + rng.normal(0, 24, shape), 0, 255)
         return ArraySource(images, labels)
 
     return _from_arrays(make(data.synthetic_train), make(data.synthetic_test), data.synthetic_classes)
