@@ -181,7 +181,7 @@ def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
         ConfigError: there is no checkpoint, or it does not fit the config.
     """
     job = prepare(config)
-    plan = make_plan(config, len(job.dataset.train), jax.device_count())
+    plan = make_plan(config, max(len(job.dataset.train), config.data.batch_size), jax.device_count())  # few will do to test
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
     start = Start(config, plan, job.model, optimizer, job.dataset.image_shape)
     state = start.empty()

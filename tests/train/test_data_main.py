@@ -81,6 +81,12 @@ def test_a_run_on_a_folder_goes_on_where_it_stopped(digits, capsys):
     assert metrics("halved")[-1] == metrics("step")[-1]
 
 
+def test_weights_are_tested_where_there_are_fewer_images_to_train_on_than_in_a_batch(digits, capsys):
+    assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
+    assert main(["--config", "small.py", "--evaluate", "--init", "a", "-b", "80", str(digits)]) == 0
+    assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} %" in capsys.readouterr().out
+
+
 def test_too_many_unreadable_images_end_the_run_with_one_line(digits, capsys):
     images = sorted(digits.glob("train/*/*.jpg"))
     for path in images[:3]:
