@@ -173,11 +173,11 @@ class Hosts(Group):
     With nothing given they find each other under SLURM, Open MPI and Kubernetes and on Cloud TPU; elsewhere there is one.
     """
 
-    count: int | None = None
+    count: Annotated[int | None, arg(aliases=("--world-size",))] = None
     """Processes, one per host."""
-    index: int | None = None
+    index: Annotated[int | None, arg(aliases=("--rank",))] = None
     """Which of them this is, from 0; process 0 writes all files."""
-    address: str | None = None
+    address: Annotated[str | None, arg(aliases=("--dist-url",))] = None
     """HOST:PORT of process 0, as the others reach it; it takes the next port too."""
     timeout: float = 300.0
     """Seconds to wait for the others to come."""

@@ -1,7 +1,9 @@
 """The command line: `python -m train.main [DIR] [--config configs/NAME.py] [--field.name VALUE ...]`."""
 
 import argparse
+import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -18,7 +20,7 @@ except ModuleNotFoundError:
     print("error: the trainer needs more packages than the library: pip install -e '.[train]', or make setup", file=sys.stderr)
     sys.exit(2)
 
-from train.config import CheckpointError, Config, ConfigError, DivergedError, Hosts
+from train.config import CheckpointError, Config, ConfigError, Data, DivergedError, Hosts
 from train.config_files import CONFIGS, DEFAULT, from_json, load_config, to_json
 from train.hosts import Link, find
 from train.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_held
@@ -28,6 +30,9 @@ PROGRAM = "python -m train.main"
 
 IMAGENET = CONFIGS / "scnet50.py"
 """What a folder of images, or noise in its place, is trained by, where no config is given."""
+
+ANYTHING = Config(epochs=10**9, data=Data(image_size=1))
+"""A config that any other field fits."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,13 @@ class Arguments:
     """Experiment; the fields below override it."""
     workdir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/NAME, for configs/NAME.py)")]
     """Folder of the run."""
-    resume: Annotated[bool, arg(help_behavior_hint="")] = False
+    resume: Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")] = False
     """Go on with the run in the workdir, by its own config unless --config is given. --resume DIR works too."""
-    evaluate: Annotated[bool, arg(aliases=("-e",), help_behavior_hint="")] = False
+    evaluate: Annotated[bool, FlagCreatePairsOff, arg(aliases=("-e",), help_behavior_hint="")] = False
     """Only test the latest checkpoint of the run in the workdir."""
-    best: Annotated[bool, arg(help_behavior_hint="")] = False
+    best: Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")] = False
     """With --evaluate: the checkpoint of the best test accuracy, not the latest."""
-    pytorch: Annotated[FromPyTorch, arg(name="")] = FromPyTorch()
+    pytorch: Annotated[FromPyTorch, FlagCreatePairsOff, arg(name="")] = FromPyTorch()
     images: Annotated[str, Positional, arg(metavar="DIR")] = ""
     """Folder of images, train/CLASS/… and val/CLASS/…, to train on: --data.name folder --data.dir DIR. Or of a set of TFDS."""
 
@@ -86,7 +91,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path | None, bool]:
 
     def read(path: Path, base: Config) -> Arguments:
         default = Arguments(base, _hosts(known), path, known.workdir, bool(known.resume), known.evaluate)
-        return tyro.cli(Arguments, args=fields, default=default, prog=PROGRAM, config=(FlagCreatePairsOff,))
+        return tyro.cli(Arguments, args=fields, default=default, prog=PROGRAM)
+
+    def names_images() -> bool:
+        """Whether DIR is among the flags; which config they must fit depends on it."""
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                return bool(read(DEFAULT, ANYTHING).images)
+            except (SystemExit, ConfigError):
+                return False  # the mistake is found again
 
     path, before = known.config or DEFAULT, None
     workdir = known.resume if isinstance(known.resume, Path) else known.workdir
@@ -98,15 +111,14 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path | None, bool]:
             )
         workdir = workdir or latest_workdir(path.stem)
         before = load_run(workdir)
-    arguments = read(path, before if before and not known.config else load_config(path))
-    if (arguments.images or known.dummy) and not known.config and not before:
+    if not known.config and not before and (known.dummy or names_images()):
         path = IMAGENET
-        arguments = read(path, load_config(path))
+    arguments = read(path, before if before and not known.config else load_config(path))
 
     for flag, given in (("multiprocessing-distributed", known.multiprocessing_distributed), ("dist-backend", known.dist_backend)):
         if given:
             print(f"--{flag} is of no use here: one process drives all devices of a host, and JAX knows how they talk")
-    experiment = _on_images(arguments.experiment, arguments.images)
+    experiment = _on_images(arguments.experiment, "" if known.dummy else arguments.images)
     if only_weights:
         return experiment, None, True
     workdir = workdir or fresh_workdir(path.stem)

@@ -91,6 +91,42 @@ def test_a_folder_with_a_config():
     assert workdir == Path("runs/mine")
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--start-epoch", "50"], {"start_epoch": 50}),
+        (["--optim.warmup-epochs", "20"], {"optim.warmup_epochs": 20}),
+        (["--data.flip"], {"data.flip": True}),
+        (["--data.no-flip"], {"data.flip": False}),
+    ],
+)
+def test_with_a_folder_flags_need_not_fit_the_config_that_counts_without(flags, expected):
+    assert fields(parse([*flags, "images"])[0], expected) == expected
+
+
+def test_a_wrong_flag_with_a_folder_is_still_explained(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["images", "--opitm.lr", "3"])
+    assert "Unrecognized options: --opitm.lr" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_without_a_folder_flags_must_fit_the_default():
+    with pytest.raises(ConfigError, match="start_epoch must be at least 0 and under epochs, found 50"):
+        parse(["--start-epoch", "50"])
+
+
+def test_noise_takes_the_place_of_a_folder():
+    expected = {"data.name": "synthetic", "data.dir": "", "data.image_size": 224, "model.name": "scnet50"}
+    assert fields(parse(["--dummy", "images"])[0], expected) == expected
+
+
+def test_the_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+    words = set(capsys.readouterr().out.replace(",", " ").split())
+    assert {flag for row in [*ROWS, *ACTIONS, *HOSTS] for flag in row.split(", ")} <= words
+
+
 def test_evaluate_with_weights_is_of_no_run():
     """The script's `-e --pretrained DIR`."""
     config, workdir, only_test = parse(["images", "-a", "scnet50", "--pretrained", "-e"])
