@@ -1,6 +1,7 @@
 """`python -m scconv_jax convert`: what it writes, what it says, and that bad input leaves nothing behind."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +243,24 @@ def test_an_interruption_while_writing_leaves_what_was_there(monkeypatch, tmp_pa
     assert message in capsys.readouterr().err
     assert (tmp_path / "kept.safetensors").read_bytes() == b"kept"
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_encoding_without_the_tables_frames(variables):
+    save("theirs.pth", variables)
+    command = [sys.executable, "-m", "scconv_jax", "convert", "theirs.pth", "--out", "ours.safetensors"]
+    run = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True)
+    assert b"scnet20_small" in run.stdout
+    assert run.stderr == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no file that is always full")
+def test_output_that_cannot_be_written(variables):
+    save("theirs.pth", variables)
+    command = [sys.executable, "-m", "scconv_jax", "convert", "theirs.pth", "--out", "ours.safetensors"]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Traceback" not in run.stderr
+    assert "No space left on device" in run.stderr
 
 
 def test_as_a_program(variables):

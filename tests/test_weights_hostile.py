@@ -155,6 +155,12 @@ TRICKS = {
     ),
     "arguments that are no tuple": named("torch._utils._rebuild_tensor_v2") + text("abcd") + b"R",
     "too few arguments": call("torch._utils._rebuild_tensor_v2", 1),
+    "a dict of no pairs": call("collections.OrderedDict", [["a"]]),
+    "a dict of a text": call("collections.OrderedDict", "abc"),
+    "a dict of triples": call("collections.Counter", [[1, 2, 3]]),
+    "a dict of a number": call("collections.OrderedDict", 3),
+    "a size of a number": call("torch.Size", 3),
+    "a parameter of nothing": call("torch._utils._rebuild_parameter"),
     "items of a text": text("x") + text("k") + text("v") + b"s",
     "items of an inert object": call("builtins.set", []) + text("k") + text("v") + b"s",
     "an appended text": text("x") + text("y") + b"a",
@@ -187,6 +193,14 @@ def laughs():
     return b"".join(opcodes)
 
 
+PAIRS = b"](" + b"".join(text(f"{i:05}") + b"N\x86" for i in range(20_000)) + b"e"
+
+
+def again(function, argument, as_tuple):
+    """Few opcodes, of which each goes through as much as all before it made."""
+    return argument + b"q\0" + named(function) + b"q\1" + (b"h\1h\0" + as_tuple + b"R0") * 12_000 + b"N"
+
+
 BOMBS = {
     "lists of lists": lambda: laughs(),
     "texts doubled": lambda: text("x" * 1000) + b"q\0" + b"h\0\x86q\0" * 60,
@@ -202,6 +216,9 @@ BOMBS = {
     "equal hashes": lambda: (
         b"}(" + b"".join(b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") + b"N" for i in range(40_000)) + b"u"
     ),
+    "one list made a dict again and again": lambda: again("collections.OrderedDict", PAIRS, b"\x85"),
+    "one list made a size again and again": lambda: again("torch.Size", PAIRS, b"\x85"),
+    "one long call again and again": lambda: again("torch._utils._rebuild_parameter", b"(" + b"N" * 30_000 + b"t", b""),
     "a huge text": lambda: b"X\xff\xff\xff\x7f" + b"x" * 100,
     "a huger text": lambda: b"\x8d" + struct.pack("<Q", 2**63) + b"x",
     "a negative text": lambda: b"T" + struct.pack("<i", -5) + b"x",
@@ -391,6 +408,13 @@ HEADERS = {
         8,
     ),
     "a path through an array": ({"params/a": FLOATS, "params/a/b": {**FLOATS, "data_offsets": [8, 16]}}, 16),
+    "a deep path": ({"params/" + "a/" * 500_000 + "kernel": FLOATS}, 8),
+    "a deep name": ({"a." * 500_000 + "weight": FLOATS}, 8),
+    "a long name": ({"a" * 10**7: FLOATS}, 8),
+    "a deep shape": (b'{"a":{"dtype":"F32","shape":[' + b"1," * 10**6 + b'2],"data_offsets":[0,8]}}', 8),
+    "a negative zero": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}', 8),
+    "a field twice": (b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', 8),
+    "arguments of 5,000 digits": ({"__metadata__": {"arguments": '{"depth":' + "9" * 5000 + "}"}, "a": FLOATS}, 8),
     "an empty path": ({"params/": FLOATS}, 8),
 }
 
@@ -399,6 +423,12 @@ HEADERS = {
 def test_safetensors_headers_that_lie(path, name):
     header, count = HEADERS[name]
     refused(path, made.safetensors_file(header, bytes(count)))
+
+
+@pytest.mark.parametrize("metadata", [None, {}])
+def test_no_metadata(path, metadata):
+    path.write_bytes(made.safetensors_file({"__metadata__": metadata, "a": FLOATS}, bytes(8)))
+    assert weights.read(path).metadata == {}
 
 
 @pytest.mark.parametrize("length", [2**62, 2**27, 2**25, 9, 10**5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -12,10 +13,13 @@ from scconv_jax.cli import convert, summary, verify
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 where `verify` finds a difference, or 2 with a message for bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # the frames and arrows of a table are not in every encoding
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except ValueError as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"scconv-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -123,7 +123,7 @@ def _report(
         "network": f"{network} ({how[options.model is None]})",
         "entries": f"{len(found.arrays)} read, {len(matched.converted)} converted, {len(matched.ignored)} ignored",
         "ignored": _reasons(found, matched),
-        "beside them": ", ".join(f"{key} ({kind})" for key, kind in source.skipped.items()),
+        "beside them": _listed([f"{key} ({kind})" for key, kind in source.skipped.items()], most=20),
         "as initialised": ", ".join(matched.unfilled),
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(filled.variables['params'])):,}",
         "written": f"{out}: {out.stat().st_size:,} bytes",
@@ -152,5 +152,5 @@ def _reasons(found: Entries, matched: Match) -> str:
     return "; ".join(reasons)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -22,6 +22,8 @@ from scconv_jax.weights.files import WeightsError, sha256, unknown
 
 Variables = dict[str, Any]
 
+_LONGEST_NAME = 500  # characters; names are paths of a tree, which a deep one would have walked for ever
+
 _log = logging.getLogger("scconv_jax")
 
 
@@ -73,6 +75,8 @@ def read(path: str | os.PathLike[str]) -> Source:
         # What it quotes from the file may be long, or hold what a terminal would obey.
         reason = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:600])
         raise WeightsError(f"{path} cannot be used: {reason}.") from error
+    except MemoryError as error:
+        raise WeightsError(f"{path} does not fit into this machine's memory.") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -154,6 +158,8 @@ def _read_file(path: Path) -> Source:
         raise WeightsError(unknown(head))
     if not tensors:
         raise WeightsError("it holds no arrays")
+    if long := next((name for name in tensors if len(name) > _LONGEST_NAME), None):
+        raise WeightsError(f"it has an entry with a name of {len(long):,} characters, {long[:50]!r} and so on")
     if unprintable := next((name for name in tensors if not name.isprintable()), None):
         raise WeightsError(f"it has an entry with a name that cannot be printed, {unprintable!r}")
     if not _is_plain(metadata.get("arguments", "{}")):

@@ -63,7 +63,9 @@ def unpickle(
     machine = _Machine(data, start, names, persistent, refuse)
     try:
         return machine.run(), machine.at
-    except (IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError) as error:
+    except WeightsError:
+        raise
+    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         raise WeightsError(f"its pickle is damaged near byte {machine.at}") from error
 
 
@@ -82,14 +84,20 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
+        self.left = MOST_OPCODES
 
     def run(self) -> Any:
-        for _ in range(MOST_OPCODES):
+        while True:
+            self.spend(1)
             opcode = self.take(1)
             if opcode == pickle.STOP:
                 return self.stack.pop()
             _OPCODES[opcode](self) if opcode in _OPCODES else self.unknown(opcode)
-        raise WeightsError(f"its pickle has more than {MOST_OPCODES:,} opcodes, which no state dict needs")
+
+    def spend(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise WeightsError(f"its pickle has more than {MOST_OPCODES:,} opcodes, which no state dict needs")
 
     def unknown(self, opcode: bytes) -> None:
         raise WeightsError(f"its pickle is damaged, or of another kind: opcode {opcode!r} at byte {self.at - 1}")
@@ -154,6 +162,8 @@ class _Machine:
         if isinstance(function, Inert):
             self.push(function)
         elif isinstance(function, Name) and function.build is not None and type(arguments) is tuple:
+            # One opcode can hand over again, and have gone through, all that a million others made.
+            self.spend(len(arguments) + sum(len(value) for value in arguments if isinstance(value, (dict, list, tuple))))
             self.push(function.build(*arguments))
         else:
             raise WeightsError(f"its pickle calls {_kind(function)}")

@@ -42,7 +42,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 header = json.loads(file.read(length), object_pairs_hook=_unique)
         except (safetensors.SafetensorError, ValueError) as error:
             raise WeightsError(f"it is a damaged safetensors file ({error})") from error
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         tensors: dict[str, np.ndarray] = {}
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
