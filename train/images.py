@@ -40,6 +40,9 @@ BEFORE_FRAME = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
 ROWS = 16
 """Rows that most files code together: less cannot be left out. Twice the largest factor of scaled decoding."""
 
+LARGEST = 2**28
+"""Pixels of a resized image: a gigabyte. A line of 1 × 60,000 pixels would take sixteen."""
+
 cv2.setNumThreads(1)  # images are read in threads of our own
 
 
@@ -98,12 +101,14 @@ def center_crop(data: bytes, size: int, resize: int, *, exif: bool = False) -> n
         uint8 (size, size, 3).
 
     Raises:
-        UnreadableImageError: the file is damaged, truncated or no image.
+        UnreadableImageError: the file is damaged, truncated or no image, or it is so long that it would not fit in memory.
     """
     image = decode(data, exif=exif)
     width, height = image.size
     if min(width, height) != resize:
         longer = int(resize * max(width, height) / min(width, height))
+        if longer * resize > LARGEST:
+            raise UnreadableImageError(f"{width} × {height} pixels, which would be {longer} × {resize} when resized")
         width, height = (resize, longer) if width <= height else (longer, resize)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)

@@ -153,6 +153,14 @@ def test_every_kind_of_subsampling_is_read(factors):
         assert (pixels == 128).all()
 
 
+def test_a_line_is_not_resized_to_what_would_not_fit_in_memory():
+    data = encoded(Image.new("L", (60_000, 1), 77), "PNG")
+    assert (whole(data, 32) == 77).all()
+    assert (center_crop(data, 32, 32) == 77).all()
+    with pytest.raises(UnreadableImageError, match=r"^60000 × 1 pixels, which would be 15360000 × 256 when resized$"):
+        center_crop(data, 224, 256)
+
+
 def test_a_crop_is_decided_by_its_key_alone():
     data = encoded(photo(200, 300))
     first, again, other = (random_resized_crop(data, 32, np.random.default_rng(key)) for key in ((1, 2), (1, 2), (1, 3)))
