@@ -137,6 +137,8 @@ def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> t
             files = builder.info.splits[split].file_instructions
         except (ValueError, KeyError) as error:
             raise ConfigError(f"data.{field} {split!r} of {folder}: {_first_line(error)}") from error
+        if not files:
+            raise ConfigError(f"data.{field} {split!r} of {folder} holds no image")
         _allow_open_files(len(files))
         missing = [file.filename for file in files if not os.path.exists(file.filename)]
         if missing:

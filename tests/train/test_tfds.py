@@ -183,6 +183,8 @@ def test_a_folder_that_is_no_set_is_an_error(folder, copy, tmp_path):
 def test_a_split_that_is_not_there_is_an_error(copy):
     with pytest.raises(ConfigError, match=r"data.train_split 'trian' of .*: Unknown split 'trian'. Should be one of"):
         opened(copy, train="trian")
+    with pytest.raises(ConfigError, match=r"data.train_split 'train\[:0\]' of .* holds no image$"):
+        opened(copy, train="train[:0]")
     info = json.loads((copy / "dataset_info.json").read_text())
     info["splits"] = [split for split in info["splits"] if split["name"] == "train"]
     (copy / "dataset_info.json").write_text(json.dumps(info))
