@@ -1,6 +1,7 @@
 """Groups of fields that check themselves when they are built: names, types and ranges."""
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -52,7 +53,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
@@ -65,5 +66,5 @@ def _describe(annotation: Any) -> str:
         return f"a tuple of {typing.get_args(annotation)[0].__name__}"
     if typing.get_origin(annotation) is types.UnionType:
         return " or ".join(map(_describe, typing.get_args(annotation)))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", types.NoneType: "None"}
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False", types.NoneType: "None"}
     return names.get(annotation, f"a {annotation.__name__}(...)")
