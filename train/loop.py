@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import shlex
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from train.data import Dataset, load_dataset
 from train.hosts import Signals
 from train.log import RUN_AHEAD, Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
-from train.parallel import Parallel, from_host_0, make_parallel
+from train.parallel import Parallel, from_host_0, make_parallel, of_all_hosts
 from train.speed import Profiler, peak_multiply_adds, training_multiply_adds
 from train.start import Start
 from train.step import AXIS, TrainState, eval_step, train_step
@@ -167,7 +169,8 @@ def train(config: Config, workdir: Path) -> int:
     draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=f"{config.model.name} on {config.data.name}")
     if step < plan.total_steps:
         print(
-            f"Stopped and saved at step {step} of {plan.total_steps}; to go on: python -m train.main --workdir {workdir} --resume"
+            f"Stopped and saved at step {step} of {plan.total_steps}; to go on: "
+            f"python -m train.main --workdir {shlex.quote(str(workdir))} --resume"
         )
         return signals.received
     print(summary(workdir, time.perf_counter() - began))
@@ -215,11 +218,12 @@ def prepare(config: Config) -> Job:
     """Load the data and make the network.
 
     Raises:
-        ConfigError: there is no such network, or it does not take such images.
+        ConfigError: there is no such network, or it does not take such images; or another host found other images.
     """
     if config.model.dtype == "float64" and jnp.zeros(0).dtype != "float64":
         raise ConfigError("model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment")
     dataset = load_dataset(config.data)
+    check_same_images(dataset)
     options = {
         "num_classes": dataset.num_classes,
         "dtype": jnp.dtype(config.model.dtype),
@@ -233,6 +237,23 @@ def prepare(config: Config) -> Job:
         raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
     normalizer = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
     return Job(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
+
+
+def check_same_images(dataset: Dataset) -> None:
+    """See that all hosts, each of which reads its part of every batch, found the same classes and as many images.
+
+    Raises:
+        ConfigError: they did not, on all hosts.
+    """
+    crc = zlib.crc32("\0".join(dataset.classes).encode(errors="surrogateescape")) >> 1
+    hosts = of_all_hosts([len(dataset.train), len(dataset.test), dataset.num_classes, crc])
+    other = next((host for host, found in enumerate(hosts) if found != hosts[0]), 0)
+    if other:
+        there, here = (
+            f"{train} training and {test} test images of {n} classes" for train, test, n, _ in (hosts[other], hosts[0])
+        )
+        names = ", of other names" if hosts[other][:3] == hosts[0][:3] else ""
+        raise ConfigError(f"host {other} found {there}{names}, host 0 {here}: all hosts need the same images in data.dir")
 
 
 def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, float]]:
@@ -278,6 +299,8 @@ def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
 def summary(workdir: Path, seconds: float) -> str:
     """What a person reads at the end."""
     tested = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/top1" in line]
+    if not tested:  # they are lost, and the run had ended
+        return f"No test result in {workdir / 'metrics.jsonl'}; the checkpoints are whole: --evaluate tests the latest"
     last, best = tested[-1], best_line(tested)
     return (
         f"Test accuracy {accuracy(last)} after the last epoch, "

@@ -108,6 +108,13 @@ def from_host_0(tree: Any) -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
+def of_all_hosts(values: list[int]) -> list[list[int]]:
+    """The `values` (int32, as many on all) of each host, on all hosts."""
+    if jax.process_count() == 1:
+        return [values]
+    return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32))).tolist()
+
+
 def run_once(make: Callable[[], Any]) -> Any:
     """What `make` returns, computed on the device by a program not worth optimising.
 

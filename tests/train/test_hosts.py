@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 
 from tests.train.tiny import final_arrays
 from train import hosts as hosts_module
@@ -169,6 +170,31 @@ def test_a_host_that_fails_says_why_to_the_other():
     assert reason in err + other_err
     assert "Traceback" not in err + other_err
     del other_out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_hosts_with_other_images_are_told_so(monkeypatch):
+    """Each finds its own folder in the same place: as if every machine had a disk of its own."""
+    rng = np.random.default_rng(0)
+    for host, tests in ((0, 4), (1, 5)):
+        for split, count in (("train", 16), ("val", tests)):
+            for index in range(count):
+                folder = Path(f"{host}/data/{split}/{'ab'[index % 2]}")
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 255, (9, 9, 3), np.uint8)).save(folder / f"{index}.png")
+        Path(f"{host}/small.py").write_text(CONFIG)
+    address, both = f"127.0.0.1:{free_port()}", []
+    for host in range(2):
+        monkeypatch.chdir(str(host) if host == 0 else f"../{host}")
+        numbers = ["--hosts.count", "2", "--hosts.index", str(host), "--hosts.address", address]
+        both.append(start("data", "--workdir", "run", *numbers, devices=2))
+    reason = "host 1 found 16 training and 5 test images of 2 classes, host 0 16 training and 4 test images of 2 classes"
+    for code, _, err in map(finish, both):
+        assert code == 2
+        assert reason in errors(err)[0]
+        assert "Traceback" not in err
+    assert not Path("../0/run").exists()
 
 
 @pytest.fixture
