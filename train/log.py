@@ -7,6 +7,7 @@ do for want of images), `multiply_adds_per_second` and, where the devices' peak 
 add `eval/loss`, `eval/top1` and `eval/top5` over all test images, and `eval/images`, their number.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -36,6 +37,8 @@ class Metrics:
         if path is None:
             return
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
+        if path.exists() and (damaged := path.read_bytes().count(b"\n") - len(read_metrics(path))):
+            print(f"warning: {damaged} lines of {path} are damaged and left out", file=sys.stderr)
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
@@ -60,9 +63,12 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line cut off in mid-write is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of `metrics.jsonl`; one cut off in mid-write, or damaged on disk, is left out."""
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int) and "epoch" in line]
 
 
 class Window:
@@ -219,7 +225,9 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(picture)
+    partial = picture.with_suffix(".partial")
+    figure.savefig(partial, format="png")
+    partial.replace(picture)
 
 
 def best_line(tested: list[dict[str, Any]]) -> dict[str, Any]:

@@ -36,6 +36,17 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1]
 
 
+def test_damaged_lines_are_left_out_and_told(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1, "epoch": 1}', b'{"step": 1, "ep', b"17", b"\xff\xfe{}", bytes(9), b"", b'{"step": "a", "epoch": 1}']
+    path.write_bytes(b"\n".join([*lines, b'{"step": 2, "epoch": 2}', b'{"step": 3']))
+    with Metrics(path, first_step=5):
+        pass
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert path.read_bytes().count(b"\n") == 2
+    assert capsys.readouterr().err == f"warning: 6 lines of {path} are damaged and left out\n"
+
+
 def values(loss, top1=0.5):
     return {"loss": jnp.float32(loss), "top1": jnp.float32(top1)}
 
