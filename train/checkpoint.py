@@ -55,14 +55,17 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
+        failed = True
         try:
             if kind is None:
                 self.wait()
+                failed = False
         finally:
             self._writer.shutdown()  # what is being written is written to the end
             if self._manager is not None:
                 self._manager.close()
-            sys.unraisablehook = self._hook
+            if not failed:  # else those threads may go on talking until the process ends
+                sys.unraisablehook = self._hook
 
     def _without_noise(self, unraisable: Any) -> None:
         """Keep back what TensorStore's threads say when Orbax, after an error, no longer waits for them."""
@@ -119,7 +122,7 @@ class Checkpoints:
             move_damaged: to `damaged/` in the run's folder, out of the way of the steps to come. Nothing is ever deleted.
 
         Raises:
-            ConfigError: there is no checkpoint, none is whole, or it holds other arrays than `like`.
+            ConfigError: there is no checkpoint, none is whole (with `step`: it is not), or it holds other arrays than `like`.
         """
         self.wait()
         damaged: dict[int, str] = {}
@@ -137,6 +140,10 @@ class Checkpoints:
             return state
         if not damaged:
             raise ConfigError(f"no checkpoint in {self.directory}")
+        if step is not None:
+            raise ConfigError(
+                f"the checkpoint of step {step} in {self.directory} is damaged: {damaged[step]}; others may be whole"
+            )
         found = "; ".join(f"step {bad}: {reason}" for bad, reason in damaged.items())
         raise ConfigError(f"no checkpoint in {self.directory} is whole ({found}): restore one from a copy, or start another run")
 

@@ -1,3 +1,6 @@
+import sys
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,6 +205,28 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path, state):
         checkpoints.save(at(state, 2))
         with pytest.raises(CheckpointError, match=r"^the checkpoint of step 2 cannot be written: "):
             checkpoints.wait()
+
+
+def test_after_an_error_the_threads_of_the_writer_are_not_heard(tmp_path, state, monkeypatch):
+    """They complain of the event loop that went with the error, at any time until the process ends."""
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(CheckpointError), Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(at(state, 1))
+    for text in ("Event loop is closed", "something else"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))  # type: ignore[arg-type]
+    assert heard == ["something else"]
+
+
+def test_a_damaged_step_that_was_asked_for_is_not_replaced(tmp_path, state):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(at(state, 1))
+        checkpoints.save(at(state, 2))
+        checkpoints.wait()
+        (checkpoints.directory / "1" / "about" / "metadata").unlink()
+        with pytest.raises(ConfigError, match=r"^the checkpoint of step 1 in .* is damaged: .*; others may be whole$"):
+            checkpoints.restore(state, step=1)
 
 
 def test_the_best_is_known(tmp_path, state):
