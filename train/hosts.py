@@ -23,6 +23,8 @@ from train.config import ConfigError, Hosts
 
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """A host whose power or network is gone is given up after 30 s without an answer; the system's own rule is two hours."""
+TWICE = 0.5
+"""Seconds within which a second signal is taken for the first."""
 REASON_WAIT = 3.0
 """Seconds in which another host may say why, after an operation between hosts failed here."""
 
@@ -238,10 +240,13 @@ class _Peer:
 
 
 class Signals:
-    """Notes the first Ctrl-C or SIGTERM, for all hosts to stop after the same step; a second Ctrl-C acts as ever."""
+    """Notes a Ctrl-C or SIGTERM, for all hosts to stop after the same step; another Ctrl-C, later, acts as ever.
+
+    What comes within `TWICE` seconds is the same signal: `timeout`, for one, sends its own to a process and then to its group.
+    """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._when = 0, 0.0
 
     def __enter__(self) -> Self:
         import jax
@@ -268,10 +273,12 @@ class Signals:
         return stop
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.received = signum
-        self.__exit__()
-        if self._hosts > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if not self.received:
+            self.received, self._when = signum, time.monotonic()
+            if self._hosts > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif signum == signal.SIGINT and time.monotonic() - self._when > TWICE:
+            raise KeyboardInterrupt
 
 
 def find(hosts: Hosts) -> Hosts:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from train.config import Config, ConfigError
 from train.config_files import differences, from_json, to_json
@@ -22,8 +22,8 @@ FIXED = ("model.name", "data.name", "data.batch_size", "data.synthetic_train", "
 
 
 def holds_run(workdir: Path) -> bool:
-    """Whether a run has begun there."""
-    return (workdir / "config.json").is_file()
+    """Whether a run has begun there: one that lost its config is a run, too, and not to be overwritten."""
+    return (workdir / "config.json").is_file() or (workdir / "checkpoints").is_dir()
 
 
 def fresh_workdir(name: str) -> Path:
@@ -45,12 +45,14 @@ def load_run(workdir: Path) -> Config:
     """The config of the run in `workdir`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it cannot be read.
     """
-    if not holds_run(workdir):
+    if not (workdir / "config.json").is_file():
+        if holds_run(workdir):
+            raise ConfigError(f"{workdir} holds checkpoints, but no config.json: put it back, or choose another --workdir")
         runs = [str(path.parent) for path in sorted(workdir.parent.glob("*/config.json"))]
         raise ConfigError(f"no run in {workdir}: it has no config.json{nearest(str(workdir), runs)}")
-    return from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
+    return from_json((workdir / "config.json").read_text(errors="replace"), str(workdir / "config.json"))
 
 
 def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
@@ -89,8 +91,7 @@ def locked_workdir(workdir: Path | None) -> Iterator[None]:
     if workdir is None:
         yield
         return
-    open_workdir(workdir)
-    with (workdir / ".lock").open("a+") as file:
+    with open_workdir(workdir) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -104,17 +105,15 @@ def locked_workdir(workdir: Path | None) -> Iterator[None]:
         yield
 
 
-def open_workdir(workdir: Path) -> None:
-    """Make the folder, or see that it can be written.
+def open_workdir(workdir: Path) -> TextIO:
+    """Make the folder, if it is not there, and open its lock.
 
     Raises:
         ConfigError: it cannot.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / "config.json.partial"
-        probe.touch()
-        probe.unlink()
+        return (workdir / ".lock").open("a+")
     except OSError as error:
         raise ConfigError(f"cannot write to the workdir {workdir}: {error.strerror}; choose another --workdir") from error
 

@@ -15,9 +15,11 @@ import pytest
 import scconv_jax
 from benchmarks import kills
 from tests.train.tiny import create_tiny, final_state
+from train import hosts
 from train import workdir as folders
 from train.checkpoint import Checkpoints
 from train.config_files import load_config
+from train.hosts import Signals
 from train.log import best_line, read_metrics
 from train.main import main, parse
 from train.step import AXIS
@@ -249,6 +251,46 @@ def test_two_runs_in_one_folder(small, capsys):
     assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
 
 
+def test_a_run_that_lost_its_config_is_not_taken_for_a_fresh_folder(small, capsys):
+    assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
+    good = final_state("mine")
+    for content, message in (
+        (b"\xff\0", "mine/config.json is not the config of a run: "),
+        (None, "mine holds checkpoints, but no config.json: put it back, or choose another --workdir"),
+    ):
+        Path("mine/config.json").unlink() if content is None else Path("mine/config.json").write_bytes(content)
+        for flags in (["--config", small, "--workdir", "mine"], ["--resume", "mine"]):
+            capsys.readouterr()
+            assert main(flags) == 2
+            captured = capsys.readouterr()
+            assert captured.err.startswith(f"error: {message}")
+            assert captured.err.count("\n") == 1
+    assert final_state("mine") == good
+
+
+def test_a_run_that_lost_its_metrics_goes_on(small, capsys):
+    assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
+    Path("mine/metrics.jsonl").unlink()
+    capsys.readouterr()
+    assert main(["--resume", "mine"]) == 0
+    assert "No test result in mine/metrics.jsonl; the checkpoints are whole" in capsys.readouterr().out
+    assert main(["--resume", "mine", "--epochs", "2"]) == 0
+    assert [line["step"] for line in evaluations("mine")] == [10]
+
+
+def test_a_signal_sent_twice_is_one(monkeypatch):
+    """`timeout` sends its own to the process and to the group; a Ctrl-C after a while is another."""
+    with Signals() as signals:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert signals.stop_after(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGINT
+        monkeypatch.setattr(hosts, "TWICE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_folder_with_other_things_in_it_may_be_used(small):
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("keep me")
@@ -270,7 +312,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(sm
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(small):
     config, workdir = parse(["--config", small])[0], Path("runs/small")
-    folders.open_workdir(workdir)
+    workdir.mkdir(parents=True)
     folders.save_config(workdir, config)
     (workdir / "metrics.jsonl").write_text('{"step": 3, "epoch": 0.6}\n')
     assert main(["--config", small, "--resume"]) == 0
