@@ -9,6 +9,7 @@ Images are `(n, h, w, c)`, convolution kernels `(h, w, c_in / groups, c_out)`; e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from scconv_jax.spatial import avg_pool, conv, dense_blocks, dense_kernel, global_avg_pool, max_pool, resize_nearest
+from scconv_jax.spatial import (
+    avg_pool,
+    check_maps,
+    check_whole,
+    conv,
+    dense_blocks,
+    dense_kernel,
+    global_avg_pool,
+    max_pool,
+    resize_nearest,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -132,14 +143,16 @@ def spatial_reconstruction(
         floor: least magnitude of Σγ; a smaller one is set to it, with its sign.
 
     Returns:
-        Y, of the shape and dtype of `x`. Statistics and gate are computed in float32 at least.
+        Y, of the shape and dtype of `x` (float32 where that is no floating type). Statistics and gate are computed in float32
+        at least.
 
     Raises:
-        ValueError: if c is odd or `groups` does not divide it.
+        ValueError: if `x` has no four axes, c is odd or `groups` does not divide it.
     """
+    check_maps("spatial_reconstruction", x)
     channels = x.shape[-1]
-    check_divides("groups", groups, "the channels", channels)
     halves_exist(channels)
+    check_divides("groups", groups, "the channels", channels)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     gamma, beta = gamma.astype(wide.dtype), beta.astype(wide.dtype)
     mean, deviation = _group_statistics(wide, groups, epsilon, unbiased)
@@ -164,7 +177,8 @@ def spatial_reconstruction(
     x2 = jnp.where(above, 0.0, below if gate == "soft" else 1.0) * content
     # [X11 + X22, X12 + X21] = X1 + [X22, X21]
     swapped = x2.reshape(*x.shape[:-1], 2, channels // 2)[..., ::-1, :].reshape(x.shape)
-    return (x1 + swapped).astype(x.dtype)
+    y = x1 + swapped
+    return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else y
 
 
 def _group_statistics(
@@ -260,14 +274,24 @@ def halves_exist(channels: int) -> None:
         )
 
 
-def check_divides(name: str, divisor: int, what: str, channels: int) -> None:
-    """Raise a ValueError, naming the nearest values that would do, unless `divisor` divides `channels`."""
-    if divisor < 1 or channels % divisor:
-        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+def check_odd(**sizes: int) -> None:
+    """Raise a ValueError unless each size of a kernel is odd, so that it has a centre, and padding that keeps a map's size."""
+    check_whole(**sizes)
+    for name, size in sizes.items():
+        if size % 2 == 0:
+            raise ValueError(f"{name}={size} must be odd, for the kernel to have a centre. Use {size - 1} or {size + 1}.")
+
+
+def check_divides(name: str, divisor: int, what: str, *channels: int) -> None:
+    """Raise a ValueError, naming the nearest values that would do, unless `divisor` divides all of `channels`."""
+    common = math.gcd(*channels)
+    if divisor < 1 or common % divisor:
+        divisors = [d for d in range(1, common + 1) if common % d == 0]
         nearest = [
             max((d for d in divisors if d < divisor), default=None),
             min((d for d in divisors if d > divisor), default=None),
         ]
         raise ValueError(
-            f"{name}={divisor} must divide {what}, {channels}. Nearest that do: {' and '.join(str(d) for d in nearest if d)}."
+            f"{name}={divisor} must divide {what}, {' and '.join(map(str, channels))}. "
+            f"Nearest that do: {' and '.join(str(d) for d in nearest if d)}."
         )

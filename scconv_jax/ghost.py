@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from flax import linen as nn
 
+from scconv_jax import functional as F
 from scconv_jax.layers import Conv, Dtype, Factory
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ class GhostConv(nn.Module):
         norm: factory of a norm after each of the two; where not given, there is none, as where a norm follows anyway.
         relu: whether a ReLU follows each of the two.
         dtype: of the computation.
+
+    Raises:
+        ValueError: for a kernel size that is even, or a value that is no whole number.
     """
 
     features: int
@@ -74,6 +78,8 @@ class GhostConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
         """Convolve; `train` is the norms', where there are any."""
+        F.check_odd(kernel_size=self.kernel_size, cheap_size=self.cheap_size)
+        F.check_whole(features=self.features)
         primary = -(-self.features // 2)
         ending = {"norm": self.norm, "relu": self.relu, "dtype": self.dtype}
         y = _Part(primary, self.kernel_size, self.strides, self.dilation, 1, **ending, name="primary_conv")(x, train=train)

@@ -45,7 +45,7 @@ class Conv(nn.Module):
         kernel_init: initialiser of the kernel.
 
     Raises:
-        ValueError: if the channels of input or output are not a multiple of `groups`.
+        ValueError: if the channels of input or output are not a multiple of `groups`, or a value is no whole number.
     """
 
     features: int
@@ -62,11 +62,9 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
         """Convolve; `train` changes nothing."""
         del train
+        F.check_whole(features=self.features, kernel_size=self.kernel_size, strides=self.strides, dilation=self.dilation)
         channels = x.shape[-1]
-        if channels % self.groups or self.features % self.groups:
-            raise ValueError(
-                f"Conv: groups={self.groups} must divide the channels of input ({channels}) and output ({self.features})."
-            )
+        F.check_divides("groups", self.groups, "the channels of input and output", channels, self.features)
         shape = (self.kernel_size, self.kernel_size, channels // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None

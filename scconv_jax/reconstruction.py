@@ -32,16 +32,19 @@ parallel arrangement adds both units' outputs.
 from __future__ import annotations
 
 import difflib
+import functools
+import math
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from scconv_jax import functional as F
-from scconv_jax.layers import Conv, Dtype, kaiming_normal
+from scconv_jax.layers import Conv, Dtype, Factory, kaiming_normal
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -133,6 +136,7 @@ class SRU(nn.Module):
             _check_choice("gate", self.gate, ("soft", "hard"))
         if self.gated is not None:
             _check_choice("gated", self.gated, ("input", "norm"))
+        F.check_whole(groups=self.groups)
         super().__post_init__()
 
     @nn.compact
@@ -183,13 +187,8 @@ class CRU(nn.Module):
         if self.fuse is not None:
             _check_choice("fuse", self.fuse, ("pair", "all"))
         check_alpha(self.alpha)
-        if self.squeeze < 1:
-            raise ValueError(f"squeeze={self.squeeze} divides the channels; it must be 1 or more. The paper's is 2.")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size={self.kernel_size} must be odd, for the 1×1 convolution to stand at its centre. "
-                f"Use {max(self.kernel_size - 1, 1)} or {max(self.kernel_size + 1, 3)}."
-            )
+        F.check_odd(kernel_size=self.kernel_size)
+        F.check_whole(features=self.features, squeeze=self.squeeze, conv_groups=self.conv_groups, dilation=self.dilation)
         super().__post_init__()
 
     @nn.compact
@@ -198,10 +197,10 @@ class CRU(nn.Module):
         del train
         channels = x.shape[-1]
         features = self.features or channels
-        upper = int(self.alpha * channels)
-        lower = channels - upper
-        upper_squeezed, lower_squeezed = upper // self.squeeze, lower // self.squeeze
-        self._check(channels, features, upper_squeezed, lower_squeezed)
+        parts = _Parts(channels, features, self.alpha, self.squeeze, self.conv_groups)
+        if reason := parts.misfit():
+            raise ValueError(f"CRU: {reason} {parts.remedy()}")
+        upper, lower, upper_squeezed, lower_squeezed = parts.widths()
         rest = features - lower_squeezed
 
         window = (self.kernel_size, self.kernel_size)
@@ -218,20 +217,47 @@ class CRU(nn.Module):
             fuse=self.fuse or VARIANTS[self.variant].fuse,
         )
 
-    def _check(self, channels: int, features: int, upper: int, lower: int) -> None:
-        split = f"alpha={self.alpha:g} and squeeze={self.squeeze} of {channels} channels"
+
+class _Parts(NamedTuple):
+    """How a CRU's channels are split, and whether they can be."""
+
+    channels: int
+    features: int
+    alpha: float
+    squeeze: int
+    conv_groups: int
+
+    def widths(self) -> tuple[int, int, int, int]:
+        """Return the channels of the upper and the lower part, before and after they are squeezed."""
+        upper = int(self.alpha * self.channels)
+        lower = self.channels - upper
+        return upper, lower, upper // self.squeeze, lower // self.squeeze
+
+    def misfit(self) -> str:
+        """Say which rule is broken; nothing where none is."""
+        _, _, upper, lower = self.widths()
+        split = f"alpha={self.alpha:g} and squeeze={self.squeeze} of {self.channels} channels"
         if min(upper, lower) < 1:
-            raise ValueError(
-                f"CRU: {split} leave {upper} and {lower} channels in the two parts; each needs at least one. "
-                f"Use more channels, a smaller squeeze, or an alpha nearer to 0.5."
+            return f"{split} leave {upper} and {lower} channels in the two parts; each needs at least one."
+        if math.gcd(upper, self.features) % self.conv_groups:
+            return (
+                f"conv_groups={self.conv_groups} must divide the {upper} channels that {split} leave to the group-wise "
+                f"convolution, and the {self.features} of the output."
             )
-        F.check_divides("conv_groups", self.conv_groups, f"the channels that {split} leave to the group-wise convolution", upper)
-        F.check_divides("conv_groups", self.conv_groups, "the channels of the output", features)
-        if features < lower:
-            raise ValueError(
-                f"CRU: {split} pass {lower} channels straight to the output, which has only {features}. "
-                "Use more features, a larger alpha or a larger squeeze."
-            )
+        if self.features < lower:
+            return f"{split} pass {lower} channels straight to the output, which has only {self.features}."
+        return ""
+
+    def remedy(self) -> str:
+        """Name the nearest value of each option that would do with the others as they are."""
+        whole = range(1, self.channels + 1)
+        found = []
+        for name, values in {"conv_groups": whole, "squeeze": whole, "alpha": [i / 8 for i in range(1, 8)]}.items():
+            fitting = [value for value in values if not self._replace(**{name: value}).misfit()]
+            if fitting:
+                _, nearest = min((abs(value - getattr(self, name)), value) for value in fitting)
+                found.append(f"{name}={nearest:g}")
+        return f"Nearest that would do: {', or '.join(found)}." if found else "Use more channels."
 
 
 class _Kernel(nn.Module):
@@ -305,6 +331,7 @@ class ScConv(nn.Module):
         _check_choice("widen", self.widen, ("projection", "cru"))
         _check_choice("arrangement", self.arrangement, ARRANGEMENTS)
         check_alpha(self.alpha)
+        F.check_whole(features=self.features, strides=self.strides)
         super().__post_init__()
 
     @nn.compact
@@ -356,8 +383,21 @@ class ScConv(nn.Module):
         return y
 
 
+@functools.cache
+def scconv_factory(**options: Any) -> Factory:
+    """Make a factory of `ScConv` with these options: the same for the same, so that networks made alike are equal.
+
+    Raises:
+        ValueError: for a value out of its range, here and not only where the network is first called.
+    """
+    ScConv(**options, parent=None)
+    return partial(ScConv, **options)
+
+
 def check_alpha(alpha: float) -> None:
     """Raise a ValueError unless α is between 0 and 1, both excluded."""
+    if not isinstance(alpha, Real):
+        raise ValueError(f"alpha={alpha!r} must be a number between 0 and 1, both excluded. The paper's is 0.5.")
     if not 0 < alpha < 1:
         raise ValueError(
             f"alpha={alpha:g} is the share of the channels that is transformed richly; it must lie between 0 and 1, "

@@ -111,6 +111,7 @@ class SelfCalibratedConv(nn.Module):
 
 
 def _check_channels(module: SelfCalibration | SelfCalibratedConv, channels: int) -> None:
+    F.check_whole(pooling=module.pooling)
     if channels != module.features:
         raise ValueError(
             f"{type(module).__name__}: features={module.features} must equal the input's channels, {channels}: what it "

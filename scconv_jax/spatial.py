@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import TYPE_CHECKING, NamedTuple
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,21 @@ from jax import lax
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+
+def check_whole(**values: Any) -> None:
+    """Raise a ValueError unless each value, where it is given, is a whole number of 1 or more."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            hint = " It holds for height and width alike." if isinstance(value, tuple) else ""
+            raise ValueError(f"{name}={value!r} must be one whole number, 1 or more.{hint}")
+
+
+def check_maps(function: str, x: Array) -> None:
+    """Raise a ValueError unless `x` has the four axes of maps, `(n, h, w, c)`."""
+    if x.ndim != 4:
+        hint = " For one map by itself, x[None] adds the first axis." if x.ndim == 3 else ""
+        raise ValueError(f"{function}: expected maps of shape (n, h, w, c), channels last; got {x.shape}.{hint}")
 
 
 def conv(
@@ -42,8 +58,9 @@ def conv(
         `(n, p, q, o)` with `p = (h + 2 padding - dilation (kh - 1) - 1) // strides + 1`.
 
     Raises:
-        ValueError: if the channels do not fit the kernel.
+        ValueError: if `x` has no four axes, or its channels do not fit the kernel.
     """
+    check_maps("conv", x)
     channels, (kh, kw, per_group, _) = x.shape[-1], kernel.shape
     if channels != per_group * groups:
         raise ValueError(
@@ -54,7 +71,7 @@ def conv(
         # A 1×1 convolution is a matmul over pixels. Flattened to two dimensions it runs at the matmul's rate on CPU,
         # forward and backward; as a convolution it takes two to six times as long.
         x = x[:, ::strides, ::strides]
-        return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+        return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
     if groups > 1:
         return _grouped_conv(x, kernel, strides, padding, dilation, groups)
     return lax.conv_general_dilated(
@@ -151,13 +168,17 @@ def avg_pool(
         `(n, p, q, c)`, in the dtype of `x`; sums are taken in float32 at least.
 
     Raises:
-        ValueError: if the padded map is smaller than the window, for which there is no output.
+        ValueError: if `x` has no four axes, or if the padded map is so small that there is no output: smaller than the window, in
+            ceiling mode smaller by a step or more.
     """
+    check_maps("avg_pool", x)
+    check_whole(window=window, strides=strides)
     strides = window if strides is None else strides
     height, width = x.shape[1:3]
-    if min(height, width) + 2 * padding < window:
+    smallest = max(window - 2 * padding - (strides - 1 if ceil_mode else 0), 1)
+    if min(height, width) < smallest:
         raise ValueError(
-            f"avg_pool: a window of {window}×{window} needs a map of at least {max(window - 2 * padding, 1)} px in height "
+            f"avg_pool: a window of {window}×{window} needs a map of at least {smallest} px in height "
             f"and width; got {height}×{width}. Use larger images or a smaller window."
         )
     fits = not ceil_mode or (height % window == 0 and width % window == 0)

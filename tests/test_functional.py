@@ -1,5 +1,6 @@
 """The pure functions by themselves: no Flax, any transformation, and errors that say what to do."""
 
+import re
 from functools import partial
 
 import jax
@@ -104,6 +105,49 @@ def test_each_half_goes_its_own_way():
 def test_pool_larger_than_the_map(size, window):
     with pytest.raises(ValueError, match=rf"{window}×{window}.*at least {window} px.*got {size[0]}×{size[1]}"):
         F.avg_pool(jnp.zeros((1, *size, 2)), window)
+
+
+def test_pool_that_even_ceiling_mode_does_not_save():
+    with pytest.raises(ValueError, match=r"5×5 needs a map of at least 4 px.*got 3×9"):
+        F.avg_pool(jnp.zeros((1, 3, 9, 2)), 5, 2, ceil_mode=True)
+
+
+@pytest.mark.parametrize("window", [0, -1, (2, 2), 1.5])
+@pytest.mark.usefixtures("unchecked")
+def test_a_window_that_is_no_whole_number(window):
+    with pytest.raises(ValueError, match=re.escape(f"window={window!r} must be one whole number, 1 or more.")):
+        F.avg_pool(X, window)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 4), (8, 4), (1, 1, 8, 8, 4)])
+@pytest.mark.usefixtures("unchecked")
+def test_maps_without_four_axes(shape):
+    x = jnp.zeros(shape)
+    functions = [
+        lambda: F.conv(x, KERNELS[0]),
+        lambda: F.avg_pool(x, 2),
+        lambda: F.spatial_reconstruction(x, jnp.ones(4), jnp.zeros(4), groups=1),
+    ]
+    for function in functions:
+        with pytest.raises(
+            ValueError, match=re.escape(f"expected maps of shape (n, h, w, c), channels last; got {shape}.")
+        ) as error:
+            function()
+        assert ("x[None]" in str(error.value)) == (len(shape) == 3)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_batch_of_no_images(padding):
+    y = F.conv(X[:0], jnp.zeros((1 + 2 * padding, 1 + 2 * padding, 8, 5)), padding=padding)
+    assert y.shape == (0, 9, 14, 5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_whole_numbers_are_averaged_as_floats():
+    """W is between 0 and 1: as whole numbers nothing would be left of it."""
+    x = jnp.arange(2 * 4 * 4 * 8).reshape(2, 4, 4, 8)
+    y, expected = (F.spatial_reconstruction(x, jnp.ones(8), jnp.zeros(8), groups=4) for x in (x, x.astype(jnp.float32)))
+    np.testing.assert_array_equal(y, expected, strict=True)
 
 
 def test_odd_channels():

@@ -97,6 +97,20 @@ def test_avg_pool(close, window, strides, padding, count_include_pad, ceil_mode)
         )
 
 
+@pytest.mark.parametrize(("window", "strides", "padding"), [(2, 2, 0), (3, 3, 0), (3, 2, 0), (4, 3, 1)])
+def test_avg_pool_of_a_map_smaller_than_the_window(close, precision, window, strides, padding):
+    """In ceiling mode PyTorch has an output there: the average of what there is."""
+    rule = {"padding": padding, "count_include_pad": False, "ceil_mode": True}
+    smallest = max(window - 2 * padding - strides + 1, 1)
+    for size in [(smallest, smallest), (smallest, 5)]:
+        compare(
+            close,
+            lambda x: F.avg_pool(x, window, strides, **rule),
+            lambda x: T.avg_pool2d(x, window, strides, **rule),
+            random_images((2, *size, 3), 0, precision),
+        )
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 4])
 def test_avg_pool_steps_by_its_window_where_no_stride_is_given(close, precision, window):
     x = random_images((1, 7, 14, 3), 0, precision)

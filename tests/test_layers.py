@@ -1,5 +1,6 @@
 """The layers by themselves: what PyTorch has no counterpart for, and what they say to wrong input."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from scconv_jax import layers
+from scconv_jax import GhostConv, layers
 
 X = jax.random.normal(jax.random.key(0), (8, 5, 7, 6)) * jnp.arange(1, 9.0)[:, None, None, None] + 3
 VARIABLES = {
@@ -96,8 +97,21 @@ def test_batch_norm_train_has_no_default():
 
 @pytest.mark.parametrize(("features", "groups"), [(12, 4), (8, 3)])
 def test_groups_that_do_not_divide(features, groups):
-    with pytest.raises(ValueError, match=rf"groups={groups}.*\(6\).*\({features}\)"):
+    with pytest.raises(ValueError, match=rf"groups={groups} must divide the channels of input and output, 6 and {features}\."):
         layers.Conv(features, 3, groups=groups).init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 2}, "kernel_size=2 must be odd, for the kernel to have a centre. Use 1 or 3."),
+        ({"cheap_size": 4}, "cheap_size=4 must be odd, for the kernel to have a centre. Use 3 or 5."),
+        ({"strides": 0}, "strides=0 must be one whole number, 1 or more."),
+    ],
+)
+def test_what_a_ghost_convolution_refuses(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GhostConv(6, **options).init(jax.random.key(0), X)
 
 
 def test_parameters_stay_float32():

@@ -291,9 +291,14 @@ def test_an_operator_handed_to_a_block_of_a_users_network(conv):
         ({"alpha": 0.0}, "alpha=0 is the share of the channels that is transformed richly; it must lie between 0 and 1"),
         ({"alpha": 1.0}, "Nearest that the paper tried: 7/8."),
         ({"alpha": -0.5}, "Nearest that the paper tried: 1/8."),
+        ({"alpha": "half"}, "alpha='half' must be a number between 0 and 1"),
+        ({"strides": 0}, "strides=0 must be one whole number, 1 or more."),
+        ({"strides": (2, 2)}, "strides=(2, 2) must be one whole number, 1 or more. It holds for height and width alike."),
+        ({"features": -4}, "features=-4 must be one whole number, 1 or more."),
         ({"widen": "cruu"}, "There is no widen 'cruu'. Did you mean 'cru'?"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ScConv(**options)
@@ -304,20 +309,73 @@ def test_refused_at_construction(options, message):
     [
         (18, {}, "groups=4 must divide the channels, 18. Nearest that do: 3 and 6."),
         (16, {"groups": 5}, "groups=5 must divide the channels, 16. Nearest that do: 4 and "),
-        (15, {"groups": 5}, "The channels are split in two halves; 15 is odd. Use 14 or 16 channels."),
-        (16, {"conv_groups": 3}, "conv_groups=3 must divide the channels that alpha=0.5 and squeeze=2 of 16 channels leave"),
-        (16, {"kernel_size": 4}, "kernel_size=4 must be odd"),
-        (16, {"squeeze": 0}, "squeeze=0 divides the channels; it must be 1 or more."),
-        (16, {"alpha": 0.01}, "leave 0 and 8 channels in the two parts; each needs at least one."),
-        (64, {"features": 8, "widen": "cru"}, "pass 16 channels straight to the output, which has only 8."),
+        (15, {}, "The channels are split in two halves; 15 is odd. Use 14 or 16 channels."),
+        (16, {"conv_groups": 3}, "conv_groups=3 must divide the 4 channels that alpha=0.5 and squeeze=2 of 16 channels leave"),
+        # 7 and 14 would divide the 42 channels, but not the 48 of the output
+        (48, {"alpha": 0.875, "squeeze": 1, "conv_groups": 8}, "and the 48 of the output. Nearest that would do: conv_groups=6,"),
+        (16, {"kernel_size": 4}, "kernel_size=4 must be odd, for the kernel to have a centre. Use 3 or 5."),
+        (16, {"squeeze": 0}, "squeeze=0 must be one whole number, 1 or more."),
+        (16, {"conv_groups": 0}, "conv_groups=0 must be one whole number, 1 or more."),
+        (
+            16,
+            {"kernel_size": (3, 3)},
+            "kernel_size=(3, 3) must be one whole number, 1 or more. It holds for height and width alike.",
+        ),
+        (16, {"dilation": -1}, "dilation=-1 must be one whole number, 1 or more."),
+        (16, {"groups": 4.0}, "groups=4.0 must be one whole number, 1 or more."),
+        (
+            16,
+            {"squeeze": 100},
+            "leave 0 and 0 channels in the two parts; each needs at least one. Nearest that would do: squeeze=4.",
+        ),
+        (
+            16,
+            {"alpha": 0.01},
+            "leave 0 and 8 channels in the two parts; each needs at least one. Nearest that would do: alpha=0.25.",
+        ),
+        (4, {}, "conv_groups=2 must divide the 1 channels that"),
+        (2, {"groups": 1}, "leave 0 and 0 channels in the two parts; each needs at least one. Use more channels."),
+        (
+            64,
+            {"features": 8, "widen": "cru"},
+            "pass 16 channels straight to the output, which has only 8. Nearest that would do: squeeze=4, or alpha=0.75.",
+        ),
         (16, {"gate": "sharp"}, "There is no gate 'sharp'."),
         (16, {"fuse": "pairs"}, "There is no fuse 'pairs'. Did you mean 'pair'?"),
         (16, {"gated": "nor"}, "There is no gated 'nor'. Did you mean 'norm'?"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_refused_at_the_first_call(channels, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ScConv(**options).init(KEY, images(c=channels))
+
+
+@hypothesis.settings(few, max_examples=60)
+@hypothesis.given(
+    channels=st.integers(1, 50).map(lambda half: 2 * half),
+    alpha=st.sampled_from([0.125, 0.5, 0.875]),
+    squeeze=st.integers(1, 9),
+    conv_groups=st.integers(1, 9),
+)
+def test_what_an_error_proposes_works(channels, alpha, squeeze, conv_groups):
+    options = {"alpha": alpha, "squeeze": squeeze, "conv_groups": conv_groups}
+    x = jax.ShapeDtypeStruct((1, 2, 2, channels), jnp.float32)
+    try:
+        jax.eval_shape(CRU(**options).init, KEY, x)
+    except ValueError as error:
+        for name, value in re.findall(r"(\w+)=([\d.]+\d|\d)(?=[,.])", str(error).partition("would do: ")[2]):
+            proposed = {**options, name: float(value) if name == "alpha" else int(value)}
+            jax.eval_shape(CRU(**proposed).init, KEY, x)
+
+
+@pytest.mark.parametrize("strides", [2, 3])
+def test_a_map_smaller_than_the_strides_becomes_one_pixel(strides):
+    """⌈1 / strides⌉ = 1, as by a 3×3 convolution; there is nothing to average."""
+    x = images(h=1, w=1)
+    layer = ScConv(strides=strides)
+    variables = randomised(layer, x)
+    np.testing.assert_array_equal(layer.apply(variables, x), ScConv().apply(variables, x))
 
 
 def test_the_arrangements_are_all_tried():
