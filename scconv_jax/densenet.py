@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from scconv_jax import functional as F
 from scconv_jax.layers import BatchNorm, Dense, Dtype, Factory, check_images, conv1x1, conv3x3
-from scconv_jax.reconstruction import ScConv
+from scconv_jax.reconstruction import scconv_factory
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -139,7 +139,7 @@ def scconv_densenet(
     axis_name: str | tuple[str, ...] | None = None,
 ) -> DenseNet:
     """Make a densely connected network of ScConv; see `ScConv` for `alpha` and `variant`, `DenseNet` for the rest."""
-    conv = partial(ScConv, alpha=alpha, variant=variant, widen="cru")
+    conv = scconv_factory(alpha=alpha, variant=variant, widen="cru")
     return DenseNet(conv=conv, num_classes=num_classes, dtype=dtype, axis_name=axis_name)
 
 

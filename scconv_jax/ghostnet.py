@@ -55,8 +55,25 @@ def _divisible(value: float, divisor: int) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
-REFERENCE = Version(lambda channels: _divisible(channels / 4, 4), nn.hard_sigmoid, None, False, False)
-PYTORCHCV = Version(lambda channels: channels // 4, lambda x: jnp.clip(x, 0.0, 1.0), 3, True, True)
+# Named functions of this file, so that networks can be pickled.
+def _rounded_quarter(channels: int) -> int:
+    return _divisible(channels / 4, 4)
+
+
+def _quarter(channels: int) -> int:
+    return channels // 4
+
+
+def _hard_sigmoid(x: jax.Array) -> jax.Array:
+    return nn.hard_sigmoid(x)
+
+
+def _clip(x: jax.Array) -> jax.Array:
+    return jnp.clip(x, 0.0, 1.0)
+
+
+REFERENCE = Version(_rounded_quarter, _hard_sigmoid, None, False, False)
+PYTORCHCV = Version(_quarter, _clip, 3, True, True)
 
 # Grouped as the reference's blocks are numbered: a new number where the map is halved, and once after.
 GHOSTNET = (

@@ -51,10 +51,11 @@ def create_model(name: str, **options: Any) -> nn.Module:
         A Flax module: `model.init(key, images, train=False)`, `model.apply(variables, images, train=False)`.
 
     Raises:
-        ValueError: for a name or an option that does not exist, whose nearest are named; for less than one class.
+        ValueError: for a name or an option that does not exist, whose nearest are named; for less than one class; for
+            an `alpha` or a `variant` that cannot be.
     """
     if name not in MODELS:
-        raise ValueError(f"There is no model {name!r}.{_nearest(name, MODELS)} All: {', '.join(list_models())}.")
+        raise ValueError(f"There is no model {name!r}.{_nearest(str(name), MODELS)} All: {', '.join(list_models())}.")
     known = options_of(name)
     for option in options:
         if option not in known:

@@ -8,12 +8,13 @@ Differences: the paper does not say which convolutions it replaced. Here it is t
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
 from scconv_jax.blocks import BasicBlock, Bottleneck
 from scconv_jax.layers import Factory
-from scconv_jax.reconstruction import ScConv
+from scconv_jax.reconstruction import scconv_factory
 from scconv_jax.resnet import NARROW, RESNEXT29, WIDE, ResNet
 
 
@@ -38,9 +39,18 @@ def scconv_resnet(
 
     Returns:
         The network, a Flax module.
+
+    Raises:
+        ValueError: for an `alpha` or a `variant` that does not exist.
     """
-    conv = partial(ScConv, alpha=alpha, variant=variant)
-    return ResNet(partial(block, conv=conv), stage_sizes, num_classes=num_classes, **trunk)
+    block = _with_conv(block, scconv_factory(alpha=alpha, variant=variant))
+    return ResNet(block, stage_sizes, num_classes=num_classes, **trunk)
+
+
+@functools.cache
+def _with_conv(block: Factory, conv: Factory) -> Factory:
+    """Hand a block its convolution; cached, since two partial objects are never equal, and networks made alike should be."""
+    return partial(block, conv=conv)
 
 
 MODELS = {

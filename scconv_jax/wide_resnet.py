@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from scconv_jax import functional as F
 from scconv_jax.layers import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
-from scconv_jax.reconstruction import ScConv
+from scconv_jax.reconstruction import scconv_factory
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -122,7 +122,7 @@ def scconv_wide_resnet(
     axis_name: str | tuple[str, ...] | None = None,
 ) -> WideResNet:
     """Make a wide residual network of ScConv; see `ScConv` for `alpha` and `variant`, `WideResNet` for the rest."""
-    conv = partial(ScConv, alpha=alpha, variant=variant)
+    conv = scconv_factory(alpha=alpha, variant=variant)
     return WideResNet(conv=conv, num_classes=num_classes, dtype=dtype, axis_name=axis_name)
 
 

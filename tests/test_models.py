@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pickle
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 from scconv_jax import create_model, list_models
-from scconv_jax.summary import multiply_adds
+from scconv_jax.summary import multiply_adds, parameters
 
 # Parameters, and multiply-adds at 224 px in 10⁹ where published (Liu et al., CVPR 2020, Tables 1-3, and
 # https://github.com/MCG-NKU/SCNet). Counts of parameters are those of the PyTorch oracles, which for the published
@@ -186,6 +187,34 @@ def test_images_of_another_kind(name):
         jax.eval_shape(init, key, jnp.zeros((1, 128, 128, 1)))
     with pytest.raises(ValueError, match=r"\(n, h, w, 3\).*\(128, 128, 3\)"):
         jax.eval_shape(init, key, jnp.zeros((128, 128, 3)))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_networks_made_alike_are_equal_and_can_be_pickled(name):
+    """Equal and hashed alike: a function jitted for the one is not compiled again for the other."""
+    model = create_model(name, num_classes=7)
+    assert model == create_model(name, num_classes=7)
+    assert hash(model) == hash(create_model(name, num_classes=7))
+    assert model != create_model(name, num_classes=8)
+    restored = pickle.loads(pickle.dumps(model))
+    assert parameters(restored, (128, 128)) == parameters(model, (128, 128))
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("scconv_")])
+def test_options_of_the_operator_are_checked_where_the_network_is_made(name):
+    with pytest.raises(ValueError, match=r"alpha=1\.5 is the share"):
+        create_model(name, alpha=1.5)
+    with pytest.raises(ValueError, match=r"no variant 'papr'. Did you mean 'paper'"):
+        create_model(name, variant="papr")
+    assert create_model(name, alpha=0.75) != create_model(name)
+
+
+@pytest.mark.parametrize("name", ["scconv_resnet50", "resnet50"])
+def test_images_of_one_pixel(name):
+    logits = jax.eval_shape(
+        partial(create_model(name).init_with_output, train=False), jax.random.key(0), jnp.zeros((1, 1, 1, 3))
+    )[0]
+    assert logits.shape == (1, 1000)
 
 
 def test_train_has_no_default():
