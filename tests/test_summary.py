@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from scconv_jax import create_model
+from scconv_jax import create_model, list_models
 from scconv_jax.cli import main
 from scconv_jax.published import ROWS
 from scconv_jax.summary import multiply_adds, parameters, summarise
@@ -82,6 +82,10 @@ def test_summary_of_all(capsys):
         (["summary", "scnet50", "--output-stride", "4"], "output_stride=4 cannot be had from this network; it has 32"),
         (["summary", "scnet50", "--size", "96"], "This network needs images of at least 97×97 px; got 96×96."),
         (["summary", "scnet50", "--depth", "0"], "--depth 0 must be 1 or more"),
+        (["summary", "scnet50", "--size", "0"], "--size 0 must be 1 or more"),
+        (["summary", "scnet50", "--num-classes", "-2"], "num_classes=-2: a network has at least one class."),
+        (["summary", "--all", "scnet50"], "--all shows both papers' tables as they stand; leave it out, or MODEL."),
+        (["summary", "--all", "--num-classes", "7"], "leave it out, or --num-classes."),
         (["summary", "wrn28_10_small", "--output-stride", "8"], "has no option 'output_stride'."),
     ],
 )
@@ -92,6 +96,11 @@ def test_bad_input_is_one_line_and_code_2(capsys, arguments, message):
     assert printed.err.startswith("scconv-jax: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_the_names_as_json(capsys):
+    assert main(["summary", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == list_models()
 
 
 def test_as_a_program():

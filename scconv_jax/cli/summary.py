@@ -35,14 +35,23 @@ def add(commands: Any) -> None:
 
 def _summary(options: argparse.Namespace) -> None:
     if options.all:
+        given = [name for name in ("model", "size", "num_classes", "output_stride") if getattr(options, name) is not None]
+        if given:
+            raise ValueError(f"--all shows both papers' tables as they stand; leave it out, or {_flag(given[0])}.")
         _papers(options)
     elif options.model is None:
-        print("\n".join(list_models()))
+        print(json.dumps(list_models(), indent=1) if options.json else "\n".join(list_models()))
     else:
         _network(options)
 
 
+def _flag(name: str) -> str:
+    return "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+
+
 def _network(options: argparse.Namespace) -> None:
+    if options.size is not None and options.size < 1:
+        raise ValueError(f"--size {options.size} must be 1 or more: height and width of the images in pixels.")
     if options.depth < 1:
         raise ValueError(f"--depth {options.depth} must be 1 or more: 1 gives a network's stages, 2 their blocks.")
     given = {"num_classes": options.num_classes, "output_stride": options.output_stride}
