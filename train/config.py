@@ -284,7 +284,9 @@ def make_plan(config: Config, train_images: int, devices: int) -> Plan:
         why += ", in pairs (augment.mixup, augment.cutmix)" if pairs > 1 else ""
         raise ConfigError(f"data.batch_size {batch} does not divide over {why}: use {choices} (--data.batch-size {upper})")
     if batch > train_images:
-        raise ConfigError(f"data.batch_size {batch} is more than the {train_images} training images of the data set")
+        fits = train_images // unit * unit
+        advice = f": use {fits} or less (--data.batch-size {fits})" if fits else ""
+        raise ConfigError(f"data.batch_size {batch} is more than the {train_images} training images of the data set{advice}")
     steps = train_images // batch
     return Plan(
         steps_per_epoch=steps,

@@ -211,7 +211,11 @@ def test_a_plan_counts_whole_batches():
     [
         (60, 8, "data.batch_size 60 does not divide over 8 devices: use 56 or 64"),
         (3, 8, "data.batch_size 3 does not divide over 8 devices: use 8"),
-        (128, 8, "data.batch_size 128 is more than the 100 training images"),
+        (
+            128,
+            8,
+            "data.batch_size 128 is more than the 100 training images of the data set: use 96 or less (--data.batch-size 96)",
+        ),
     ],
 )
 def test_a_batch_that_does_not_fit(batch_size, devices, message):
