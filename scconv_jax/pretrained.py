@@ -114,7 +114,9 @@ def open_entries(
     path, text = Path(source), str(source)
     if "://" in text or (re.fullmatch(r"\w[\w-]*", text) and not os.path.lexists(path)):  # a name, which may be misspelt
         path = fetch(text)
-    read_source = read(path)
+        read_source = _read_fetched(path)
+    else:
+        read_source = read(path)
     if read_source.tensors is None:
         named, arrays = naming.FLAX, to_torch(read_source.variables or {})
     else:
@@ -125,6 +127,15 @@ def open_entries(
         if name in arrays and arrays[name].shape[2:] == (1, 1):
             arrays[name] = arrays[name][:, :, 0, 0]
     return Entries(arrays, named, read_source, (*named.ignore, *ignore))
+
+
+def _read_fetched(path: Path) -> Source:
+    """Read a file of the cache. One that cannot be used, a server's page of errors say, is not kept: the next call asks again."""
+    try:
+        return read(path)
+    except WeightsError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def choose(found: Entries, model: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

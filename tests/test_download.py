@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
+from scconv_jax.pretrained import open_entries
 from scconv_jax.weights import download
 from scconv_jax.weights.download import fetch
 from scconv_jax.weights.files import WeightsError
+from tests import weight_files as made
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 NAME = f"net-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
@@ -61,7 +64,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content, start = server.content, 0
         if server.ranges and self.headers["Range"]:
             start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        if start >= len(content):
+        if start and start >= len(content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
         if start:
@@ -114,6 +117,19 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server, tmp_path):
     path = fetch(server.address(), cache=tmp_path)
     path.write_bytes(CONTENT[:-1] + b"?")
     assert fetch(server.address(), cache=tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("page", [b"", b"<html>Log in first</html>", b"PK\3\4 and no more"])
+def test_what_cannot_be_used_is_not_kept(server, tmp_path, monkeypatch, page):
+    """A hotel's page in the place of a file without a hash in its name must not be in the way for ever."""
+    monkeypatch.setenv("SCCONV_JAX_CACHE", str(tmp_path))
+    server.content = page
+    with pytest.raises(WeightsError, match=r"model\.pth cannot be used: it"):
+        open_entries(server.address("model.pth"))
+    assert visible(tmp_path) == []
+    server.content, server.etag = made.state_dict_file("zip", {"w": np.ones(3, np.float32)}), '"2"'
+    assert list(open_entries(server.address("model.pth")).arrays) == ["w"]
+    assert visible(tmp_path) == ["model.pth"]
 
 
 def test_where_the_cache_is(server, tmp_path, monkeypatch):
