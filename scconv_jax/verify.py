@@ -21,6 +21,7 @@ from scconv_jax.convert import ConversionError, Variables, normalised, to_torch
 from scconv_jax.ghostnet import GhostNet
 from scconv_jax.models import create_model
 from scconv_jax.pretrained import Entries
+from scconv_jax.recognise import options_shown
 from scconv_jax.resnet import ResNet
 from scconv_jax.torch_ghostnet import GhostNetwork
 from scconv_jax.torch_side import Network
@@ -89,7 +90,7 @@ def compare(
     except ImportError as error:
         raise ConversionError("verify compares with PyTorch, which is not installed: pip install torch") from error
     entries = _own_entries(found)
-    module = None if reference is None else load_reference(reference, entries, options)
+    module = None if reference is None else load_reference(reference, entries, options_shown(name, found.arrays))
     for dtype in LIMITS:
         with jax.enable_x64(dtype == "float64"), torch.no_grad():
             model = create_model(name, **{**options, "dtype": jnp.dtype(dtype)})
@@ -148,9 +149,11 @@ def _difference(
         )
     axes = tuple(range(1, ours.ndim))
     largest = np.abs(theirs).max(axes)
-    differences = np.abs(ours - theirs).max(axes)
-    relative = np.divide(differences, largest, out=np.where(differences > 0, np.inf, 0.0), where=largest > 0)
-    relative = np.where(np.isnan(relative), np.inf, relative)
+    with np.errstate(invalid="ignore"):
+        differences = np.abs(ours - theirs).max(axes)
+        relative = np.divide(differences, largest, out=np.where(differences > 0, np.inf, 0.0), where=largest > 0)
+    # What is no number on either side proves nothing.
+    relative = np.where(np.isnan(relative) | np.isnan(differences) | np.isnan(largest), np.inf, relative)
     worst = int(relative.argmax())
     return Difference(stage, dtype, float(relative[worst]), kinds[worst], size)
 
@@ -174,10 +177,11 @@ def load_reference(reference: str, entries: Mapping[str, np.ndarray], options: M
         spec.loader.exec_module(python)
         make = getattr(python, name)
         takes = inspect.signature(make).parameters
-        given = {"num_classes": options["num_classes"]} if "num_classes" in takes and "num_classes" in options else {}
-        module = make(**given)
-        module.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in entries.items()}, strict=True)
-    except Exception as error:  # whatever the user's code does
+        takes_classes = "num_classes" in takes or any(taken.kind is taken.VAR_KEYWORD for taken in takes.values())
+        module = make(**{key: value for key, value in options.items() if key == "num_classes" and takes_classes})
+        weights = {key: torch.from_numpy(np.array(value)) for key, value in entries.items() if key != "n_averaged"}
+        module.load_state_dict(weights, strict=True)
+    except (Exception, SystemExit) as error:  # whatever the user's code does
         first = " ".join(str(error).split())
         raise ConversionError(f"--reference {reference}: {type(error).__name__}: {first:.300}") from error
     return module.eval()

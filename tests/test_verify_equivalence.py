@@ -10,6 +10,7 @@ import torch
 from scconv_jax.cli import main
 from scconv_jax.torch_ghostnet import GhostNetwork
 from scconv_jax.torch_side import Network
+from scconv_jax.verify import _difference
 from tests.reference.namings import MMPose, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import nchw, random_images, randomise
@@ -83,6 +84,10 @@ def folder(tmp_path_factory):
         "    return build('resnet20_small')\n"
         "def fails():\n"
         "    raise RuntimeError('no such luck')\n"
+        "def quits():\n"
+        "    raise SystemExit(3)\n"
+        "def keywords(pretrained=False, **kwargs):\n"
+        "    return build('scnet20_small', **kwargs)\n"
     )
     return path
 
@@ -107,6 +112,33 @@ def test_beside_a_file_of_the_users_own_within_a_tolerance(capsys, folder):
     assert rows == ["stem", "layer1", "layer2", "layer3", "logits"]
     assert "float32 (limit 1e-09)" in out
     assert "in float32" in out
+
+
+def test_the_reference_has_the_files_number_of_classes(capsys, folder, tmp_path):
+    """Though only `**kwargs` of the reference takes it, as in SCNet's own code; and though another head was asked for."""
+    entries = randomise(build("scnet20_small", num_classes=7), 0).state_dict()
+    wrapped = {"n_averaged": torch.tensor(5), **{f"module.{key}": value for key, value in entries.items()}}
+    torch.save(wrapped, tmp_path / "seven.pth")
+    arguments = ["--reference", f"{folder}/mine.py:keywords", "--sizes", "24"]
+    assert "logits" in verify(capsys, tmp_path, "seven.pth", *arguments).out
+    assert "logits" not in verify(capsys, tmp_path, "seven.pth", *arguments, "--num-classes", "3").out
+
+
+def test_what_is_no_number_is_not_equal(capsys, folder, tmp_path):
+    entries = torch.load(folder / "scnet20_small.pth")
+    entries["layer2.0.bn3.weight"][0] = torch.nan
+    torch.save(entries, tmp_path / "nan.pth")
+    out = verify(capsys, tmp_path, "nan.pth", "--sizes", "24", code=1).out
+    assert "Not equal: layer2 differs by inf" in out
+    assert "note: 1 values are NaN or infinite" in out
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_differences_of_what_is_no_number(side, value):
+    maps = [np.zeros((2, 3, 3, 1)), np.zeros((2, 3, 3, 1))]
+    maps[side][1, 0, 0, 0] = value
+    assert _difference("stem", "float32", (3, 3), ["a", "b"], *maps) == ("stem", "float32", np.inf, "b", (3, 3))
 
 
 def test_a_network_that_computes_something_else(capsys, folder):
@@ -147,6 +179,7 @@ def test_a_head_drawn_anew_is_not_compared(capsys, folder):
         ),
         (["--reference", "FOLDER/mine.py:nothing"], "AttributeError: module 'reference' has no attribute 'nothing'"),
         (["--reference", "FOLDER/mine.py:fails"], "RuntimeError: no such luck"),
+        (["--reference", "FOLDER/mine.py:quits"], "SystemExit: 3"),
         (["--reference", "FOLDER/mine.py:deeper"], "RuntimeError: Error(s) in loading state_dict for ResNet: Missing key(s)"),
         (
             ["--reference", "FOLDER/mine.py:right", "--output-stride", "2", "--sizes", "24"],
