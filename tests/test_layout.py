@@ -11,7 +11,7 @@ OURS = {"scconv_jax", "train", "configs", "benchmarks", "tests"}
 
 # A file imports only files of lower ranks: functions, layers, operators, networks, the table of them, what uses it.
 LIBRARY = {
-    "console": 0, "torch_side": 0, "torch_ghostnet": 1, "published": 0, "spatial": 0, "functional": 1, "layers": 2,
+    "console": 0, "variants": 0, "torch_side": 0, "torch_ghostnet": 1, "published": 0, "spatial": 0, "functional": 1, "layers": 2,
     "self_calibrated": 3, "reconstruction": 3, "ghost": 3, "squeeze_excitation": 3,
     "blocks": 4, "resnet": 5, "scnet": 6, "scconv_resnet": 6, "wide_resnet": 6, "densenet": 6, "ghostnet": 6,
     "models": 7, "summary": 8, "recognise": 8, "pretrained": 9, "verify": 10,

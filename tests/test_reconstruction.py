@@ -15,7 +15,7 @@ import scconv_jax
 from scconv_jax import CRU, SRU, ScConv
 from scconv_jax import functional as F
 from scconv_jax.blocks import Bottleneck
-from scconv_jax.reconstruction import ARRANGEMENTS, VARIANTS
+from scconv_jax.variants import ARRANGEMENTS, VARIANTS
 
 KEY = jax.random.key(0)
 few = hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
