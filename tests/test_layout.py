@@ -26,7 +26,7 @@ TRAINER = {
     "fields": 0, "randaugment": 0, "config": 1, "config_files": 2,
     "augment": 3, "optim": 3, "step": 3, "checkpoint": 3, "workdir": 3, "trackers": 3, "speed": 3, "hosts": 3,
     "batches": 3, "images": 4, "folder": 4, "tfds": 4, "records": 5, "data": 6, "prepare": 7,
-    "log": 4, "parallel": 4, "start": 5, "loop": 7, "main": 8,
+    "log": 4, "parallel": 4, "start": 5, "job": 7, "loop": 8, "main": 9,
 }  # fmt: skip
 
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors", "jaxtyping"}  # ml_dtypes is jax's, rich flax's

@@ -1,9 +1,9 @@
 """Training states on disk: Orbax behind a few operations. The only file that knows Orbax.
 
 A checkpoint is `checkpoints/STEP/` with three items: `state`, the arrays; `about`, the config, the number of devices and of
-each array its shape, dtype and CRC-32; `metrics`, the test metrics, where there are any. Its step is also the position in
-the data and, with the config's seed, all there is to know of the random numbers. Orbax writes a step whole or not at all;
-what happens to the files afterwards is found by the checksums, and the step before takes its place.
+training images, and of each array its shape, dtype and CRC-32; `metrics`, the test metrics, where there are any. Its step is
+also the position in the data and, with the config's seed, all there is to know of the random numbers. Orbax writes a step
+whole or not at all; what happens to the files afterwards is found by the checksums, and the step before takes its place.
 """
 
 import errno
@@ -33,15 +33,16 @@ class Checkpoints:
     Written by a thread of its own, while training goes on. Only one process may have a folder open.
     """
 
-    def __init__(self, workdir: Path | None, keep: int, config: dict[str, Any] | None = None) -> None:
+    def __init__(self, workdir: Path | None, keep: int, config: dict[str, Any] | None = None, images: int | None = None) -> None:
         """Open the folder; None stands for one that nothing is found in nor written to: another host has it.
 
         Args:
             workdir: the folder of the run.
             keep: latest steps to keep.
             config: to be stored with each checkpoint, as JSON.
+            images: in the training set, in whose order a step is a position.
         """
-        self._config, self._keep = config or {}, keep
+        self._config, self._images, self._keep = config or {}, images, keep
         self.devices = jax.device_count()
         """On how many the state that was restored had been computed."""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -152,7 +153,8 @@ class Checkpoints:
         for name, leaf in _named_leaves(state).items():
             if not np.isfinite(leaf).all():
                 raise FloatingPointError(f"{name} is not finite at step {step}")
-        about = {"step": step, "config": self._config, "devices": jax.device_count(), "arrays": _fingerprints(state)}
+        about = {"step": step, "config": self._config, "devices": jax.device_count(), "images": self._images}
+        about["arrays"] = _fingerprints(state)
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about | {"crc32": _crc_of(about)})}
         try:
             self._open().save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
@@ -210,6 +212,12 @@ class Checkpoints:
             same_model = all(other.startswith(("opt_state/", "ema/")) for other in differing)
             other = "optimizer: keep optim.name, and whether there is optim.ema, as they were" if same_model else "model"
             raise ConfigError(f"the checkpoint {folder} is of another {other}; {name} is {there} there, {here} here")
+        images = about.get("images", self._images)
+        if self._images not in (None, images):
+            raise ConfigError(
+                f"the checkpoint {folder} was written with {images} training images, and now there are {self._images}: its step "
+                "is no position in these. Bring back the images of then, or begin another run with its weights (--init)"
+            )
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         try:
             alone = _this_process_alone()

@@ -4,30 +4,24 @@ import dataclasses
 import functools
 import shlex
 import time
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-import scconv_jax
-from train.augment import make_augment, make_mix, normalize
-from train.batches import Staged, eval_batches, train_batches
+from train.augment import make_augment, make_mix
+from train.batches import Staged, train_batches
 from train.checkpoint import Checkpoints
-from train.config import Config, ConfigError, make_plan
-from train.data import Dataset, load_dataset
+from train.config import Config, make_plan
 from train.hosts import Signals
-from train.log import RUN_AHEAD, Metrics, Progress, Window, best_line, draw_curves, read_metrics
+from train.job import make_test, prepare
+from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
-from train.parallel import Parallel, from_host_0, make_parallel, of_all_hosts
+from train.parallel import from_host_0
 from train.speed import Profiler, peak_multiply_adds, training_multiply_adds
 from train.start import Start
-from train.step import AXIS, TrainState, eval_step, train_step
+from train.step import train_step
 from train.trackers import check_trackers, open_trackers
 from train.workdir import locked_workdir, save_config
 
@@ -78,7 +72,9 @@ def train(config: Config, workdir: Path) -> int:
 
     with (
         locked_workdir(workdir if leads else None),
-        Checkpoints(workdir if leads else None, config.keep_checkpoints, dataclasses.asdict(config)) as checkpoints,
+        Checkpoints(
+            workdir if leads else None, config.keep_checkpoints, dataclasses.asdict(config), len(job.dataset.train)
+        ) as checkpoints,
         Signals() as signals,
     ):
         resumes = checkpoints.latest() is not None
@@ -202,88 +198,6 @@ def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
         + (f"top-5 {result['eval/top5']:.2%}, " if "eval/top5" in result else "")
         + f"loss {result['eval/loss']:.4f}"
     )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What training and evaluation have in common."""
-
-    dataset: Dataset
-    model: nn.Module
-    normalize: Callable[[jax.Array], jax.Array]
-    parallel: Parallel
-
-
-def prepare(config: Config) -> Job:
-    """Load the data and make the network.
-
-    Raises:
-        ConfigError: there is no such network, or it does not take such images; or another host found other images.
-    """
-    if config.model.dtype == "float64" and jnp.zeros(0).dtype != "float64":
-        raise ConfigError("model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment")
-    dataset = load_dataset(config.data)
-    check_same_images(dataset)
-    options = {
-        "num_classes": dataset.num_classes,
-        "dtype": jnp.dtype(config.model.dtype),
-        "axis_name": AXIS if config.model.sync_batchnorm else None,
-    }
-    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    try:
-        model = scconv_jax.create_model(config.model.name, **options)
-        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
-    except ValueError as error:
-        raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
-    normalizer = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
-    return Job(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
-
-
-def check_same_images(dataset: Dataset) -> None:
-    """See that all hosts, each of which reads its part of every batch, found the same classes and as many images.
-
-    Raises:
-        ConfigError: they did not, on all hosts.
-    """
-    crc = zlib.crc32("\0".join(dataset.classes).encode(errors="surrogateescape")) >> 1
-    hosts = of_all_hosts([len(dataset.train), len(dataset.test), dataset.num_classes, crc])
-    other = next((host for host, found in enumerate(hosts) if found != hosts[0]), 0)
-    if other:
-        there, here = (
-            f"{train} training and {test} test images of {n} classes" for train, test, n, _ in (hosts[other], hosts[0])
-        )
-        names = ", of other names" if hosts[other][:3] == hosts[0][:3] else ""
-        raise ConfigError(f"host {other} found {there}{names}, host 0 {here}: all hosts need the same images in data.dir")
-
-
-def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, float]]:
-    """State → `eval/loss`, `eval/top1` and, of more than five classes, `eval/top5` over all test images, each counted once.
-
-    `eval/images` is how many they are, without those that cannot be read.
-    """
-    sums_of = job.parallel.over_devices(functools.partial(eval_step, model=job.model, normalize=job.normalize))
-
-    def test(state: TrainState) -> dict[str, float]:
-        batches = eval_batches(
-            job.dataset.test,
-            config.data.batch_size,
-            threads=config.data.threads,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        with Staged(batches, job.parallel.put_batch) as staged:
-            sums = []
-            for batch in staged:
-                sums.append(sums_of(state, batch))
-                jax.block_until_ready(sums[-RUN_AHEAD:][0])  # or all test images would be on the device at once
-        sums = jax.device_get(sums)
-        totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
-        count = totals.pop("count")
-        if not count:
-            raise ConfigError("not one image of the test set can be read")
-        return {f"eval/{key}": total / count for key, total in totals.items()} | {"eval/images": int(count)}
-
-    return test
 
 
 def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:

@@ -87,6 +87,19 @@ def test_weights_are_tested_where_there_are_fewer_images_to_train_on_than_in_a_b
     assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} %" in capsys.readouterr().out
 
 
+def test_a_run_does_not_go_on_with_more_images(digits, capsys):
+    """Its step would be another position in another order."""
+    assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
+    image = next(iter(digits.glob("train/*/*.jpg")))
+    shutil.copy(image, image.with_name("copy.jpg"))
+    assert main(["--workdir", "a", "--resume", "--epochs", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "/checkpoints/4 was written with 66 training images, and now there are 67: its step is no position in these." in error
+    assert sorted(path.name for path in Path("a/checkpoints").iterdir()) == ["4"]
+    image.with_name("copy.jpg").unlink()
+    assert main(["--workdir", "a", "--resume", "--epochs", "2"]) == 0
+
+
 def test_too_many_unreadable_images_end_the_run_with_one_line(digits, capsys):
     images = sorted(digits.glob("train/*/*.jpg"))
     for path in images[:3]:
