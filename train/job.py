@@ -1,4 +1,4 @@
-"""What training and testing have in common: the images, the network, the devices; and the test itself."""
+"""What training and testing work on (images, network, devices), the step of the one, and the whole of the other."""
 
 import functools
 import zlib
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 import scconv_jax
-from train.augment import normalize
+from train.augment import make_augment, make_mix, normalize
 from train.batches import Staged, eval_batches
 from train.config import Config, ConfigError
 from train.data import Dataset, load_dataset
 from train.log import RUN_AHEAD
-from train.parallel import Parallel, make_parallel, of_all_hosts
-from train.step import AXIS, TrainState, eval_step
+from train.parallel import Parallel, Step, make_parallel, of_all_hosts
+from train.step import AXIS, TrainState, eval_step, train_step
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,24 @@ def check_same_images(dataset: Dataset) -> None:
         )
         names = ", of other names" if hosts[other][:3] == hosts[0][:3] else ""
         raise ConfigError(f"host {other} found {there}{names}, host 0 {here}: all hosts need the same images in data.dir")
+
+
+def make_step(job: Job, config: Config, optimizer: optax.GradientTransformation) -> Step:
+    """(state, batch) → the state after one step of training, and the metrics of that step; the state given is used up."""
+    step = functools.partial(
+        train_step,
+        model=job.model,
+        optimizer=optimizer,
+        augment=make_augment(config.data, config.augment),
+        normalize=job.normalize,
+        label_smoothing=config.optim.label_smoothing,
+        seed=config.seed,
+        mix=make_mix(config.augment),
+        parts=config.optim.accumulate,
+        rematerialise=config.model.rematerialise,
+        ema_decay=config.optim.ema,
+    )
+    return job.parallel.over_devices(step, donate_state=True)
 
 
 def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, float]]:

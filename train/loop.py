@@ -1,7 +1,6 @@
 """Training and evaluation, from top to bottom."""
 
 import dataclasses
-import functools
 import shlex
 import time
 from pathlib import Path
@@ -10,18 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.augment import make_augment, make_mix
 from train.batches import Staged, train_batches
 from train.checkpoint import Checkpoints
 from train.config import Config, make_plan
 from train.hosts import Signals
-from train.job import make_test, prepare
+from train.job import make_step, make_test, prepare
 from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
 from train.optim import make_optimizer, make_schedule
 from train.parallel import from_host_0
 from train.speed import Profiler, peak_multiply_adds, training_multiply_adds
 from train.start import Start
-from train.step import train_step
 from train.trackers import check_trackers, open_trackers
 from train.workdir import locked_workdir, save_config
 
@@ -54,21 +51,7 @@ def train(config: Config, workdir: Path) -> int:
     schedule = make_schedule(config.optim, plan)
     optimizer = make_optimizer(config.optim, schedule)
     start = Start(config, plan, job.model, optimizer, job.dataset.image_shape)
-    train_fn = functools.partial(
-        train_step,
-        model=job.model,
-        optimizer=optimizer,
-        augment=make_augment(config.data, config.augment),
-        normalize=job.normalize,
-        label_smoothing=config.optim.label_smoothing,
-        seed=config.seed,
-        mix=make_mix(config.augment),
-        parts=config.optim.accumulate,
-        rematerialise=config.model.rematerialise,
-        ema_decay=config.optim.ema,
-    )
-    next_state = job.parallel.over_devices(train_fn, donate_state=True)
-    test = make_test(job, config)
+    next_state, test = make_step(job, config, optimizer), make_test(job, config)
 
     with (
         locked_workdir(workdir if leads else None),
