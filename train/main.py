@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ class Arguments:
     best: Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")] = False
     """With --evaluate: the checkpoint of the best test accuracy, not the latest."""
     pytorch: Annotated[FromPyTorch, FlagCreatePairsOff, arg(name="")] = FromPyTorch()
-    images: Annotated[str, Positional, arg(metavar="DIR")] = ""
+    images: Annotated[str, Positional, arg(metavar="[DIR]")] = ""
     """Folder of images, train/CLASS/… and val/CLASS/…, to train on: --data.name folder --data.dir DIR. Or of a set of TFDS."""
 
 
@@ -233,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         if link is not None:
             link.fail((reason or f"{type(error).__name__}: {error}").removeprefix("error: ").splitlines()[0], code)
-        if not reason:
+        if isinstance(error, BrokenPipeError):  # `| head`: silent, as other programs are, also in Python's last flush
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        elif not reason:
             raise
         return code
 
@@ -251,6 +254,8 @@ def explain(error: BaseException) -> tuple[str, int]:
             return f"error: {error.strerror}: {error.filename or 'the workdir'}; the checkpoints written before are kept", 1
         case KeyboardInterrupt():
             return "Stopped at once; nothing was saved since the last checkpoint.", 130
+        case BrokenPipeError():
+            return "", 128 + signal.SIGPIPE
         case SystemExit():
             return "", error.code if isinstance(error.code, int) else 1
     return "", 1

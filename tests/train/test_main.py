@@ -407,6 +407,16 @@ def test_a_full_disk_ends_the_run_and_keeps_what_there_is():
     assert code == 0, err
 
 
+def test_output_that_nobody_reads_ends_the_program_in_silence():
+    """As `python -m train.main --help | head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "train.main", "--help"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 @pytest.mark.slow
 def test_the_program_as_a_user_starts_it(tmp_path):
     """Help at once, and two epochs of a network of the library, quietly, on one device."""
