@@ -11,7 +11,7 @@ import numpy as np
 
 from train.batches import Staged, train_batches
 from train.checkpoint import Checkpoints
-from train.config import Config, make_plan
+from train.config import Config, ConfigError, make_plan
 from train.hosts import Signals
 from train.job import make_step, make_test, prepare
 from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
@@ -44,6 +44,8 @@ def train(config: Config, workdir: Path) -> int:
     batch_size = config.data.batch_size
     devices = jax.device_count()
     plan = make_plan(config, len(job.dataset.train), devices)
+    if config.log.profile_steps and config.log.profile_steps[0] > plan.total_steps:
+        raise ConfigError(f"log.profile_steps begins at step {config.log.profile_steps[0]}; the run has {plan.total_steps}")
     leads = jax.process_index() == 0  # and alone reads and writes the workdir
     if leads:
         check_trackers(config.log)

@@ -101,6 +101,12 @@ def test_a_run_that_is_watched(small, capsys):
     assert {"waiting_for_data", "multiply_adds_per_second", "train/top5"} <= line.keys()
 
 
+def test_a_profile_of_steps_that_never_come_is_an_error(small, capsys):
+    assert main(["--config", small, "--epochs", "1", "--profile-steps", "6", "7"]) == 2
+    assert capsys.readouterr().err == "error: log.profile_steps begins at step 6; the run has 5\n"
+    assert not Path("runs").exists()
+
+
 def test_evaluate_repeats_the_last_result_and_writes_nothing(small, capsys):
     main(["--config", small])
     last = read_metrics(Path("runs/small/metrics.jsonl"))[-1]
