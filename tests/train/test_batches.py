@@ -157,22 +157,24 @@ def test_staged_tells_the_time_waited():
         assert staged.waited < 0.1, "what was made ahead is there at once"
 
 
-def test_waiting_beside_a_busy_device_is_not_time_lost():
-    """A batch takes 0.2 s, and the device is busy for half of that."""
+@pytest.mark.parametrize("idle", [False, True])
+def test_waiting_is_time_lost_only_while_the_device_is_idle(idle):
+    wanted, looks = threading.Event(), []
 
     def slow():
-        while True:
-            time.sleep(0.2)
-            yield None
+        wanted.wait()
+        yield "batch"
+
+    def look():
+        if not looks:
+            threading.Timer(0.05, wanted.set).start()
+        looks.append(idle)
+        return idle
 
     with Staged(slow(), lambda batch: batch) as staged:
-        next(staged)
-        staged.waited = 0.0
-        began = time.perf_counter()
-        staged.take(lambda: time.perf_counter() - began > 0.1)
-        took = time.perf_counter() - began
-        assert took > 0.15
-        assert 0 < staged.waited <= took - 0.1
+        assert staged.take(look) == "batch"
+        assert staged.waited >= 0.05 if idle else staged.waited == 0
+        assert len(looks) == 1 if idle else len(looks) > 1
 
 
 def test_an_error_reaches_the_reader_of_staged_batches():
