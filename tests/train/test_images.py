@@ -161,6 +161,14 @@ def test_a_line_is_not_resized_to_what_would_not_fit_in_memory():
         center_crop(data, 224, 256)
 
 
+def test_a_truncated_file_is_found_whichever_part_is_asked_for():
+    """Not all of which are decoded that far."""
+    data = encoded(photo(300, 200))[:-200]
+    for key in range(10):
+        with pytest.raises(UnreadableImageError, match="truncated"):
+            random_resized_crop(data, 32, np.random.default_rng(key), scale=(0.05, 0.1))
+
+
 def test_a_crop_is_decided_by_its_key_alone():
     data = encoded(photo(200, 300))
     first, again, other = (random_resized_crop(data, 32, np.random.default_rng(key)) for key in ((1, 2), (1, 2), (1, 3)))
