@@ -357,8 +357,17 @@ def test_one_process_needs_nobody(monkeypatch):
             },
             Hosts(),
         ),
+        (
+            {
+                "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            },
+            Hosts(count=2, index=1, address="10.96.0.1:62624"),
+        ),
     ],
-    ids=["two tasks", "one task"],
+    ids=["two tasks", "one task", "Open MPI"],
 )
 def test_a_cluster_is_found(monkeypatch, variables, expected):
     for name, value in variables.items():
