@@ -55,6 +55,12 @@ def test_dilated_network(close, name, output_stride):
     compare_network(close, name, SIZES[output_stride], np.dtype(np.float64), output_stride=output_stride)
 
 
+@pytest.mark.usefixtures("x64")
+def test_wide_network_that_strides_in_the_first_convolution(close):
+    """As wide networks were published; the ones by name stride in the second, as the ScConv paper's did."""
+    compare_network(close, "wrn28_10_small", SIZES[4], np.dtype(np.float64), strided="conv1")
+
+
 @pytest.mark.parametrize("name", [deep("scnet50"), deep("scnet50_v1d")])
 def test_network_in_float32_at_the_size_it_was_trained_on(close, name):
     compare_network(close, name, (224, 224), np.dtype(np.float32))

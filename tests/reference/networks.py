@@ -58,12 +58,12 @@ class GhostConv(nn.Module):
 class PreActivationBlock(nn.Module):
     """Norm and ReLU before each convolution; the shortcut's 1×1 takes what the first pair gives (wide networks)."""
 
-    def __init__(self, n_in: int, n_out: int, stride: int, conv2):
+    def __init__(self, n_in: int, n_out: int, stride: int, conv2, strided: str):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(n_in)
-        self.conv1 = conv(n_in, n_out, 3, stride=stride)
+        self.conv1 = conv(n_in, n_out, 3, stride=stride if strided == "conv1" else 1)
         self.bn2 = nn.BatchNorm2d(n_out)
-        self.conv2 = conv2(n_out, n_out, 3)
+        self.conv2 = conv2(n_out, n_out, 3, stride=stride if strided == "conv2" else 1)
         self.convShortcut = conv(n_in, n_out, 1, stride=stride) if n_in != n_out else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ class PreActivationBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-28-10 (Zagoruyko, Komodakis, BMVC 2016): three groups of four blocks."""
 
-    def __init__(self, num_classes: int = 10, conv2=conv):
+    def __init__(self, num_classes: int = 10, conv2=conv, strided: str = "conv2"):
         super().__init__()
         self.conv1 = conv(3, 16, 3)
         channels = 16
         for i, width in enumerate((160, 320, 640)):
             blocks = []
             for j in range(4):
-                blocks.append(PreActivationBlock(channels, width, 2 if i > 0 and j == 0 else 1, conv2))
+                blocks.append(PreActivationBlock(channels, width, 2 if i > 0 and j == 0 else 1, conv2, strided))
                 channels = width
             setattr(self, f"block{i + 1}", nn.Sequential(*blocks))
         self.bn1 = nn.BatchNorm2d(channels)
