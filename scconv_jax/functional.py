@@ -246,7 +246,7 @@ def channel_reconstruction(
     upper = conv(x[..., :split], squeeze1)
     lower = conv(x[..., split:], squeeze2)
     options = {"padding": dilation * (gwc.shape[0] // 2), "dilation": dilation}
-    if dense_blocks(conv_groups, upper.shape[-1]) == 1:
+    if prefers_dense(conv_groups, upper.shape[-1]):
         y1 = conv(upper, reconstruction_kernel(gwc, pwc1, conv_groups), **options)
     else:
         y1 = conv(upper, gwc, groups=conv_groups, **options) + conv(upper, pwc1)
@@ -264,6 +264,15 @@ def reconstruction_kernel(
     """Assemble the group-wise and the point-wise kernel of a CRU into that of one ordinary convolution: one pass, no sum."""
     margin = gwc.shape[0] // 2
     return dense_kernel(gwc, conv_groups) + jnp.pad(pwc1, ((margin, margin), (margin, margin), (0, 0), (0, 0)))
+
+
+def prefers_dense(conv_groups: int, channels: int) -> bool:
+    """Whether a CRU's group-wise and point-wise convolution, of so many channels, are computed as one ordinary one.
+
+    That is one pass over the maps, at the price of products with the zeros between the groups. On CPU the price is too high
+    from 16 channels a group on (`python -m benchmarks.operators`).
+    """
+    return jax.default_backend() != "cpu" or dense_blocks(conv_groups, channels) == 1
 
 
 def halves_exist(channels: int) -> None:

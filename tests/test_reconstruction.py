@@ -91,7 +91,7 @@ def test_the_dense_kernel_equals_the_group_wise_and_the_point_wise_one(groups, s
 
 @pytest.mark.parametrize(("channels", "conv_groups"), [(16, 2), (128, 2), (128, 4)])
 def test_every_form_of_the_group_wise_convolution_gives_the_same(channels, conv_groups):
-    """16 channels take the dense form; 128, in two groups or four, separate convolutions."""
+    """On CPU 16 channels take the dense form; 128, in two groups or four, separate convolutions."""
     x = images(c=channels, h=4, w=4)
     layer = CRU(conv_groups=conv_groups)
     params = randomised(layer, x)["params"]
@@ -111,6 +111,18 @@ def test_every_form_of_the_group_wise_convolution_gives_the_same(channels, conv_
     b1, b2 = jax.nn.softmax(jnp.stack([y1.mean((1, 2)), y2.mean((1, 2))]), axis=0)
     expected = b1[:, None, None] * y1 + b2[:, None, None] * y2
     np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("backend", "convolutions"), [("cpu", 2), ("gpu", 1), ("tpu", 1)])
+def test_accelerators_take_the_dense_form_always(monkeypatch, backend, convolutions):
+    """128 channels: on CPU two convolutions and a product are faster (`benchmarks/results/operators.md`)."""
+    x = images(c=128, h=4, w=4)
+    layer = CRU()
+    variables = randomised(layer, x)
+    here = layer.apply(variables, x)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert str(jax.make_jaxpr(layer.apply)(variables, x)).count("conv_general_dilated[") == convolutions
+    np.testing.assert_allclose(layer.apply(variables, x), here, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
