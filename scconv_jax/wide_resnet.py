@@ -4,8 +4,8 @@ Paper: Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016. Of ScConv (Li,
 convolutions is made, the second: then the parameter count fits the paper's.
 
 Differences: dropout, which neither paper's tables use, is left out; and where a block strides. Wide ResNets do so in the first
-convolution. The multiply-adds that the ScConv paper prints, 5.96 billion for WRN-28-10 and 3.75 for its twin, are those of networks
-that stride in the second (5.95 and 3.69 here; in the first, 5.25 and 2.99), so that the networks by name do too; weights are the same.
+convolution. The ScConv paper's multiply-adds, 5.96 billion for WRN-28-10 and 3.75 for its twin, are those of networks that stride
+in the second (5.95 and 3.69 here; in the first, 5.25 and 2.99), so that the networks by name do too; the weights are the same.
 `WideResNet(strided="conv1")` is the first paper's.
 """
 
