@@ -62,7 +62,7 @@ def container(kind: str, pickled: bytes) -> bytes:
     storages = [np.ascontiguousarray(array).tobytes() for array in ARRAYS.values()]
     if kind == "zip":
         return made.zip_file(pickled, storages)
-    return made.legacy_file(pickled, storages, [array.size for array in ARRAYS.values()])
+    return made.legacy_file(made.as_legacy(pickled), storages, [array.size for array in ARRAYS.values()])
 
 
 def safetensors() -> bytes:
@@ -162,7 +162,13 @@ def hostile(number: int, canary: Path) -> tuple[str, bytes]:
         case 4:
             return f"random opcodes, {kind}", container(kind, made.whole(opcodes(chance, canary, 40)))
         case 5:
-            parts = [made.MAGIC, made.VERSION, made.MACHINE, pickled, made.whole(made.text([str(i) for i in range(len(ARRAYS))]))]
+            parts = [
+                made.MAGIC,
+                made.VERSION,
+                made.MACHINE,
+                made.as_legacy(pickled),
+                made.whole(made.text([str(i) for i in range(len(ARRAYS))])),
+            ]
             at = chance.randrange(len(parts))
             parts[at] = rearranged(parts[at], chance, canary)
             storages = [array.size.to_bytes(8, "little") + array.tobytes() for array in ARRAYS.values()]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -73,6 +74,7 @@ def test_the_table(capsys, variables):
     counters = sum(name.endswith("num_batches_tracked") for name in entries)
     for text in (
         "theirs.pth → ours.safetensors",
+        "PyTorch's loader " + ("not installed" if find_spec("torch") is None else ""),
         f"SHA-256 {sha256(Path('theirs.pth'))}",
         "names reference: SCNet of MCG-NKU/SCNet (recognised)",
         "network scnet20_small, num_classes=10 (recognised)",

@@ -68,7 +68,12 @@ def state_dict_file(kind, tensors):
     storages = [np.ascontiguousarray(array).tobytes() for array in tensors.values()]
     if kind == "zip":
         return zip_file(opcodes, storages)
-    return legacy_file(opcodes, storages, [array.size for array in tensors.values()])
+    return legacy_file(as_legacy(opcodes), storages, [array.size for array in tensors.values()])
+
+
+def as_legacy(opcodes):
+    """The opcodes of a state dict as the legacy format has them: each storage tells of one more thing, a view, which is None."""
+    return opcodes.replace(b"tQ", b"NtQ")
 
 
 def zip_file(opcodes, storages=(b"\0" * 16,), extra=()):

@@ -118,6 +118,7 @@ def _report(
     )
     rows = {
         "source": f"{source.path.name}: {source.format}, {source.bytes:,} bytes",
+        "PyTorch's loader": source.pytorch,
         "SHA-256": source.sha256 or "(a folder has none)",
         "names": f"{found.naming.name}: {found.naming.description} ({how[options.naming is None]})",
         "network": f"{network} ({how[options.model is None]})",

@@ -1,7 +1,8 @@
 """Reading and writing files of weights, whatever their format, which their first bytes tell.
 
 No file can run code, whatever it holds: pickles are read by a machine of our own (`scconv_jax.weights.pickles`) that knows
-the few names a state dict needs and nothing else. Every bad file ends in one `WeightsError`.
+the few names a state dict needs and nothing else. What it passes, PyTorch's own loader reads too, where PyTorch is installed,
+and must read the same (`scconv_jax.weights.torch_loader`). Every bad file ends in one `WeightsError`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 from flax import traverse_util
 
 from scconv_jax.convert import to_torch
-from scconv_jax.weights import runs, safetensors_files, torch_files
+from scconv_jax.weights import runs, safetensors_files, torch_files, torch_loader
 from scconv_jax.weights.files import WeightsError, sha256, unknown
+from scconv_jax.weights.state_dicts import Contents
 
 Variables = dict[str, Any]
 
@@ -47,6 +49,8 @@ class Source(NamedTuple):
     """What a PyTorch checkpoint holds beside its weights, name to kind: `{"epoch": "int", "optimizer": "dict"}`."""
     not_finite: dict[str, int]
     """Entries or leaves with NaN or infinite values, and how many."""
+    pytorch: str = ""
+    """What PyTorch's own loader says of one of its files, in words: "2.13.0 reads the same"; "not installed"."""
 
 
 class Loaded(NamedTuple):
@@ -147,11 +151,13 @@ def _read_file(path: Path) -> Source:
     with path.open("rb") as file:
         head = file.read(512)
     metadata: dict[str, str] = {}
-    skipped: dict[str, str] = {}
+    found: Contents | None = None
     if torch_files.is_legacy(head):
-        kind, (tensors, skipped) = "torch legacy", torch_files.read_legacy(path)
+        kind, found = "torch legacy", torch_files.read_legacy(path)
+        tensors = found.tensors
     elif head.startswith(b"PK"):
-        kind, (tensors, skipped) = "torch zip", torch_files.read_zip(path)
+        kind, found = "torch zip", torch_files.read_zip(path)
+        tensors = found.tensors
     elif head[8:9] == b"{" and not head.startswith(b"{"):
         kind, (tensors, metadata) = "safetensors", safetensors_files.read(path)
     else:
@@ -173,8 +179,9 @@ def _read_file(path: Path) -> Source:
         path=path,
         sha256=sha256(path),
         bytes=path.stat().st_size,
-        skipped=skipped,
+        skipped={} if found is None else found.skipped,
         not_finite=_not_finite(tensors),
+        pytorch="" if found is None else torch_loader.confirm(path, found, is_zip=kind == "torch zip"),
     )
 
 

@@ -37,13 +37,21 @@ class Inert(NamedTuple):
     kind: str
 
 
+class Unpickled(NamedTuple):
+    """What a pickle holds."""
+
+    value: Any
+    end: int  # where it ends in the data
+    named: frozenset[str]  # dotted names that it has
+
+
 def unpickle(
     data: bytes,
     names: Mapping[str, Name | Inert],
     persistent: Callable[[Any], Any],
     start: int = 0,
     refuse: Callable[[str], str] = str,
-) -> tuple[Any, int]:
+) -> Unpickled:
     """Read one pickle.
 
     Args:
@@ -54,15 +62,12 @@ def unpickle(
         start: where in `data` the pickle begins.
         refuse: says in words why a dotted name, not in `names`, is refused.
 
-    Returns:
-        The value, and where in `data` the pickle ends.
-
     Raises:
         WeightsError: the pickle is damaged, too long, or asks for anything else.
     """
     machine = _Machine(data, start, names, persistent, refuse)
     try:
-        return machine.run(), machine.at
+        return Unpickled(machine.run(), machine.at, frozenset(machine.named))
     except WeightsError:
         raise
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
@@ -84,6 +89,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
+        self.named: set[str] = set()
         self.left = MOST_OPCODES
 
     def run(self) -> Any:
@@ -155,6 +161,7 @@ class _Machine:
         text = f"{module}.{name}"
         if text not in self.names:
             raise WeightsError(self.refuse(text))
+        self.named.add(text)
         self.push(self.names[text])
 
     def call(self) -> None:

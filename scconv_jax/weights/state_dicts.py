@@ -42,6 +42,7 @@ class Contents(NamedTuple):
 
     tensors: dict[str, np.ndarray]
     skipped: dict[str, str]  # name to kind
+    plain: bool  # whether the file has nothing but tensors and plain data
 
 
 class Storage(NamedTuple):
@@ -72,6 +73,7 @@ class Pickled(NamedTuple):
     value: Any
     storages: dict[str, Storage]
     end: int
+    plain: bool  # whether it names nothing but what tensors and ordered dicts are made of
 
 
 def read_pickle(data: bytes, start: int = 0) -> Pickled:
@@ -88,8 +90,8 @@ def read_pickle(data: bytes, start: int = 0) -> Pickled:
             raise WeightsError(f"its storage {storage.key} is described in two ways")
         return storage
 
-    value, end = unpickle(data, NAMES, record, start, _refusal)
-    return Pickled(value, storages, end)
+    value, end, named = unpickle(data, NAMES, record, start, _refusal)
+    return Pickled(value, storages, end, named <= PLAIN)
 
 
 def _storage(identifier: Any) -> Storage:
@@ -183,6 +185,12 @@ NAMES: dict[str, Name | Inert] = {
 }
 """All that a pickle may name."""
 
+PLAIN = {
+    *DTYPES, "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter",
+    "torch.Size", "collections.OrderedDict",
+}  # fmt: skip
+"""Those of a state dict as PyTorch saves it: an unpickler that makes them makes nothing that is large or slow."""
+
 _OTHER_TENSORS = {
     "torch._utils._rebuild_qtensor": "a quantised tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -226,34 +234,48 @@ def _refusal(name: str) -> str:
     )
 
 
-def contents(value: Any, load: Callable[[Storage], np.ndarray], file_size: int) -> Contents:
-    """Make the arrays of the state dict that is in `value`, perhaps in a wrapper.
+def unwrapped(value: Any) -> tuple[Any, dict[Any, Any]]:
+    """Take a state dict out of the dicts that a training script wrapped it in.
+
+    Returns:
+        The innermost value, and what stood beside it.
+    """
+    beside: dict[Any, Any] = {}
+    while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
+        inner = value.pop(wrapper)  # so that a dict within itself comes to an end
+        beside |= value
+        value = inner
+    return value, beside
+
+
+def contents(pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size: int) -> Contents:
+    """Make the arrays of the state dict that a pickle has, perhaps in a wrapper.
 
     Args:
-        value: what `read_pickle` returned; wrappers are taken apart.
+        pickled: what `read_pickle` returned; wrappers are taken apart.
         load: reads a storage, as an array (count,) of its dtype; called once for each that is needed.
         file_size: bytes of the file, which bounds those of the arrays.
 
     Raises:
-        WeightsError: `value` has no tensors by name, or they claim far more than the file has.
+        WeightsError: there are no tensors by name, or they claim far more than the file has.
     """
-    skipped: dict[str, str] = {}
-    while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
-        inner = value.pop(wrapper)  # so that a dict within itself comes to an end
-        skipped |= {_shown(key): _kind(item) for key, item in value.items()}
-        value = inner
+    value, beside = unwrapped(pickled.value)
     if not isinstance(value, dict):
         raise WeightsError(f"it holds {_kind(value)}, not a state dict")
     tensors = {key: item for key, item in value.items() if isinstance(item, Tensor) and isinstance(key, str)}
     if not tensors:
         keys = ", ".join(map(_shown, list(value)[:8]))
         raise WeightsError(f"it holds no tensors by name, but {keys or 'nothing'}. Save the state dict alone")
-    skipped |= {_shown(key): _kind(item) for key, item in value.items() if key not in tensors}
+    beside |= {key: item for key, item in value.items() if key not in tensors}
     claimed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
     if claimed > 8 * file_size + 1024:
         raise WeightsError(f"its tensors say that they have {claimed:,} bytes, in a file of {file_size:,}")
     storages = {tensor.storage: load(tensor.storage) for tensor in tensors.values()}
-    return Contents({name: _array(tensor, storages[tensor.storage]) for name, tensor in tensors.items()}, skipped)
+    return Contents(
+        {name: _array(tensor, storages[tensor.storage]) for name, tensor in tensors.items()},
+        {_shown(key): _kind(item) for key, item in beside.items()},
+        pickled.plain,
+    )
 
 
 def _shown(key: Any) -> str:

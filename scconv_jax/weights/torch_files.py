@@ -52,17 +52,18 @@ def read_zip(path: Path) -> Contents:
         if order not in (b"little", b"big"):
             raise WeightsError(f"its byte order is {order[:20]!r}, neither little nor big")
         pickled = read_pickle(entries["data.pkl"].read(file).tobytes())
-
-        def load(storage: Storage) -> np.ndarray:
+        for storage in pickled.storages.values():
             entry = entries.get(f"data/{storage.key}")
             if entry is None:
                 raise WeightsError(f"storage {storage.key} is not in its archive")
             if entry.size < storage.bytes:
                 raise WeightsError(f"storage {storage.key} has {entry.size:,} bytes, and should have {storage.bytes:,}")
-            elements = _elements(entry.read(file), storage)
+
+        def load(storage: Storage) -> np.ndarray:
+            elements = _elements(entries[f"data/{storage.key}"].read(file), storage)
             return elements if order.decode() == sys.byteorder else elements.byteswap()
 
-        return contents(pickled.value, load, path.stat().st_size)
+        return contents(pickled, load, path.stat().st_size)
 
 
 def read_legacy(path: Path) -> Contents:
@@ -100,7 +101,7 @@ def read_legacy(path: Path) -> Contents:
         def load(storage: Storage) -> np.ndarray:
             return _elements(read_bytes(file, places[storage.key], storage.bytes), storage)
 
-        return contents(pickled.value, load, size)
+        return contents(pickled, load, size)
 
 
 def write_zip(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
