@@ -5,7 +5,8 @@ no renaming. The others' names were read off their sources:
 
     pytorchcv   https://github.com/osmr/imgclsmob, pytorch/pytorchcv/models: scnet.py, resnet.py, senet.py, ghostnet.py,
                 common.py
-    mmpose      https://github.com/open-mmlab/mmpose, mmpose/models/backbones/scnet.py
+    mmpose      https://github.com/open-mmlab/mmpose, mmpose/models/backbones/scnet.py; also in the two other ways in which that
+                family of libraries calls a convolution and its norm: conv1.conv with norm1, conv1.conv with conv1.bn
     scconv      https://github.com/cheng-haha/ScConv, by the shapes and names that tell its three versions apart
 
 Equal names do not mean equal computation. What is known to compute something else than any network here, under names and shapes
@@ -123,9 +124,12 @@ NAMINGS = (
     Naming(
         "mmpose",
         "SCNet of open-mmlab/mmpose, a backbone",
-        (r"(backbone\.)?layer1\.0\.k1\.0\.weight$", r"(backbone\.)?layer1\.0\.conv1\.weight$"),
+        (r"(backbone\.)?layer1\.0\.k1\.0\.weight$", r"(backbone\.)?layer1\.0\.conv1\.(conv\.)?weight$"),
         (
             (r"^backbone\.", ""),
+            (r"(^|\.)norm(\d)\.", r"\g<1>bn\g<2>."),
+            (r"(^|\.)conv(\d)\.(bn|norm)\.", r"\g<1>bn\g<2>."),
+            (r"(^|\.)conv(\d)\.conv\.", r"\g<1>conv\g<2>."),
             *_layers({"conv1": "conv1_a", "bn1": "bn1_a", "conv2": "conv1_b", "bn2": "bn1_b"}),
         ),
         ("keypoint_head.*", "head.*"),

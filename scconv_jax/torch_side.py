@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,6 +159,10 @@ class Operators:
         return first + second
 
 
+def _mm_name(found: re.Match[str]) -> str:
+    return f"conv{found[1]}." if found[2] else f"bn{found[1] or found[3]}."
+
+
 class Network(Operators):
     """A residual network: images `(n, 3, h, w)` to its maps.
 
@@ -172,6 +177,9 @@ class Network(Operators):
     def __init__(self, entries: Mapping[str, np.ndarray], naming: str, output_stride: int, variant: str, dtype: str):
         super().__init__(entries, variant, dtype)
         self.names = NAMES.get(naming, _OURS)
+        if naming == "mmpose":  # conv1.conv is conv1; norm1 and conv1.bn are bn1
+            same = partial(re.sub, r"\b(?:conv(\d)\.(?:(conv)|bn|norm)|norm(\d))\.", _mm_name)
+            self.entries = {same(name): value for name, value in self.entries.items()}
         if self.has(f"{self.block_name(1, 0)}.identity_conv.conv"):  # pytorchcv's ResNets
             self.names = self.names._replace(shortcut=("identity_conv.conv", "identity_conv.bn"))
         self.output_stride = output_stride

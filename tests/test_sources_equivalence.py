@@ -19,7 +19,7 @@ from scconv_jax.resnet import DeepStem, ResNet
 from scconv_jax.scnet import SCBottleneck, SCNet
 from tests.equivalence import jit, torch_dtype
 from tests.reference import scconv as oracles
-from tests.reference.namings import MMPose, PytorchCV
+from tests.reference.namings import MMPose, MMPoseModules, PytorchCV
 from tests.reference.networks import build
 from tests.reference.state import nchw, nhwc, random_images, randomise
 
@@ -50,6 +50,8 @@ SOURCES = {
     "pytorchcv scneta": (lambda: PytorchCV("scneta", SHALLOW, 7), V1D, "pytorchcv", {}),
     "pytorchcv resnet-b": (lambda: PytorchCV("resnetb", SHALLOW, 7), RESNET, "pytorchcv", {}),
     "mmpose": (lambda: MMPose(SHALLOW), SCNET, "mmpose", {"wrap": lambda entries: {"meta": {"epoch": 3}, "state_dict": entries}}),
+    "mmpose, norm1": (lambda: MMPoseModules(SHALLOW), SCNET, "mmpose", {}),
+    "mmpose, conv1.bn": (lambda: MMPoseModules(SHALLOW, "conv{}.bn"), SCNET, "mmpose", {}),
     "torchvision": (lambda: build("resnet50", depths=SHALLOW, num_classes=7), RESNET, "torchvision", {}),
 }  # fmt: skip
 
@@ -63,15 +65,15 @@ def test_from_a_file_to_equal_outputs(close, tmp_path, name):
     assert open_entries(path).naming.name == naming
     template = jax.eval_shape(partial(ours(num_classes=7).init, train=False), jax.random.key(0), jnp.zeros((1, 97, 97, 3)))
     variables, notes = load_weights(path, template)
-    assert len(notes) == (name in ("mmpose", "pytorchcv resnet-b"))
+    assert len(notes) == (naming == "mmpose" or name == "pytorchcv resnet-b")
     for dtype in ("float64", "float32"):
         with jax.enable_x64(dtype == "float64"), torch.no_grad():
             model = ours(num_classes=7, dtype=jnp.dtype(dtype))
-            run = jit(partial(model.apply, train=False, method="features" if name == "mmpose" else None))
+            run = jit(partial(model.apply, train=False, method="features" if naming == "mmpose" else None))
             images = random_images((1, *SIZES[dtype], 3), 1, np.dtype(dtype))
             expected = oracle.to(torch_dtype(np.dtype(dtype)))(nchw(images))
             found = run(variables, jnp.asarray(images))
-            if name == "mmpose":
+            if naming == "mmpose":
                 close(found["layer4"], nhwc(expected), name)
             else:
                 close(found, expected.numpy(), name)

@@ -11,7 +11,7 @@ from scconv_jax.cli import main
 from scconv_jax.torch_ghostnet import GhostNetwork
 from scconv_jax.torch_side import Network
 from scconv_jax.verify import _difference
-from tests.reference.namings import MMPose, PytorchCV, PytorchCVGhostNet
+from tests.reference.namings import MMPose, MMPoseModules, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import nchw, random_images, randomise
 
@@ -35,6 +35,8 @@ COUNTERPARTS = {
     "pytorchcv's scneta": (lambda: PytorchCV("scneta", SHALLOW), "pytorchcv", 32),
     "pytorchcv's resnet-b": (lambda: PytorchCV("resnetb", SHALLOW), "pytorchcv", 32),
     "mmpose's scnet": (lambda: MMPose(SHALLOW), "mmpose", 32),
+    "mmpose's scnet, norm1": (lambda: MMPoseModules(SHALLOW), "mmpose", 32),
+    "mmpose's scnet, conv1.bn": (lambda: MMPoseModules(SHALLOW, "conv{}.bn"), "mmpose", 32),
 }
 
 

@@ -7,6 +7,8 @@
 Only names, order and arithmetic are theirs; each is its own implementation, which shares nothing with the other oracles.
 """
 
+import re
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as T
@@ -214,6 +216,23 @@ class MMPose(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backbone(x)
+
+
+class MMPoseModules(MMPose):
+    """The same under the names of other networks of that family: conv1.conv, and norm1 or conv1.bn."""
+
+    def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), norm: str = "norm{}"):
+        super().__init__(depths)
+        self.norm = norm
+
+    def state_dict(self, *args, **options):
+        """Under those names."""
+
+        def renamed(name: str) -> str:
+            name = re.sub(r"\bconv(\d)\.", r"conv\1.conv.", name)
+            return re.sub(r"\bbn(\d)\.", lambda found: self.norm.format(found[1]) + ".", name)
+
+        return {renamed(name): value for name, value in super().state_dict(*args, **options).items()}
 
 
 def _block(n_in: int, n_out: int, size: int = 1, stride: int = 1, *, depthwise: bool = False, relu: bool = True) -> nn.Module:
