@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 from scconv_jax import create_model, list_models
-from scconv_jax.summary import multiply_adds, parameters
+from scconv_jax.summary import multiply_adds
 
 # Parameters, and multiply-adds at 224 px in 10⁹ where published (Liu et al., CVPR 2020, Tables 1-3, and
 # https://github.com/MCG-NKU/SCNet). Counts of parameters are those of the PyTorch oracles, which for the published
@@ -196,8 +196,7 @@ def test_networks_made_alike_are_equal_and_can_be_pickled(name):
     assert model == create_model(name, num_classes=7)
     assert hash(model) == hash(create_model(name, num_classes=7))
     assert model != create_model(name, num_classes=8)
-    restored = pickle.loads(pickle.dumps(model))
-    assert parameters(restored, (128, 128)) == parameters(model, (128, 128))
+    assert repr(pickle.loads(pickle.dumps(model))) == repr(model)
 
 
 @pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("scconv_")])

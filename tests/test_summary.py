@@ -12,7 +12,7 @@ import pytest
 from scconv_jax import create_model, list_models
 from scconv_jax.cli import main
 from scconv_jax.published import ROWS
-from scconv_jax.summary import multiply_adds, parameters, summarise
+from scconv_jax.summary import multiply_adds, summarise
 
 
 @pytest.mark.parametrize("name", ["scnet20_small", "scconv_resnet20_small", "ghost_resnet56_small"])
@@ -46,14 +46,6 @@ def test_scconv_is_counted_as_the_paper_writes_it():
     assert inner["layer1/0/conv2/SRU"].multiply_adds == 16 * 32**2
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.paper} {row.label}")
-def test_the_papers_tables(row):
-    model, size = create_model(row.model, **row.options), (row.size, row.size)
-    ours = parameters(model, size) / 1e6, multiply_adds(model, size) / 1e9
-    for value, paper, margin in zip(ours, (row.parameters, row.multiply_adds), row.margins, strict=True):
-        assert abs(value / paper - 1) <= margin / 100
-
-
 def test_summary_of_one_network(capsys):
     assert main(["summary", "scnet20_small", "--json", "--num-classes", "7"]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -66,13 +58,13 @@ def test_summary_of_one_network(capsys):
     assert "220,826" in table
 
 
-def test_summary_of_all(capsys):
+def test_the_papers_tables(capsys):
     assert main(["summary", "--all", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert len(records) == len(ROWS)
     for record in records:
-        assert abs(record["parameters_percent"]) <= record["margins_percent"][0]
-        assert abs(record["multiply_adds_percent"]) <= record["margins_percent"][1]
+        assert abs(record["parameters_percent"]) <= record["margins_percent"][0], record
+        assert abs(record["multiply_adds_percent"]) <= record["margins_percent"][1], record
 
 
 @pytest.mark.parametrize(
