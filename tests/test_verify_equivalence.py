@@ -3,10 +3,12 @@
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 
+from scconv_jax import verify as verify_module
 from scconv_jax.cli import main
 from scconv_jax.torch_ghostnet import GhostNetwork
 from scconv_jax.torch_side import Network
@@ -105,6 +107,26 @@ def test_equal(capsys, folder):
     rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert rows == ["stem", "layer1", "layer2", "layer3", "logits"]
     assert "Equal within tolerance at every stage" in out
+
+
+def test_jax_computes_on_the_cpu(capsys, folder, monkeypatch):
+    """Whatever device a program computes on: others round float32 to fewer digits."""
+    devices, compiled = set(), verify_module._compiled
+
+    def recorded(*args):
+        run = compiled(*args)
+
+        def record(*inputs):
+            outputs = run(*inputs)
+            devices.update(*(leaf.devices() for leaf in jax.tree.leaves(outputs)))
+            return outputs
+
+        return record
+
+    monkeypatch.setattr(verify_module, "_compiled", recorded)
+    with jax.default_device(jax.devices()[3]):
+        verify(capsys, folder, "scnet20_small.pth", "--sizes", "32")
+    assert devices == {jax.devices("cpu")[0]}
 
 
 def test_beside_a_file_of_the_users_own_within_a_tolerance(capsys, folder):
