@@ -30,6 +30,7 @@ from scconv_jax.torch_side import Network
 
 LIMITS = {"float64": 1e-12, "float32": 2e-5}
 SIZES = ((224, 224), (256, 256), (193, 161))
+SMALL_SIZES = ((32, 32), (40, 40), (33, 27))
 
 Stages = dict[str, np.ndarray]  # stage to maps (n, h, w, c), or logits (n, classes)
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -74,7 +73,7 @@ def test_the_table(capsys, variables):
     counters = sum(name.endswith("num_batches_tracked") for name in entries)
     for text in (
         "theirs.pth → ours.safetensors",
-        "PyTorch's loader " + ("not installed" if find_spec("torch") is None else ""),
+        "PyTorch's loader not installed",
         f"SHA-256 {sha256(Path('theirs.pth'))}",
         "names reference: SCNet of MCG-NKU/SCNet (recognised)",
         "network scnet20_small, num_classes=10 (recognised)",
@@ -86,6 +85,15 @@ def test_the_table(capsys, variables):
     ):
         assert text in table
     assert "note" not in table
+
+
+def test_how_the_version_of_scconv_is_known(capsys):
+    save("scconv.pth", filled("scconv_resnet20_small"))
+    both = "recognised, or --variant paper, which has the same entries"
+    assert f"variant=2023-10, alpha=0.5, num_classes=10 ({both})" in convert(capsys, "scconv.pth", "--out", "a.safetensors")
+    given = convert(capsys, "scconv.pth", "--variant", "paper", "--out", "paper.safetensors")
+    assert "(recognised, its variant as given)" in given
+    assert "variant=2023-10, alpha=0.5, num_classes=10 (recognised)" in convert(capsys, "a.safetensors", "--out", "again.pth")
 
 
 def test_another_number_of_classes(capsys, variables):

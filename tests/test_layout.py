@@ -20,8 +20,8 @@ LIBRARY = {
 # They know arrays, names and files, not networks.
 ABOVE_NO_NETWORK = {
     "convert": 0, "naming": 1, "weights.files": 0, "weights.pickles": 1, "weights.state_dicts": 2, "weights.torch_files": 3,
-    "weights.safetensors_files": 3, "weights.runs": 3, "weights.torch_loader": 3,
-    "weights.formats": 4, "weights.download": 4, "weights": 5,
+    "weights.safetensors_files": 3, "weights.runs": 3, "weights.torch_process": 0,
+    "weights.formats": 4, "weights.download": 4, "weights": 5, "weights.second_reader": 5,
 }  # fmt: skip
 TRAINER = {
     "fields": 0, "randaugment": 0, "config": 1, "config_files": 2,
@@ -88,9 +88,8 @@ def relative(path):
 def test_the_library_points_downwards(path):
     assert ours(path) <= {"scconv_jax"}
     name, used = dotted(path), modules(path, "scconv_jax")
-    late = {"weights.runs": {"orbax"}, "weights.torch_loader": {"torch"}, "torch_side": {"torch"}, "verify": {"torch"}}.get(
-        name, set()
-    )
+    of_torch = {late: {"torch"} for late in ("weights.torch_process", "torch_side", "verify")}
+    late = (of_torch | {"weights.runs": {"orbax"}}).get(name, set())
     assert others(path) <= LIBRARY_NEEDS | late, "an optional or foreign package; the library needs these alone"
     if name in ABOVE_NO_NETWORK:
         assert used <= {other for other, rank in ABOVE_NO_NETWORK.items() if rank < ABOVE_NO_NETWORK[name]}

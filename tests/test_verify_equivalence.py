@@ -182,7 +182,21 @@ def test_scconv_is_judged_in_float64(capsys, folder):
     """As the public code of 2023-10, whose entries these are."""
     out = verify(capsys, folder, "scconv_resnet20_small.pth", "--sizes", "33x29", "--tolerance", "1e-9").out
     assert "note: ScConv's gate is a step." in out
+    assert "float32 (not judged)" in out
     assert "Equal within tolerance" in out
+
+
+def test_small_networks_are_compared_at_small_sizes(capsys, folder, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("scconv_jax.cli.verify.compare", lambda *_, **options: sizes.extend(options["sizes"]) or ())
+    verify(capsys, folder, "resnet20_small.pth")
+    assert sizes == [(32, 32), (40, 40), (33, 27)]
+
+
+def test_what_pytorchs_own_loader_says_is_printed(capsys, folder, monkeypatch):
+    monkeypatch.setattr("scconv_jax.cli.verify.confirm", lambda source: f"2.13.0 reads {source.path.name}")
+    out = verify(capsys, folder, "resnet20_small.pth", "--sizes", "24").out
+    assert "note: PyTorch's own loader, of the file: 2.13.0 reads resnet20_small.pth." in out
 
 
 def test_a_head_drawn_anew_is_not_compared(capsys, folder):

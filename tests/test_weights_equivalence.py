@@ -100,6 +100,29 @@ def test_pickle_protocols(tmp_path, legacy, protocol):
     assert_same(weights.read(tmp_path / "x.pth").tensors, expected)
 
 
+@LEGACY
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_sets_beside_the_weights(tmp_path, legacy, protocol):
+    value = {"state_dict": {"w": torch.ones(3)}, "seen": {1, 2}, "fixed": frozenset("a"), "none": set()}
+    write(tmp_path / "x.pth", value, legacy, pickle_protocol=protocol)
+    source = weights.read(tmp_path / "x.pth")
+    assert_same(source.tensors, value["state_dict"])
+    assert {key: kind.split(".")[-1] for key, kind in source.skipped.items()} == {
+        "seen": "set",
+        "fixed": "frozenset",
+        "none": "set",
+    }
+
+
+@LEGACY
+def test_numbers_of_the_other_sign(tmp_path, legacy):
+    """The imaginary part of a conjugate is a view of the numbers themselves, with a mark on it."""
+    signed = torch.complex(torch.ones(4), torch.arange(4.0)).conj().imag
+    assert signed.is_neg()
+    write(tmp_path / "x.pth", {"w": signed}, legacy)
+    assert_same(weights.read(tmp_path / "x.pth").tensors, {"w": signed.resolve_neg()})
+
+
 @pytest.mark.parametrize("checksums", [True, False])
 def test_archives_with_and_without_checksums(tmp_path, checksums):
     torch.serialization.set_crc32_options(checksums)

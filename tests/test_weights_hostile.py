@@ -160,6 +160,12 @@ TRICKS = {
     "a dict of triples": call("collections.Counter", [[1, 2, 3]]),
     "a dict of a number": call("collections.OrderedDict", 3),
     "a size of a number": call("torch.Size", 3),
+    "a size of a tensor": call("torch.Size", tensor()),
+    "a size of texts": call("torch.Size", ["1"]),
+    "a dict of a tensor": call("collections.OrderedDict", tensor()),
+    "a state that is no dict": call("collections.OrderedDict") + text([1]) + b"b",
+    "items of a dict as of a set": b"}(K\x01\x90",
+    "a tensor with unknown properties": tensor()[:-2] + b"}" + text("quantised") + b"\x88s" + b"tR",
     "a parameter of nothing": call("torch._utils._rebuild_parameter"),
     "items of a text": text("x") + text("k") + text("v") + b"s",
     "items of an inert object": call("builtins.set", []) + text("k") + text("v") + b"s",
@@ -180,6 +186,17 @@ TRICKS = {
 def test_tricks(path, name, form):
     refused(path, FORMATS[form](whole(TRICKS[name])))
     refused(path, FORMATS[form](whole(dictionary([("state_dict", dictionary([("w", tensor()), ("x", TRICKS[name])]))]))))
+
+
+@pytest.mark.parametrize("rest", [text(1), b"(", b"(" + text("x")], ids=["a number", "a mark", "a text below a mark"])
+def test_a_pickle_that_makes_more_than_it_holds(path, rest):
+    honest = dictionary([("w", tensor())])
+    for form in FORMATS.values():
+        refused(path, form(whole(rest + honest)), "makes more than it holds")
+    start = made.MAGIC + made.VERSION
+    machine, keys = made.MACHINE[2:-1], text(["0"])
+    refused(path, start + whole(rest + machine) + whole(honest), "makes more than it holds")
+    refused(path, start + made.MACHINE + whole(honest) + whole(rest + keys), "makes more than it holds")
 
 
 # Bombs
@@ -360,13 +377,19 @@ ARCHIVES = {
     "a wrong checksum": (lambda: archive([HONEST[0], Entry("archive/data/0", bytes(16), crc=7)]), "checksum"),
     "a wrong checksum of the pickle": (lambda: archive([Entry(HONEST[0].name, HONEST[0].data, crc=7), HONEST[1]]), "checksum"),
     "a huge directory": (lambda: archive(HONEST, directory_size=2**31), "directory|damaged"),
-    "a directory beyond the end": (lambda: archive(HONEST, directory_at=2**31), "lies before"),
+    "a directory beyond the end": (lambda: archive(HONEST, directory_at=2**31), "no directory where it says"),
     "a storage cut short": (lambda: archive([HONEST[0], Entry("archive/data/0", bytes(15))]), "15 bytes, and should have 16"),
     "no storage": (lambda: archive([HONEST[0]]), "storage 0 is not in its archive"),
     "no pickle": (lambda: archive([HONEST[1]]), "not of PyTorch"),
     "nothing": (lambda: archive([]), "archive"),
     "an unknown order of bytes": (lambda: archive([*HONEST, Entry("archive/byteorder", b"middle")]), "byte order"),
     "a pickle of 20 MB": (lambda: archive([Entry("archive/data.pkl", bytes(2 * 10**7)), HONEST[1]]), r"20,000,000 bytes"),
+    "two archives": (lambda: archive(HONEST)[:-22] + archive(HONEST), "no directory where it says"),
+    "something before it": (lambda: b"PK" + bytes(62) + archive(HONEST), "no directory where it says"),
+    "long numbers": (lambda: made.as_zip64(archive(HONEST)), None),
+    "long numbers elsewhere": (lambda: made.as_zip64(archive(HONEST), place=7), "no directory where it says|damaged"),
+    "a comment that ends like an archive": (lambda: archive(HONEST)[:-2] + b"\x16\0" + archive([])[-22:], "archive"),
+    "names alike but for capitals": (lambda: archive([*HONEST, Entry("archive/DATA.PKL", b"")]), r"DATA\.PKL occurs twice"),
     "many entries": (lambda: archive([*HONEST, *(Entry(f"archive/{i}", b"") for i in range(5_000))]), None),
 }  # fmt: skip
 

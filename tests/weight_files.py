@@ -125,6 +125,15 @@ def archive(entries, *, count=None, directory_size=None, directory_at=None):
     return body + directory + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, size, at, 0)
 
 
+def as_zip64(content, place=None):
+    """The same archive with the long numbers that one of more than 4 GB has; `place` is where it says that they stand."""
+    end, last = content[:-22], content[-22:]
+    count, size, at = struct.unpack("<8xHxxII", last[:-2])
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, at)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(end) if place is None else place, 1)
+    return end + record + locator + last
+
+
 def call(function, *arguments):
     """The opcodes of a call: `function` is a dotted name or opcodes, as is each argument; other arguments are plain data."""
     opcodes = [named(function) if isinstance(function, str) else function, b"("]

@@ -22,6 +22,7 @@ from scconv_jax.pretrained import Entries, Filled, choose, fill, fill_model, ope
 from scconv_jax.recognise import kinds
 from scconv_jax.weights import save
 from scconv_jax.weights.files import WeightsError, check_place, sha256
+from scconv_jax.weights.second_reader import confirm
 
 ANY = "any"
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -86,6 +87,9 @@ def _convert(options: argparse.Namespace) -> None:
     _check_out(out, options.force)
     started = time.perf_counter()
     found = open_source(options)
+    asked = time.perf_counter()
+    pytorch = confirm(found.source)
+    waited = time.perf_counter() - asked
     if options.model == ANY:
         name, arguments = "", {}
         filled = fill(found, found.source.variables or kinds(found.arrays, found.ignore))
@@ -95,7 +99,9 @@ def _convert(options: argparse.Namespace) -> None:
     metadata = {"model": name, "arguments": arguments} if name else {}
     origin = {"source": found.source.path.name, "source_sha256": found.source.sha256, "naming": found.naming.name}
     save(out, filled.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
-    _report(options, found, filled, name, arguments, out, time.perf_counter() - started)
+    seconds = time.perf_counter() - started - waited
+    times = f"{seconds:.1f} s" + (f", and {waited:.1f} s for PyTorch's loader" if pytorch else "")
+    _report(options, found, filled, _network(options, found, name, arguments), pytorch, out, times)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -108,20 +114,28 @@ def _check_out(out: Path, force: bool) -> None:
     check_place(out)  # before the work
 
 
+def _network(options: argparse.Namespace, found: Entries, name: str, arguments: dict[str, Any]) -> str:
+    """The network in words, and how it is known."""
+    if not name:
+        return "none: each entry by its kind (as given)"
+    how = "recognised" if options.model is None else "as given"
+    if "variant" in arguments and options.variant is not None:
+        how += ", its variant as given"
+    elif arguments.get("variant") == "2023-10" and "variant" not in found.source.metadata.get("arguments", ""):
+        how += ", or --variant paper, which has the same entries"
+    return ", ".join([name, *(f"{key}={value}" for key, value in arguments.items())]) + f" ({how})"
+
+
 def _report(
-    options: argparse.Namespace, found: Entries, filled: Filled, name: str, arguments: dict[str, Any], out: Path, seconds: float
+    options: argparse.Namespace, found: Entries, filled: Filled, network: str, pytorch: str, out: Path, times: str
 ) -> None:
     source, matched = found.source, filled.match
-    how = {True: "recognised", False: "as given"}
-    network = (
-        ", ".join([name, *(f"{key}={value}" for key, value in arguments.items())]) if name else "none: each entry by its kind"
-    )
     rows = {
         "source": f"{source.path.name}: {source.format}, {source.bytes:,} bytes",
-        "PyTorch's loader": source.pytorch,
+        "PyTorch's loader": pytorch,
         "SHA-256": source.sha256 or "(a folder has none)",
-        "names": f"{found.naming.name}: {found.naming.description} ({how[options.naming is None]})",
-        "network": f"{network} ({how[options.model is None]})",
+        "names": f"{found.naming.name}: {found.naming.description} ({'recognised' if options.naming is None else 'as given'})",
+        "network": network,
         "entries": f"{len(found.arrays)} read, {len(matched.converted)} converted, {len(matched.ignored)} ignored",
         "ignored": _reasons(found, matched),
         "beside them": _listed([f"{key} ({kind})" for key, kind in source.skipped.items()], most=20),
@@ -129,7 +143,7 @@ def _report(
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(filled.variables['params'])):,}",
         "written": f"{out}: {out.stat().st_size:,} bytes",
         "SHA-256 ": sha256(out),
-        "time": f"{seconds:.1f} s",
+        "time": times,
     }
     table = Table(title=f"{source.path.name} → {out.name}", show_header=False)
     for row, text in rows.items():

@@ -14,7 +14,8 @@ from scconv_jax.console import show
 from scconv_jax.convert import ConversionError
 from scconv_jax.models import create_model
 from scconv_jax.pretrained import choose, fill_model
-from scconv_jax.verify import LIMITS, SIZES, Difference, compare
+from scconv_jax.verify import LIMITS, SIZES, SMALL_SIZES, Difference, compare
+from scconv_jax.weights.second_reader import confirm
 
 
 def add(commands: Any) -> None:
@@ -41,21 +42,23 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--sizes",
         nargs="+",
-        default=["x".join(map(str, size)) for size in SIZES],
         metavar="PX",
-        help="of images: 224, or 193x161 for height x width (default: 224x224 256x256 193x161)",
+        help="of images: 224, or 193x161 for height x width (default: 224x224 256x256 193x161; of small networks "
+        "32x32 40x40 33x27)",
     )
     parser.set_defaults(run=_verify)
 
 
 def _verify(options: argparse.Namespace) -> int:
     limits = LIMITS | ({"float32": options.tolerance} if options.tolerance is not None else {})
-    sizes = [_size(text) for text in options.sizes]
+    sizes = [_size(text) for text in options.sizes or ()]
     if options.model == ANY:
         raise ConversionError(f"verify runs a network; --model {ANY} is none.")
     started = time.perf_counter()
     found = open_source(options)
+    pytorch = confirm(found.source)
     name, arguments = choose(found, options.model, model_options(options))
+    sizes = sizes or (SMALL_SIZES if name.endswith("_small") else SIZES)
     filled = fill_model(found, name, create_model(name, **arguments))
     largest: dict[tuple[str, str], Difference] = {}
     without = ["logits"] if filled.match.unfilled else []
@@ -65,26 +68,27 @@ def _verify(options: argparse.Namespace) -> int:
         key = difference.stage, difference.dtype
         if key not in largest or difference.value > largest[key].value:
             largest[key] = difference
+    judged = ["float64"] if any(".SRU." in f".{entry}" for entry in found.arrays) else list(limits)
     table = Table(title=f"{found.source.path.name} as {name}: JAX beside {options.reference or 'PyTorch'}")
     table.add_column("stage")
     for dtype, limit in limits.items():
-        table.add_column(f"{dtype} (limit {limit:.0e})", justify="right")
+        table.add_column(f"{dtype} (limit {limit:.0e})" if dtype in judged else f"{dtype} (not judged)", justify="right")
         table.add_column("largest on")
     for stage in dict.fromkeys(stage for stage, _ in largest):
         cells: list[Text] = []
         for dtype, limit in limits.items():
             value = largest[stage, dtype]
             cells += [
-                Text(f"{value.value:.1e}", style="bold red" if not value.value <= limit else ""),
+                Text(f"{value.value:.1e}", style="bold red" if dtype in judged and not value.value <= limit else ""),
                 Text(f"{value.images}, {value.size[0]}×{value.size[1]}"),
             ]
         table.add_row(stage, *cells)
     show(table)
     for note in filled.notes:
         print(f"note: {note}")
-    judged = list(limits)
-    if any(".SRU." in f".{entry}" for entry in found.arrays):
-        judged = ["float64"]
+    if pytorch:
+        print(f"note: PyTorch's own loader, of the file: {pytorch}.")
+    if "float32" not in judged:
         print(
             "note: ScConv's gate is a step. Where a weight is within rounding of the threshold, float32 may fall on the other "
             "side here than in PyTorch, which shows as one pixel's large difference: float64 alone decides."

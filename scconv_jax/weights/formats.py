@@ -1,8 +1,7 @@
 """Reading and writing files of weights, whatever their format, which their first bytes tell.
 
 No file can run code, whatever it holds: pickles are read by a machine of our own (`scconv_jax.weights.pickles`) that knows
-the few names a state dict needs and nothing else. What it passes, PyTorch's own loader reads too, where PyTorch is installed,
-and must read the same (`scconv_jax.weights.torch_loader`). Every bad file ends in one `WeightsError`.
+the few names a state dict needs and nothing else. Every bad file ends in one `WeightsError`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from scconv_jax.convert import to_torch
-from scconv_jax.weights import runs, safetensors_files, torch_files, torch_loader
+from scconv_jax.weights import runs, safetensors_files, torch_files
 from scconv_jax.weights.files import WeightsError, sha256, unknown
 from scconv_jax.weights.state_dicts import Contents
 
@@ -49,8 +48,8 @@ class Source(NamedTuple):
     """What a PyTorch checkpoint holds beside its weights, name to kind: `{"epoch": "int", "optimizer": "dict"}`."""
     not_finite: dict[str, int]
     """Entries or leaves with NaN or infinite values, and how many."""
-    pytorch: str = ""
-    """What PyTorch's own loader says of one of its files, in words: "2.13.0 reads the same"; "not installed"."""
+    wrappers: tuple[str, ...] = ()
+    """Keys that a state dict stood under in a PyTorch checkpoint, from the outside: `("state_dict",)`."""
 
 
 class Loaded(NamedTuple):
@@ -181,7 +180,7 @@ def _read_file(path: Path) -> Source:
         bytes=path.stat().st_size,
         skipped={} if found is None else found.skipped,
         not_finite=_not_finite(tensors),
-        pytorch="" if found is None else torch_loader.confirm(path, found, is_zip=kind == "torch zip"),
+        wrappers=() if found is None else found.wrappers,
     )
 
 

@@ -37,21 +37,13 @@ class Inert(NamedTuple):
     kind: str
 
 
-class Unpickled(NamedTuple):
-    """What a pickle holds."""
-
-    value: Any
-    end: int  # where it ends in the data
-    named: frozenset[str]  # dotted names that it has
-
-
 def unpickle(
     data: bytes,
     names: Mapping[str, Name | Inert],
     persistent: Callable[[Any], Any],
     start: int = 0,
     refuse: Callable[[str], str] = str,
-) -> Unpickled:
+) -> tuple[Any, int]:
     """Read one pickle.
 
     Args:
@@ -62,12 +54,15 @@ def unpickle(
         start: where in `data` the pickle begins.
         refuse: says in words why a dotted name, not in `names`, is refused.
 
+    Returns:
+        The value, and where in `data` the pickle ends.
+
     Raises:
         WeightsError: the pickle is damaged, too long, or asks for anything else.
     """
     machine = _Machine(data, start, names, persistent, refuse)
     try:
-        return Unpickled(machine.run(), machine.at, frozenset(machine.named))
+        return machine.run(), machine.at
     except WeightsError:
         raise
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
@@ -89,7 +84,6 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
-        self.named: set[str] = set()
         self.left = MOST_OPCODES
 
     def run(self) -> Any:
@@ -97,7 +91,10 @@ class _Machine:
             self.spend(1)
             opcode = self.take(1)
             if opcode == pickle.STOP:
-                return self.stack.pop()
+                value = self.stack.pop()
+                if self.stack or self.marked:
+                    raise WeightsError("its pickle makes more than it holds")
+                return value
             _OPCODES[opcode](self) if opcode in _OPCODES else self.unknown(opcode)
 
     def spend(self, count: int) -> None:
@@ -155,13 +152,22 @@ class _Machine:
             raise WeightsError(f"its pickle sets items of {_kind(target)}, not of a dict")
         _set(target, zip(items[::2], items[1::2], strict=True))
 
+    def add(self) -> None:
+        """Pass over what is added to a set, which is not made."""
+        self.items()
+        if not isinstance(self.stack[-1], Inert):
+            raise WeightsError(f"its pickle adds items to {_kind(self.stack[-1])}, not to a set")
+
+    def frozen_set(self) -> None:
+        self.items()
+        self.push(Inert("builtins.frozenset"))
+
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise WeightsError("its pickle is damaged: a name that is no text")
         text = f"{module}.{name}"
         if text not in self.names:
             raise WeightsError(self.refuse(text))
-        self.named.add(text)
         self.push(self.names[text])
 
     def call(self) -> None:
@@ -182,8 +188,9 @@ class _Machine:
 
     def state(self) -> None:
         """PyTorch gives a state dict, which is an OrderedDict, its `_metadata`; to all else a state may be code."""
-        self.stack.pop()
-        if not isinstance(self.stack[-1], (dict, Inert)):
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if not isinstance(target, Inert) and not (isinstance(target, dict) and isinstance(state, dict)):
             raise WeightsError(f"its pickle sets the state of {_kind(self.stack[-1])}")
 
     def protocol(self) -> None:
@@ -201,6 +208,8 @@ class _Machine:
 def ordered_dict(items: Any = ()) -> dict[Any, Any]:
     """What an `OrderedDict` becomes, whose items Python 2 gives in its call, and a `Counter`, which gives a dict."""
     result: dict[Any, Any] = {}
+    if type(items) not in (dict, list, tuple):  # a tensor stands here as a tuple, too
+        raise WeightsError(f"its pickle makes a dict of {_kind(items)}")
     _set(result, items.items() if isinstance(items, dict) else items)
     return result
 
@@ -249,6 +258,9 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     pickle.APPENDS: lambda m: m.append(m.items()),
     pickle.SETITEM: lambda m: m.set([m.stack.pop(-2), m.stack.pop()]),
     pickle.SETITEMS: lambda m: m.set(m.items()),
+    pickle.EMPTY_SET: lambda m: m.push(Inert("builtins.set")),
+    pickle.FROZENSET: _Machine.frozen_set,
+    pickle.ADDITEMS: _Machine.add,
     pickle.MARK: _Machine.mark,
     pickle.POP: lambda m: m.stack.pop(),
     pickle.POP_MARK: _Machine.items,

@@ -42,7 +42,7 @@ class Contents(NamedTuple):
 
     tensors: dict[str, np.ndarray]
     skipped: dict[str, str]  # name to kind
-    plain: bool  # whether the file has nothing but tensors and plain data
+    wrappers: tuple[str, ...]  # keys that the state dict stood under, from the outside
 
 
 class Storage(NamedTuple):
@@ -65,6 +65,7 @@ class Tensor(NamedTuple):
     offset: int  # elements, as are the strides
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    negative: bool  # the values are those of the storage with the other sign
 
 
 class Pickled(NamedTuple):
@@ -73,7 +74,6 @@ class Pickled(NamedTuple):
     value: Any
     storages: dict[str, Storage]
     end: int
-    plain: bool  # whether it names nothing but what tensors and ordered dicts are made of
 
 
 def read_pickle(data: bytes, start: int = 0) -> Pickled:
@@ -90,8 +90,8 @@ def read_pickle(data: bytes, start: int = 0) -> Pickled:
             raise WeightsError(f"its storage {storage.key} is described in two ways")
         return storage
 
-    value, end, named = unpickle(data, NAMES, record, start, _refusal)
-    return Pickled(value, storages, end, named <= PLAIN)
+    value, end = unpickle(data, NAMES, record, start, _refusal)
+    return Pickled(value, storages, end)
 
 
 def _storage(identifier: Any) -> Storage:
@@ -107,7 +107,7 @@ def _storage(identifier: Any) -> Storage:
             raise WeightsError("it refers to something that is no storage")
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> Tensor:
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, Storage) or not all(type(number) is int and 0 <= number < 1 << 40 for number in numbers):
         raise WeightsError("it has a tensor whose offset, sizes or strides are no such numbers")
@@ -116,7 +116,10 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Ten
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if math.prod(shape) and last >= storage.length:
         raise WeightsError(f"it has a tensor that reaches to element {last:,} of a storage of {storage.length:,}")
-    return Tensor(storage, offset, tuple(shape), tuple(strides))
+    flags = others[2] if len(others) > 2 else None  # after whether it has a gradient, and its hooks
+    if flags and not (isinstance(flags, dict) and set(flags) <= {"neg", "conj"}):
+        raise WeightsError("it has a tensor with unknown properties")
+    return Tensor(storage, offset, tuple(shape), tuple(strides), bool(flags and flags.get("neg")))
 
 
 def _parameter(data: Any, *_: Any) -> Any:
@@ -130,7 +133,9 @@ def _of_class(function: Any, _class: Any, arguments: Any, *_: Any) -> Any:
     return _tensor(*arguments)
 
 
-def _size(numbers: Any = ()) -> tuple[Any, ...]:
+def _size(numbers: Any = ()) -> tuple[int, ...]:
+    if type(numbers) not in (list, tuple) or not all(type(number) is int for number in numbers):
+        raise WeightsError("it has a torch.Size of something other than numbers")
     return tuple(numbers)
 
 
@@ -185,12 +190,6 @@ NAMES: dict[str, Name | Inert] = {
 }
 """All that a pickle may name."""
 
-PLAIN = {
-    *DTYPES, "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter",
-    "torch.Size", "collections.OrderedDict",
-}  # fmt: skip
-"""Those of a state dict as PyTorch saves it: an unpickler that makes them makes nothing that is large or slow."""
-
 _OTHER_TENSORS = {
     "torch._utils._rebuild_qtensor": "a quantised tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -234,20 +233,6 @@ def _refusal(name: str) -> str:
     )
 
 
-def unwrapped(value: Any) -> tuple[Any, dict[Any, Any]]:
-    """Take a state dict out of the dicts that a training script wrapped it in.
-
-    Returns:
-        The innermost value, and what stood beside it.
-    """
-    beside: dict[Any, Any] = {}
-    while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
-        inner = value.pop(wrapper)  # so that a dict within itself comes to an end
-        beside |= value
-        value = inner
-    return value, beside
-
-
 def contents(pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size: int) -> Contents:
     """Make the arrays of the state dict that a pickle has, perhaps in a wrapper.
 
@@ -259,7 +244,12 @@ def contents(pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size:
     Raises:
         WeightsError: there are no tensors by name, or they claim far more than the file has.
     """
-    value, beside = unwrapped(pickled.value)
+    value, beside, wrappers = pickled.value, {}, []
+    while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
+        inner = value.pop(wrapper)  # so that a dict within itself comes to an end
+        beside |= value
+        wrappers.append(wrapper)
+        value = inner
     if not isinstance(value, dict):
         raise WeightsError(f"it holds {_kind(value)}, not a state dict")
     tensors = {key: item for key, item in value.items() if isinstance(item, Tensor) and isinstance(key, str)}
@@ -269,12 +259,14 @@ def contents(pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size:
     beside |= {key: item for key, item in value.items() if key not in tensors}
     claimed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
     if claimed > 8 * file_size + 1024:
-        raise WeightsError(f"its tensors say that they have {claimed:,} bytes, in a file of {file_size:,}")
+        raise WeightsError(
+            f"its tensors say that they have {claimed:,} bytes, in a file of {file_size:,}; save expanded ones by `.contiguous()`"
+        )
     storages = {tensor.storage: load(tensor.storage) for tensor in tensors.values()}
     return Contents(
         {name: _array(tensor, storages[tensor.storage]) for name, tensor in tensors.items()},
         {_shown(key): _kind(item) for key, item in beside.items()},
-        pickled.plain,
+        tuple(wrappers),
     )
 
 
@@ -288,7 +280,8 @@ def _array(tensor: Tensor, elements: np.ndarray) -> np.ndarray:
     if not math.prod(tensor.shape):
         return np.empty(tensor.shape, elements.dtype)
     strides = tuple(stride * elements.itemsize for stride in tensor.strides)
-    return as_strided(elements[tensor.offset :], tensor.shape, strides)
+    array = as_strided(elements[tensor.offset :], tensor.shape, strides)
+    return -array if tensor.negative else array
 
 
 def _kind(value: Any) -> str:

@@ -157,6 +157,8 @@ def _entries(file: io.BufferedReader) -> dict[str, _Entry]:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
         raise WeightsError(f"its archive is cut off or damaged ({error}). Download or save it again") from error
+    if archive.start_dir != _directory(file):
+        raise WeightsError("its archive has no directory where it says, so that different programs would read different files")
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     names = [info.orig_filename for info in infos]
     root = next((name.removesuffix("/data.pkl") for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
@@ -165,6 +167,7 @@ def _entries(file: io.BufferedReader) -> dict[str, _Entry]:
     if len(infos) > _MOST_ENTRIES:
         raise WeightsError(f"its archive has {len(infos):,} entries")
     entries: dict[str, _Entry] = {}
+    seen: set[str] = set()
     end = 0
     for info, name in zip(infos, names, strict=True):
         parts = name.split("/")
@@ -179,10 +182,32 @@ def _entries(file: io.BufferedReader) -> dict[str, _Entry]:
         if end > archive.start_dir:
             raise WeightsError(f"entry {name} of its archive ends beyond it")
         inner = name.removeprefix(f"{root}/")
-        if inner in entries:
+        if inner.casefold() in seen:  # PyTorch does not tell capitals from small letters here
             raise WeightsError(f"entry {name} occurs twice in its archive")
+        seen.add(inner.casefold())
         entries[inner] = _Entry(name, at, info.file_size, info.CRC)
     return entries
+
+
+def _directory(file: io.BufferedReader) -> int:
+    """Where the archive's last record says that its directory is, if the directory ends where that record begins; else -1.
+
+    Python looks for the directory before the record, PyTorch where the record says.
+    """
+    size = file.seek(0, io.SEEK_END)
+    last = max(0, size - 22 - 0xFFFF)
+    file.seek(last)
+    tail = file.read(22 + 0xFFFF)
+    at = tail.rfind(b"PK\5\6")
+    length, start = struct.unpack_from("<II", tail, at + 12)
+    end = last + at
+    if tail[max(0, at - 20) : at].startswith(b"PK\6\7"):  # zip64: the record with long numbers stands before, 56 bytes long
+        end -= 20 + 56
+        (place,) = struct.unpack_from("<Q", tail, at - 12)
+        if place != end or end < last:
+            return -1
+        length, start = struct.unpack_from("<QQ", tail, place - last + 40)
+    return start if start + length == end else -1
 
 
 def _start(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
