@@ -100,7 +100,7 @@ def _convert(options: argparse.Namespace) -> None:
     origin = {"source": found.source.path.name, "source_sha256": found.source.sha256, "naming": found.naming.name}
     save(out, filled.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
     seconds = time.perf_counter() - started - waited
-    times = f"{seconds:.1f} s" + (f", and {waited:.1f} s for PyTorch's loader" if pytorch else "")
+    times = f"{seconds:.1f} s" + (f", and {waited:.1f} s for PyTorch's loader" if waited >= 0.1 else "")
     _report(options, found, filled, _network(options, found, name, arguments), pytorch, out, times)
 
 
