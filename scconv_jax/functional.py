@@ -270,9 +270,9 @@ def prefers_dense(conv_groups: int, channels: int) -> bool:
     """Whether a CRU's group-wise and point-wise convolution, of so many channels, are computed as one ordinary one.
 
     That is one pass over the maps, at the price of products with the zeros between the groups. On CPU the price is too high
-    from 16 channels a group on (`python -m benchmarks.operators`).
+    from 16 channels a group on (`python -m benchmarks.operators`); elsewhere, where it was not measured, above 8 groups.
     """
-    return jax.default_backend() != "cpu" or dense_blocks(conv_groups, channels) == 1
+    return (jax.default_backend() != "cpu" and conv_groups <= 8) or dense_blocks(conv_groups, channels) == 1
 
 
 def halves_exist(channels: int) -> None:

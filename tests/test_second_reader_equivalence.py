@@ -1,6 +1,8 @@
 """PyTorch's own loader, after our reader: it must read the same, and what it is made to do has limits."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -47,6 +49,7 @@ def test_it_reads_the_same(path, form):
 
 OTHERS = {
     "no entry": {},
+    "another entry": {"w": torch.tensor([1.0, 2.0]), "w2": torch.ones(1)},
     "another number": {"w": torch.tensor([1.0, 3.0])},
     "another zero": {"w": torch.tensor([1.0, 2.0]) * torch.tensor([1, -0.0])},
     "another shape": {"w": torch.tensor([[1.0, 2.0]])},
@@ -59,7 +62,7 @@ OTHERS = {
 def test_a_file_that_it_reads_otherwise_is_refused(good, path, value):
     """The file is changed after our reader has read it."""
     torch.save(value, path)
-    message = r"^.*x\.pth cannot be used: PyTorch [\d.]+\S* reads w otherwise than we do\. The file is made to look different"
+    message = r"^.*x\.pth cannot be used: PyTorch [\d.]+\S* reads 'w2?' otherwise than we do\. The file is made to look different"
     with pytest.raises(WeightsError, match=message):
         confirm(good)
 
@@ -68,7 +71,7 @@ def test_a_file_that_it_reads_otherwise_is_refused(good, path, value):
 def test_nothing_is_written_of_a_file_that_it_reads_otherwise(path, capsys, monkeypatch):
     monkeypatch.setattr(second_reader, "_read", lambda _: {})
     assert main(["convert", str(path), "--model", "any", "--out", str(path.with_name("out.pth"))]) == 2
-    assert "reads w otherwise than we do" in capsys.readouterr().err
+    assert "reads 'w' otherwise than we do" in capsys.readouterr().err
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -78,6 +81,41 @@ def test_what_it_says_is_in_the_table(path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert f"PyTorch's loader │ {SAME}" in printed
     assert "s for PyTorch's loader" in printed
+
+
+def test_names_as_flax_has_them(path):
+    torch.save({"params/conv/kernel": torch.randn(1, 1, 2, 2)}, path)
+    source = weights.read(path)
+    assert source.tensors is None
+    assert confirm(source) == SAME
+
+
+def test_a_file_whose_name_is_not_utf_8(tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"n\xff.pth")
+    with path.open("wb") as file:  # PyTorch takes no such name
+        torch.save({"conv.weight": torch.randn(2, 3, 1, 1)}, file)
+    assert main(["convert", str(path), "--model", "any", "--out", str(tmp_path / "out.safetensors")]) == 0
+    assert SAME in capsys.readouterr().out
+    assert weights.load(tmp_path / "out.safetensors").metadata["source"] == "n\N{REPLACEMENT CHARACTER}.pth"
+
+
+def test_a_crash_leaves_no_file(path, monkeypatch):
+    """To hash tuples 400,000 deep recurses in C."""
+    deep = named("builtins.set") + b"(](" + b")" + b"\x85" * 400_000 + b"etR"
+    path.write_bytes(zip_file(whole(dictionary([("w", tensor()), ("s", deep)]))))
+    monkeypatch.chdir(path.parent)
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
+    try:
+        assert confirm(weights.read(path)) == f"{torch.__version__} did not get through it within its limits"
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_python_that_cannot_be_started(good, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert confirm(good) == f"{torch.__version__} could not be started"
 
 
 def test_a_set_that_takes_it_for_ever_to_hash(path):
@@ -142,11 +180,13 @@ def test_without_it(good, monkeypatch):
     assert confirm(good) == "not installed"
 
 
-def test_something_else_called_torch(good, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path_of_modules", ["", ":"])
+def test_something_else_called_torch(good, tmp_path, monkeypatch, path_of_modules):
     """A folder of that name in the place that we are in is neither imported nor taken for PyTorch."""
     tmp_path.joinpath("torch").mkdir()
     tmp_path.joinpath("torch/__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", path_of_modules)
     assert confirm(good) == SAME
 
 

@@ -210,6 +210,9 @@ def test_a_head_drawn_anew_is_not_compared(capsys, folder):
     [
         (["--model", "any"], "verify runs a network; --model any is none."),
         (["--sizes", "big"], "--sizes big: expected pixels, 224 or 193x161."),
+        (["--sizes", "²"], "--sizes ²: expected pixels, 224 or 193x161."),
+        (["--tolerance", "nan"], "--tolerance nan: expected a number above 0."),
+        (["--tolerance", "-1"], "--tolerance -1: expected a number above 0."),
         (["--sizes", "9"], "This network needs images of at least 13×13 px; got 9×9."),
         (
             ["--reference", "mine.py"],

@@ -166,6 +166,7 @@ TRICKS = {
     "a state that is no dict": call("collections.OrderedDict") + text([1]) + b"b",
     "items of a dict as of a set": b"}(K\x01\x90",
     "a tensor with unknown properties": tensor()[:-2] + b"}" + text("quantised") + b"\x88s" + b"tR",
+    "negative bools": tensor(storage(kind="torch.BoolStorage"))[:-2] + text({"neg": True}) + b"tR",
     "a parameter of nothing": call("torch._utils._rebuild_parameter"),
     "items of a text": text("x") + text("k") + text("v") + b"s",
     "items of an inert object": call("builtins.set", []) + text("k") + text("v") + b"s",
@@ -348,13 +349,20 @@ def deflated(name, data):
     return Entry(name, packed, size=len(data), crc=zlib.crc32(data), method=8)
 
 
+def _with_offset(content, number):
+    """An archive whose last record tells of another place of the directory."""
+    return content[:-6] + struct.pack("<I", number) + content[-2:]
+
+
 ARCHIVES = {
     "up and out": (lambda: archive([*HONEST, Entry("archive/../../x", b"")]), "outside of its folder"),
     "from the root": (lambda: archive([*HONEST, Entry("/etc/passwd", b"")]), "outside of its folder"),
     "backslashes": (lambda: archive([*HONEST, Entry("archive/..\\..\\x", b"")]), "outside of its folder"),
     "another folder": (lambda: archive([*HONEST, Entry("other/data/0", b"")]), "outside of its folder"),
     "an empty name": (lambda: archive([*HONEST, Entry("", b"")]), "outside of its folder"),
-    "a folder": (lambda: archive([*HONEST, Entry("archive/x/", b"")]), "outside of its folder"),
+    "a folder": (lambda: archive([Entry("archive/", b""), *HONEST, Entry("archive/x/", b"")]), None),
+    "a folder elsewhere": (lambda: archive([*HONEST, Entry("x/", b"")]), "outside of its folder"),
+    "a folder with something in it": (lambda: archive([*HONEST, Entry("archive/x/", b"1")]), "outside of its folder"),
     "a name with a zero": (lambda: archive([*HONEST, Entry("archive/x\0y", b"")]), "outside of its folder"),
     "a zip bomb for a pickle": (lambda: archive([deflated("archive/data.pkl", bytes(5 * 10**7)), HONEST[1]]), "compressed"),
     "a zip bomb for a storage": (lambda: archive([HONEST[0], deflated("archive/data/0", bytes(5 * 10**7))]), "compressed"),
@@ -388,6 +396,9 @@ ARCHIVES = {
     "something before it": (lambda: b"PK" + bytes(62) + archive(HONEST), "no directory where it says"),
     "long numbers": (lambda: made.as_zip64(archive(HONEST)), None),
     "long numbers elsewhere": (lambda: made.as_zip64(archive(HONEST), place=7), "no directory where it says|damaged"),
+    "no long numbers": (lambda: made.as_zip64(archive(HONEST)).replace(b"PK\6\6", b"PK\6\7"), "no directory where|damaged"),
+    "long numbers and others": (lambda: _with_offset(made.as_zip64(archive(HONEST)), 7), "no directory where it says"),
+    "an offset like a record": (lambda: _with_offset(archive(HONEST), 0x06054B50), "no directory where it says"),
     "a comment that ends like an archive": (lambda: archive(HONEST)[:-2] + b"\x16\0" + archive([])[-22:], "archive"),
     "names alike but for capitals": (lambda: archive([*HONEST, Entry("archive/DATA.PKL", b"")]), r"DATA\.PKL occurs twice"),
     "many entries": (lambda: archive([*HONEST, *(Entry(f"archive/{i}", b"") for i in range(5_000))]), None),

@@ -97,7 +97,8 @@ def _convert(options: argparse.Namespace) -> None:
         name, arguments = choose(found, options.model, model_options(options))
         filled = fill_model(found, name, create_model(name, **arguments))
     metadata = {"model": name, "arguments": arguments} if name else {}
-    origin = {"source": found.source.path.name, "source_sha256": found.source.sha256, "naming": found.naming.name}
+    source = found.source.path.name.encode(errors="surrogateescape").decode(errors="replace")  # names need not be UTF-8
+    origin = {"source": source, "source_sha256": found.source.sha256, "naming": found.naming.name}
     save(out, filled.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
     seconds = time.perf_counter() - started - waited
     times = f"{seconds:.1f} s" + (f", and {waited:.1f} s for PyTorch's loader" if waited >= 0.1 else "")

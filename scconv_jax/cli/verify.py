@@ -50,6 +50,8 @@ def add(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if options.tolerance is not None and not options.tolerance > 0:
+        raise ConversionError(f"--tolerance {options.tolerance:g}: expected a number above 0.")
     limits = LIMITS | ({"float32": options.tolerance} if options.tolerance is not None else {})
     sizes = [_size(text) for text in options.sizes or ()]
     if options.model == ANY:
@@ -105,6 +107,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _size(text: str) -> tuple[int, int]:
     parts = text.lower().replace("×", "x").split("x")
-    if len(parts) not in (1, 2) or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ConversionError(f"--sizes {text}: expected pixels, 224 or 193x161.")
     return int(parts[0]), int(parts[-1])

@@ -16,8 +16,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from scconv_jax.weights.files import WeightsError
 from scconv_jax.weights.formats import Source
@@ -39,10 +41,11 @@ def confirm(source: Source) -> str:
         other formats.
 
     Raises:
-        WeightsError: PyTorch reads other entries, shapes, dtypes or bits.
+        WeightsError: PyTorch reads other entries, shapes, dtypes or bits. Where it reads nothing, our reader's word stands.
     """
-    if not source.format.startswith("torch") or not source.tensors:
+    if not source.format.startswith("torch"):
         return ""
+    ours: dict[str, Any] = source.tensors or traverse_util.flatten_dict(source.variables or {}, sep="/")
     version = _version()
     if not version:
         return "not installed"
@@ -52,12 +55,11 @@ def confirm(source: Source) -> str:
     theirs = _read(source)
     if isinstance(theirs, str):
         return f"{version} {theirs}"
-    for name, array in source.tensors.items():
-        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-        if theirs.get(name) != [array.dtype.name, list(array.shape), digest]:
+    for name in {**ours, **theirs}:
+        if name not in ours or theirs.get(name) != _described(ours[name]):
             raise WeightsError(
-                f"{source.path} cannot be used: PyTorch {version} reads {name} otherwise than we do. The file is made to look "
-                "different to different readers, or one of them is wrong."
+                f"{source.path} cannot be used: PyTorch {version} reads {name!r:.100} otherwise than we do. The file is made to "
+                "look different to different readers, or one of them is wrong."
             )
     return f"{version} reads the same"
 
@@ -70,20 +72,33 @@ def _version() -> str:
         return ""
 
 
+def _described(array: np.ndarray) -> list:
+    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return [array.dtype.name, list(array.shape), digest]
+
+
 def _read(source: Source) -> dict[str, list] | str:
     """Entries as PyTorch has them, `[dtype, shape, SHA-256]` by name, or what became of the attempt."""
     script = Path(__file__).with_name("torch_process.py")
     request = json.dumps({"path": str(source.path.absolute()), "wrappers": source.wrappers, "bytes": source.bytes})
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    # One thread: threads take memory by their number. An empty folder of the path would mean the one that we are in.
+    limits = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    environment = os.environ | limits | {"PYTHONPATH": os.pathsep.join(folders)}
     try:
         # -P: nothing that lies in the folder of the script, or in the one we are in, is taken for a module.
         done = subprocess.run(
-            [sys.executable, "-P", str(script), request],
-            capture_output=True, text=True, check=False, timeout=SECONDS, env=environment,
+            [sys.executable or "python3", "-P", str(script), request],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False,
+            timeout=SECONDS, env=environment,
         )  # fmt: skip
-        found = json.loads(done.stdout) if done.returncode == 0 else None
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        found = None
-    if not isinstance(found, dict):
+    except (OSError, subprocess.TimeoutExpired):
+        return "could not be started"
+    lines = done.stdout.splitlines()
+    if "ready" not in lines:
+        return "could not be started"
+    try:
+        found = json.loads(lines[-1])
+    except ValueError:
         return "did not get through it within its limits"
     return f"refuses it, with {found['refused']}" if "refused" in found else found["entries"]

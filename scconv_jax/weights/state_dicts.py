@@ -119,7 +119,10 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -
     flags = others[2] if len(others) > 2 else None  # after whether it has a gradient, and its hooks
     if flags and not (isinstance(flags, dict) and set(flags) <= {"neg", "conj"}):
         raise WeightsError("it has a tensor with unknown properties")
-    return Tensor(storage, offset, tuple(shape), tuple(strides), bool(flags and flags.get("neg")))
+    negative = bool(flags and flags.get("neg"))
+    if negative and storage.dtype == np.bool_:
+        raise WeightsError("it has a tensor of negative bools")
+    return Tensor(storage, offset, tuple(shape), tuple(strides), negative)
 
 
 def _parameter(data: Any, *_: Any) -> Any:

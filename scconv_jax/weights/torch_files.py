@@ -170,7 +170,8 @@ def _entries(file: io.BufferedReader) -> dict[str, _Entry]:
     seen: set[str] = set()
     end = 0
     for info, name in zip(infos, names, strict=True):
-        parts = name.split("/")
+        is_folder = name.endswith("/") and info.file_size == 0  # as zip adds them, PyTorch does not
+        parts = name.removesuffix("/" if is_folder else "").split("/")
         if parts[0] != root or not all(parts) or ".." in parts or "\\" in name or "\0" in name:
             raise WeightsError(f"its archive has an entry {name!r}, outside of its folder {root}")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
@@ -181,6 +182,8 @@ def _entries(file: io.BufferedReader) -> dict[str, _Entry]:
         end = at + info.file_size
         if end > archive.start_dir:
             raise WeightsError(f"entry {name} of its archive ends beyond it")
+        if is_folder:
+            continue
         inner = name.removeprefix(f"{root}/")
         if inner.casefold() in seen:  # PyTorch does not tell capitals from small letters here
             raise WeightsError(f"entry {name} occurs twice in its archive")
@@ -198,15 +201,20 @@ def _directory(file: io.BufferedReader) -> int:
     last = max(0, size - 22 - 0xFFFF)
     file.seek(last)
     tail = file.read(22 + 0xFFFF)
-    at = tail.rfind(b"PK\5\6")
-    length, start = struct.unpack_from("<II", tail, at + 12)
+    at = len(tail) - 22 if tail[-22:].startswith(b"PK\5\6") and tail.endswith(b"\0\0") else tail.rfind(b"PK\5\6")
+    if not 0 <= at <= len(tail) - 22:
+        return -1
+    short = length, start = struct.unpack_from("<II", tail, at + 12)
     end = last + at
     if tail[max(0, at - 20) : at].startswith(b"PK\6\7"):  # zip64: the record with long numbers stands before, 56 bytes long
         end -= 20 + 56
+        record = tail[max(0, end - last) :][:56]
         (place,) = struct.unpack_from("<Q", tail, at - 12)
-        if place != end or end < last:
+        if place != end or end < last or not record.startswith(b"PK\6\6" + struct.pack("<Q", 44)):
             return -1
-        length, start = struct.unpack_from("<QQ", tail, place - last + 40)
+        length, start = struct.unpack_from("<QQ", record, 40)
+        if short[0] not in (length, 0xFFFFFFFF) or short[1] not in (start, 0xFFFFFFFF):
+            return -1
     return start if start + length == end else -1
 
 

@@ -1,6 +1,7 @@
 """The process in which `second_reader` lets PyTorch read a file: run as a script, with a request in JSON, never imported.
 
-Printed is JSON: `{"entries": {name: [dtype, shape, SHA-256 of the values]}}`, or `{"refused": class of PyTorch's error}`.
+Printed is `ready` when PyTorch has been imported, and then JSON: `{"entries": {name: [dtype, shape, SHA-256 of the values]}}` or
+`{"refused": class of PyTorch's error}`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ def limit(size: int) -> None:
         import resource
     except ImportError:  # Windows has none; there the time of the whole process is bounded alone
         return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(used.ru_utime + used.ru_stime) + 5 + size // 50_000_000
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
@@ -33,9 +35,8 @@ def read(path: str, wrappers: list[str]) -> dict[str, list]:
     """Read a file by PyTorch's `weights_only` loader, and describe the tensors of its state dict."""
     import torch
 
-    with open(path, "rb") as file:
-        is_zip = file.read(2) == b"PK"
-    value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    with open(path, "rb") as file:  # PyTorch takes no names but of UTF-8
+        value = torch.load(file, map_location="cpu", weights_only=True)
     for wrapper in wrappers:
         value = value[wrapper]
     entries = {}
@@ -53,8 +54,10 @@ def read(path: str, wrappers: list[str]) -> dict[str, list]:
 
 def main(request: str) -> None:
     """Answer one request: `path`, `wrappers` (keys that the state dict stands under) and `bytes`, the file's size."""
-    import torch  # noqa: F401 (before there are limits)
+    import torch  # before there are limits
 
+    torch.set_num_threads(1)  # threads take memory, which is limited, by their number
+    print("ready", flush=True)
     asked = json.loads(request)
     limit(asked["bytes"])
     warnings.simplefilter("ignore")
