@@ -28,6 +28,7 @@ from scconv_jax.models import MODELS, create_model
 from scconv_jax.recognise import head, options_shown, recognise, template
 from scconv_jax.weights import Source, WeightsError, read
 from scconv_jax.weights.download import fetch
+from scconv_jax.weights.second_reader import Opinion, confirm
 
 _log = logging.getLogger("scconv_jax")
 
@@ -97,6 +98,7 @@ class Entries(NamedTuple):
     naming: naming.Naming
     source: Source
     ignore: tuple[str, ...]  # patterns of entries to pass over: the naming's and the user's
+    opinion: Opinion  # PyTorch's own, of a file of its formats
 
 
 class Filled(NamedTuple):
@@ -113,10 +115,9 @@ def open_entries(
     """Read a source, fetched first if it is a name or an address; `convention` forces the naming."""
     path, text = Path(source), str(source)
     if "://" in text or (re.fullmatch(r"\w[\w-]*", text) and not os.path.lexists(path)):  # a name, which may be misspelt
-        path = fetch(text)
-        read_source = _read_fetched(path)
+        read_source, opinion = _read_fetched(fetch(text))
     else:
-        read_source = read(path)
+        read_source, opinion = _read(path)
     if read_source.tensors is None:
         named, arrays = naming.FLAX, to_torch(read_source.variables or {})
     else:
@@ -126,13 +127,18 @@ def open_entries(
     for name in named.linear:
         if name in arrays and arrays[name].shape[2:] == (1, 1):
             arrays[name] = arrays[name][:, :, 0, 0]
-    return Entries(arrays, named, read_source, (*named.ignore, *ignore))
+    return Entries(arrays, named, read_source, (*named.ignore, *ignore), opinion)
 
 
-def _read_fetched(path: Path) -> Source:
+def _read(path: Path) -> tuple[Source, Opinion]:
+    source = read(path)
+    return source, confirm(source)
+
+
+def _read_fetched(path: Path) -> tuple[Source, Opinion]:
     """Read a file of the cache. One that cannot be used, a server's page of errors say, is not kept: the next call asks again."""
     try:
-        return read(path)
+        return _read(path)
     except WeightsError:
         path.unlink(missing_ok=True)
         raise

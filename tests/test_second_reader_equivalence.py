@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from scconv_jax import weights
+from scconv_jax import load_weights, weights
 from scconv_jax.cli import main
 from scconv_jax.weights import second_reader
 from scconv_jax.weights.files import WeightsError
@@ -44,7 +44,7 @@ def test_it_reads_the_same(path, form):
     source = weights.read(path)
     np.testing.assert_array_equal(source.tensors["signed"], [0, -1, -2])
     assert source.wrappers == ("state_dict", "model")
-    assert confirm(source) == SAME
+    assert confirm(source).text == SAME
 
 
 OTHERS = {
@@ -68,6 +68,16 @@ def test_a_file_that_it_reads_otherwise_is_refused(good, path, value):
 
 
 @pytest.mark.usefixtures("good")
+def test_the_library_asks_too(path, monkeypatch):
+    template = {"params": {"bias": np.zeros(2, np.float32)}}
+    torch.save({"bias": torch.ones(2)}, path)
+    np.testing.assert_array_equal(load_weights(path, template)[0]["params"]["bias"], np.ones(2))
+    monkeypatch.setattr(second_reader, "_read", lambda _: {})
+    with pytest.raises(WeightsError, match="reads 'bias' otherwise"):
+        load_weights(path, template)
+
+
+@pytest.mark.usefixtures("good")
 def test_nothing_is_written_of_a_file_that_it_reads_otherwise(path, capsys, monkeypatch):
     monkeypatch.setattr(second_reader, "_read", lambda _: {})
     assert main(["convert", str(path), "--model", "any", "--out", str(path.with_name("out.pth"))]) == 2
@@ -87,7 +97,7 @@ def test_names_as_flax_has_them(path):
     torch.save({"params/conv/kernel": torch.randn(1, 1, 2, 2)}, path)
     source = weights.read(path)
     assert source.tensors is None
-    assert confirm(source) == SAME
+    assert confirm(source).text == SAME
 
 
 def test_a_file_whose_name_is_not_utf_8(tmp_path, capsys):
@@ -107,7 +117,7 @@ def test_a_crash_leaves_no_file(path, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
     try:
-        assert confirm(weights.read(path)) == f"{torch.__version__} did not get through it within its limits"
+        assert confirm(weights.read(path)).text == f"{torch.__version__} did not get through it within its limits"
     finally:
         resource.setrlimit(resource.RLIMIT_CORE, before)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -115,7 +125,7 @@ def test_a_crash_leaves_no_file(path, monkeypatch):
 
 def test_a_python_that_cannot_be_started(good, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert confirm(good) == f"{torch.__version__} could not be started"
+    assert confirm(good).text == f"{torch.__version__} could not be started"
 
 
 def test_a_set_that_takes_it_for_ever_to_hash(path):
@@ -125,7 +135,7 @@ def test_a_set_that_takes_it_for_ever_to_hash(path):
     path.write_bytes(zip_file(whole(dictionary([("w", tensor()), ("s", endless)]))))
     source = weights.read(path)
     start = time.monotonic()
-    assert confirm(source) == f"{torch.__version__} did not get through it within its limits"
+    assert confirm(source).text == f"{torch.__version__} did not get through it within its limits"
     assert time.monotonic() - start < 20
 
 
@@ -143,7 +153,7 @@ def test_an_archive_that_fills_the_memory(good, path):
                         file.write(bytes(1 << 20))
             else:
                 archive.writestr(name, data)
-    found = confirm(good)
+    found = confirm(good).text
     assert found.startswith((f"{torch.__version__} refuses it, with ", f"{torch.__version__} did not get through it"))
     script = second_reader.__file__.replace("second_reader", "torch_process")
     request = json.dumps({"path": str(path), "wrappers": [], "bytes": path.stat().st_size})
@@ -159,25 +169,25 @@ def test_an_archive_that_fills_the_memory(good, path):
 def test_what_it_refuses_is_said(path):
     """Its loader knows pickles of protocol 2 and 3; `torch.save` writes others where it is told to."""
     torch.save({"w": torch.ones(3)}, path, pickle_protocol=4)
-    assert confirm(weights.read(path)) == f"{torch.__version__} refuses it, with UnpicklingError"
+    assert confirm(weights.read(path)).text == f"{torch.__version__} refuses it, with UnpicklingError"
 
 
 @pytest.mark.parametrize("value", [3, [torch.ones(2)]])
 def test_what_is_no_state_dict_to_it(good, path, value):
     torch.save(value, path)
-    assert confirm(good) == f"{torch.__version__} refuses it, with AttributeError"
+    assert confirm(good).text == f"{torch.__version__} refuses it, with AttributeError"
 
 
 @pytest.mark.parametrize(("version", "asked"), [("2.9.1", False), ("1.13.0+cu117", False), ("2.10.0", True), ("3.0", True)])
 def test_unsafe_ones_are_not_asked(good, version, asked, monkeypatch):
     monkeypatch.setattr(second_reader, "_version", lambda: version)
     monkeypatch.setattr(second_reader, "_read", lambda _: "was asked")
-    assert confirm(good) == (f"{version} was asked" if asked else f"not asked: {version} is not safe, 2.10 or later is")
+    assert confirm(good).text == (f"{version} was asked" if asked else f"not asked: {version} is not safe, 2.10 or later is")
 
 
 def test_without_it(good, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert confirm(good) == "not installed"
+    assert confirm(good).text == "not installed"
 
 
 @pytest.mark.parametrize("path_of_modules", ["", ":"])
@@ -187,10 +197,10 @@ def test_something_else_called_torch(good, tmp_path, monkeypatch, path_of_module
     tmp_path.joinpath("torch/__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", path_of_modules)
-    assert confirm(good) == SAME
+    assert confirm(good).text == SAME
 
 
 def test_other_formats_are_none_of_its_own(tmp_path, monkeypatch):
     weights.save(tmp_path / "x.safetensors", {"params": {"w": np.ones(3, np.float32)}})
     monkeypatch.setattr(second_reader, "_version", lambda: pytest.fail("asked"))
-    assert confirm(weights.read(tmp_path / "x.safetensors")) == ""
+    assert confirm(weights.read(tmp_path / "x.safetensors")).text == ""

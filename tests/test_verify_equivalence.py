@@ -13,6 +13,7 @@ from scconv_jax.cli import main
 from scconv_jax.torch_ghostnet import GhostNetwork
 from scconv_jax.torch_side import Network
 from scconv_jax.verify import _difference
+from scconv_jax.weights.second_reader import Opinion
 from tests.reference.namings import MMPose, MMPoseModules, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import nchw, random_images, randomise
@@ -194,7 +195,8 @@ def test_small_networks_are_compared_at_small_sizes(capsys, folder, monkeypatch)
 
 
 def test_what_pytorchs_own_loader_says_is_printed(capsys, folder, monkeypatch):
-    monkeypatch.setattr("scconv_jax.cli.verify.confirm", lambda source: f"2.13.0 reads {source.path.name}")
+    opinion = lambda source: Opinion(f"2.13.0 reads {source.path.name}", 1.0)  # noqa: E731
+    monkeypatch.setattr("scconv_jax.pretrained.confirm", opinion)
     out = verify(capsys, folder, "resnet20_small.pth", "--sizes", "24").out
     assert "note: PyTorch's own loader, of the file: 2.13.0 reads resnet20_small.pth." in out
 

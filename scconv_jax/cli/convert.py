@@ -22,7 +22,6 @@ from scconv_jax.pretrained import Entries, Filled, choose, fill, fill_model, ope
 from scconv_jax.recognise import kinds
 from scconv_jax.weights import save
 from scconv_jax.weights.files import WeightsError, check_place, sha256
-from scconv_jax.weights.second_reader import confirm
 
 ANY = "any"
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -87,9 +86,6 @@ def _convert(options: argparse.Namespace) -> None:
     _check_out(out, options.force)
     started = time.perf_counter()
     found = open_source(options)
-    asked = time.perf_counter()
-    pytorch = confirm(found.source)
-    waited = time.perf_counter() - asked
     if options.model == ANY:
         name, arguments = "", {}
         filled = fill(found, found.source.variables or kinds(found.arrays, found.ignore))
@@ -100,9 +96,8 @@ def _convert(options: argparse.Namespace) -> None:
     source = found.source.path.name.encode(errors="surrogateescape").decode(errors="replace")  # names need not be UTF-8
     origin = {"source": source, "source_sha256": found.source.sha256, "naming": found.naming.name}
     save(out, filled.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
-    seconds = time.perf_counter() - started - waited
-    times = f"{seconds:.1f} s" + (f", and {waited:.1f} s for PyTorch's loader" if waited >= 0.1 else "")
-    _report(options, found, filled, _network(options, found, name, arguments), pytorch, out, times)
+    seconds = time.perf_counter() - started
+    _report(options, found, filled, _network(options, found, name, arguments), out, seconds)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -127,13 +122,12 @@ def _network(options: argparse.Namespace, found: Entries, name: str, arguments: 
     return ", ".join([name, *(f"{key}={value}" for key, value in arguments.items())]) + f" ({how})"
 
 
-def _report(
-    options: argparse.Namespace, found: Entries, filled: Filled, network: str, pytorch: str, out: Path, times: str
-) -> None:
-    source, matched = found.source, filled.match
+def _report(options: argparse.Namespace, found: Entries, filled: Filled, network: str, out: Path, seconds: float) -> None:
+    source, matched, waited = found.source, filled.match, found.opinion.seconds
+    times = f"{seconds - waited:.1f} s" + (f", and {waited:.1f} s for PyTorch's loader" if waited >= 0.1 else "")
     rows = {
         "source": f"{source.path.name}: {source.format}, {source.bytes:,} bytes",
-        "PyTorch's loader": pytorch,
+        "PyTorch's loader": found.opinion.text,
         "SHA-256": source.sha256 or "(a folder has none)",
         "names": f"{found.naming.name}: {found.naming.description} ({'recognised' if options.naming is None else 'as given'})",
         "network": network,

@@ -15,7 +15,6 @@ from scconv_jax.convert import ConversionError
 from scconv_jax.models import create_model
 from scconv_jax.pretrained import choose, fill_model
 from scconv_jax.verify import LIMITS, SIZES, SMALL_SIZES, Difference, compare
-from scconv_jax.weights.second_reader import confirm
 
 
 def add(commands: Any) -> None:
@@ -58,7 +57,6 @@ def _verify(options: argparse.Namespace) -> int:
         raise ConversionError(f"verify runs a network; --model {ANY} is none.")
     started = time.perf_counter()
     found = open_source(options)
-    pytorch = confirm(found.source)
     name, arguments = choose(found, options.model, model_options(options))
     sizes = sizes or (SMALL_SIZES if name.endswith("_small") else SIZES)
     filled = fill_model(found, name, create_model(name, **arguments))
@@ -88,8 +86,8 @@ def _verify(options: argparse.Namespace) -> int:
     show(table)
     for note in filled.notes:
         print(f"note: {note}")
-    if pytorch:
-        print(f"note: PyTorch's own loader, of the file: {pytorch}.")
+    if found.opinion.text:
+        print(f"note: PyTorch's own loader, of the file: {found.opinion.text}.")
     if "float32" not in judged:
         print(
             "note: ScConv's gate is a step. Where a weight is within rounding of the threshold, float32 may fall on the other "

@@ -15,8 +15,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
@@ -30,19 +31,28 @@ SAFE = (2, 10)
 SECONDS = 120  # for the whole process, PyTorch's import from a slow disk among it; its loader has limits of its own
 
 
-def confirm(source: Source) -> str:
+class Opinion(NamedTuple):
+    """What PyTorch said of a file, for people, and how long it took."""
+
+    text: str
+    """That it reads the same, that it refuses the file, or why it was not asked; empty for files of other formats."""
+    seconds: float
+
+
+def confirm(source: Source) -> Opinion:
     """Let PyTorch read a file of its own, and compare.
 
     Args:
         source: what our reader made of the file.
 
-    Returns:
-        What PyTorch said, for people: that it reads the same, that it refuses it, or why it was not asked; empty for files of
-        other formats.
-
     Raises:
         WeightsError: PyTorch reads other entries, shapes, dtypes or bits. Where it reads nothing, our reader's word stands.
     """
+    started = time.perf_counter()
+    return Opinion(_asked(source), time.perf_counter() - started)
+
+
+def _asked(source: Source) -> str:
     if not source.format.startswith("torch"):
         return ""
     ours: dict[str, Any] = source.tensors or traverse_util.flatten_dict(source.variables or {}, sep="/")
