@@ -195,8 +195,10 @@ def test_small_networks_are_compared_at_small_sizes(capsys, folder, monkeypatch)
 
 
 def test_what_pytorchs_own_loader_says_is_printed(capsys, folder, monkeypatch):
-    opinion = lambda source: Opinion(f"2.13.0 reads {source.path.name}", 1.0)  # noqa: E731
-    monkeypatch.setattr("scconv_jax.pretrained.confirm", opinion)
+    def confirm(source):
+        return Opinion(f"2.13.0 reads {source.path.name}", 1.0)
+
+    monkeypatch.setattr("scconv_jax.pretrained.confirm", confirm)
     out = verify(capsys, folder, "resnet20_small.pth", "--sizes", "24").out
     assert "note: PyTorch's own loader, of the file: 2.13.0 reads resnet20_small.pth." in out
 
