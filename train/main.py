@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if link is not None:
             link.fail((reason or f"{type(error).__name__}: {error}").removeprefix("error: ").splitlines()[0], code)
         if isinstance(error, BrokenPipeError):  # `| head`: silent, as other programs are, also in Python's last flush
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
         elif not reason:
             raise
         return code
