@@ -123,6 +123,15 @@ def test_a_crash_leaves_no_file(path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_it_has_one_thread_on_a_machine_of_many_cores(good, monkeypatch):
+    """The stacks of a hundred threads are more memory than it has."""
+    environment, run = {}, subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: environment.update(options["env"]) or run(*args, **options))
+    monkeypatch.setenv("OMP_NUM_THREADS", "96")
+    assert confirm(good).text == SAME
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "1"
+
+
 def test_a_python_that_cannot_be_started(good, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert confirm(good).text == f"{torch.__version__} could not be started"
