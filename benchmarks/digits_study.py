@@ -48,9 +48,9 @@ OPERATORS = (
 def build(operator: str) -> Any:
     """Make the network of one row."""
     import scconv_jax
-    from scconv_jax.blocks import Bottleneck
-    from scconv_jax.ghost import GhostConv
-    from scconv_jax.resnet import NARROW, ResNet
+    from scconv_jax.layers.ghost import GhostConv
+    from scconv_jax.models.blocks import Bottleneck
+    from scconv_jax.models.resnet import NARROW, ResNet
 
     if operator == "plain 3×3":
         return scconv_jax.create_model("resnet20_small")
@@ -70,10 +70,10 @@ def study(operator: str, seeds: int) -> dict[str, Any]:
     import numpy as np
 
     from configs.digits import config
-    from train.augment import make_augment, normalize
-    from train.batches import eval_batches, train_batches
     from train.config import Data, make_plan
-    from train.data import load_dataset
+    from train.data.augment import make_augment, normalize
+    from train.data.batches import eval_batches, train_batches
+    from train.data.datasets import load_dataset
     from train.optim import make_optimizer, make_schedule
     from train.step import AXIS, eval_step, init_state, train_step
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.timing import record
-from train.log import read_metrics
+from train.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, WARM = 50, 5

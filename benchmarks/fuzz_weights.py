@@ -28,7 +28,7 @@ from scconv_jax import weights
 from scconv_jax.weights import state_dicts
 from scconv_jax.weights.files import WeightsError
 from tests import weight_files as made
-from tests.test_weights_hostile import BOMBS, OPCODES
+from tests.weights.test_weights_hostile import BOMBS, OPCODES
 
 FILES = 10_000
 BATCH = 1000

@@ -21,7 +21,7 @@ OPEN = """
 import resource, sys, time
 from train.config import Data
 start = time.perf_counter()
-from train.data import load_dataset
+from train.data.datasets import load_dataset
 dataset = load_dataset(Data(name="folder", dir=sys.argv[1], image_size=224))
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(dataset.train) + len(dataset.test))
 """

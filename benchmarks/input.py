@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 
 from benchmarks.timing import alternate, ratio, record, table
-from train.batches import Staged, train_batches
 from train.config import Data
-from train.data import load_dataset
-from train.images import crop_box
-from train.log import Window
+from train.data.batches import Staged, train_batches
+from train.data.datasets import load_dataset
+from train.data.images import crop_box
+from train.run.metrics import Window
 
 IMAGES, BATCH, SIZE, WORKERS = 768, 64, 224, 2
 ROUNDS = 5

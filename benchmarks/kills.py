@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.train.tiny import final_state
-from train.log import read_metrics
+from train.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """

@@ -17,7 +17,7 @@ from jax import lax
 
 import scconv_jax
 from benchmarks.timing import alternate, milliseconds, ratio, record, table
-from scconv_jax.functional import prefers_dense
+from scconv_jax.functional.convolution import prefers_dense, reconstruction_kernel
 from tests.reference import scconv
 
 SIZES = ((64, 56), (128, 28), (256, 14), (512, 7))
@@ -72,7 +72,7 @@ def dense_table() -> str:
 
     def dense(kernels: Any, x: jax.Array) -> jax.Array:
         gwc, pwc1 = kernels
-        kernel = scconv_jax.functional.reconstruction_kernel(gwc, pwc1, conv_groups=2)
+        kernel = reconstruction_kernel(gwc, pwc1, conv_groups=2)
         return scconv_jax.functional.conv(x, kernel, padding=1)
 
     def separate(kernels: Any, x: jax.Array) -> jax.Array:

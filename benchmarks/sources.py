@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import record, table
-from scconv_jax.models import create_model
-from scconv_jax.pretrained import choose, fill_model, open_entries
-from scconv_jax.verify import SIZES, compare
+from scconv_jax.interop.loading import choose, fill_model, open_entries
+from scconv_jax.interop.verification import SIZES, compare
+from scconv_jax.models.registry import create_model
 from tests.reference.namings import MMPose, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import randomise

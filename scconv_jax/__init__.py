@@ -11,13 +11,13 @@ from any checkpoint to a network: `load_model`, `load_weights`.
 """
 
 from scconv_jax import functional
-from scconv_jax.convert import ConversionError, from_torch, to_torch
-from scconv_jax.ghost import GhostConv
-from scconv_jax.models import create_model, list_models
-from scconv_jax.pretrained import load_model, load_weights
-from scconv_jax.reconstruction import CRU, SRU, ScConv
-from scconv_jax.self_calibrated import SelfCalibratedConv, SelfCalibration
-from scconv_jax.summary import multiply_adds
+from scconv_jax.interop.conversion import ConversionError, from_torch, to_torch
+from scconv_jax.interop.loading import load_model, load_weights
+from scconv_jax.layers.ghost import GhostConv
+from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
+from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
+from scconv_jax.models.complexity import multiply_adds
+from scconv_jax.models.registry import create_model, list_models
 from scconv_jax.weights import WeightsError, load, save
 from scconv_jax.weights.download import list_pretrained
 

@@ -1,4 +1,4 @@
-"""Who may import whom: read off the files, so that an edge against the direction of the layout fails."""
+"""Who may import whom, folder by folder: read off the files, so that an import against the direction of the layout fails."""
 
 import ast
 import sys
@@ -9,40 +9,34 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = {"scconv_jax", "train", "configs", "benchmarks", "tests"}
 
-# A file imports only files of lower ranks: functions, layers, operators, networks, the table of them, what uses it.
+# Folder → the folders of its package that it may import; each may import itself.
 LIBRARY = {
-    "console": 0, "variants": 0, "torch_side": 0, "torch_ghostnet": 1, "published": 0, "spatial": 0, "functional": 1, "layers": 2,
-    "self_calibrated": 3, "reconstruction": 3, "ghost": 3, "squeeze_excitation": 3,
-    "blocks": 4, "resnet": 5, "scnet": 6, "scconv_resnet": 6, "wide_resnet": 6, "densenet": 6, "ghostnet": 6,
-    "models": 7, "summary": 8, "recognise": 8, "pretrained": 9, "verify": 10,
-    "cli.summary": 11, "cli.convert": 11, "cli.verify": 12, "cli": 13, "__main__": 14,
-}  # fmt: skip
-# They know arrays, names and files, not networks.
-ABOVE_NO_NETWORK = {
-    "convert": 0, "naming": 1, "weights.files": 0, "weights.pickles": 1, "weights.state_dicts": 2, "weights.torch_files": 3,
-    "weights.safetensors_files": 3, "weights.runs": 3, "weights.torch_process": 0,
-    "weights.formats": 4, "weights.download": 4, "weights": 5, "weights.second_reader": 5,
-}  # fmt: skip
-TRAINER = {
-    "fields": 0, "randaugment": 0, "config": 1, "config_files": 2,
-    "augment": 3, "optim": 3, "step": 3, "checkpoint": 3, "workdir": 3, "trackers": 3, "speed": 3, "hosts": 3,
-    "batches": 3, "images": 4, "folder": 4, "tfds": 4, "records": 5, "data": 6, "prepare": 7,
-    "log": 4, "parallel": 4, "start": 5, "job": 7, "loop": 8, "main": 9,
-}  # fmt: skip
+    "functional": set(),
+    "layers": {"functional"},
+    "models": {"functional", "layers"},
+    "weights": {"interop"},
+    "interop": {"functional", "layers", "models", "weights"},
+    "cli": {"", "layers", "models", "weights", "interop"},
+}
+TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}}
 
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors", "jaxtyping"}  # ml_dtypes is jax's, rich flax's
+LATE_OF = {  # what a file may import where it uses it
+    "weights/torch_process.py": {"torch"},
+    "interop/torch_networks.py": {"torch"},
+    "interop/verification.py": {"torch"},
+    "weights/runs.py": {"orbax"},
+}
 LATE_ONLY = {"matplotlib", "sklearn", "tensorboardX", "wandb", "tensorflow", "tensorflow_datasets", "torch"}
 
 
 def files(package):
-    """All but the package's own `__init__.py`; those of packages within it belong."""
-    return sorted(path for path in (ROOT / package).rglob("*.py") if path != ROOT / package / "__init__.py")
+    return sorted((ROOT / package).rglob("*.py"))
 
 
-def dotted(path):
-    """`scconv_jax/weights/files.py` → `weights.files`, `scconv_jax/weights/__init__.py` → `weights`."""
-    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def folder(path):
+    """`scconv_jax/weights/files.py` → `weights`; "" for a file of the package itself."""
+    return "/".join(path.relative_to(ROOT).parts[1:-1])
 
 
 def imports(path):
@@ -61,15 +55,11 @@ def imports(path):
     return found
 
 
-def modules(path, package):
-    """Files of `package` that a file imports, dotted as above; "" for the package itself."""
-    known = {dotted(file) for file in files(package)} | {""}
-    found = set()
-    for name, _ in imports(path):
-        top, *parts = name.split(".")
-        if top == package:
-            found.add(max({".".join(parts[:n]) for n in range(len(parts) + 1)} & known, key=len))
-    return found
+def folders(path, package):
+    """Folders of `package` that a file imports; "" for the package itself."""
+    known = {folder(file) for file in files(package)}
+    parts = [name.split(".") for name, _ in imports(path)]
+    return {part[1] if len(part) > 1 and part[1] in known else "" for part in parts if part[0] == package}
 
 
 def ours(path):
@@ -87,29 +77,22 @@ def relative(path):
 @pytest.mark.parametrize("path", files("scconv_jax"), ids=relative)
 def test_the_library_points_downwards(path):
     assert ours(path) <= {"scconv_jax"}
-    name, used = dotted(path), modules(path, "scconv_jax")
-    of_torch = {late: {"torch"} for late in ("weights.torch_process", "torch_side", "verify")}
-    late = (of_torch | {"weights.runs": {"orbax"}}).get(name, set())
+    late = LATE_OF.get(relative(path).removeprefix("scconv_jax/"), set())
     assert others(path) <= LIBRARY_NEEDS | late, "an optional or foreign package; the library needs these alone"
-    if name in ABOVE_NO_NETWORK:
-        assert used <= {other for other, rank in ABOVE_NO_NETWORK.items() if rank < ABOVE_NO_NETWORK[name]}
-    else:
-        assert name in LIBRARY, "a new file: give it a rank above"
-        allowed = {other for other, rank in LIBRARY.items() if rank < LIBRARY[name]}
-        allowed |= set(ABOVE_NO_NETWORK) if LIBRARY[name] > LIBRARY["models"] else set()
-        assert used <= allowed | ({""} if name in ("cli", "cli.convert") else set())
+    if folder(path):
+        assert folders(path, "scconv_jax") <= LIBRARY[folder(path)] | {folder(path)}
 
 
-@pytest.mark.parametrize("name", ["spatial", "functional"])
-def test_the_pure_functions_know_no_flax(name):
-    assert others(ROOT / "scconv_jax" / f"{name}.py") <= {"jax", "numpy", "jaxtyping"}
+@pytest.mark.parametrize("path", files("scconv_jax/functional"), ids=relative)
+def test_the_pure_functions_know_no_flax(path):
+    assert others(path) <= {"jax", "numpy", "jaxtyping"}
 
 
 @pytest.mark.parametrize("path", files("train"), ids=relative)
 def test_the_trainer_points_downwards_and_uses_the_library_by_its_public_names(path):
     assert ours(path) <= {"train", "scconv_jax"}
-    assert path.stem in TRAINER, "a new file: give it a rank above"
-    assert modules(path, "train") <= {name for name, rank in TRAINER.items() if rank < TRAINER[path.stem]}
+    if folder(path):
+        assert folders(path, "train") <= TRAINER[folder(path)] | {folder(path)}
     names = [name for name, _ in imports(path) if name.split(".")[0] == "scconv_jax"]
     assert set(names) <= {"scconv_jax"}, "write scconv_jax.NAME"
     public = set(exported(ROOT / "scconv_jax" / "__init__.py"))
@@ -128,6 +111,13 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
     assert not {name.split(".")[0] for name, top in imports(path) if top} & LATE_ONLY
 
 
+@pytest.mark.parametrize("package", ["scconv_jax", "train"])
+def test_no_folder_and_no_file_has_grown_out_of_hand(package):
+    for path in files(package):
+        assert len(path.read_text().splitlines()) <= 350, f"{relative(path)} is two files"
+        assert len(list(path.parent.glob("*.py"))) <= 12, f"{relative(path.parent)} is two folders"
+
+
 def exported(path):
     """The names in `__all__`."""
     for node in ast.parse(path.read_text()).body:
@@ -140,10 +130,11 @@ def test_the_check_sees_what_it_should(tmp_path):
     """Each way to write an import is seen."""
     path = tmp_path / "x.py"
     path.write_text(
-        "import train.step\nfrom train import loop\ndef f():\n    from scconv_jax.resnet import ResNet\n    import torch.nn\n"
+        "import train.run.workdir\nfrom train import loop\nfrom scconv_jax import models\n"
+        "def f():\n    from scconv_jax.interop.loading import fill\n    import torch.nn\n"
     )
-    assert modules(path, "train") == {"step", "loop"}
-    assert modules(path, "scconv_jax") == {"resnet"}
+    assert folders(path, "train") == {"run", ""}
+    assert folders(path, "scconv_jax") == {"models", "interop"}
     assert others(path) == {"torch"}
     assert ("torch.nn", False) in imports(path)
-    assert ("train.step", True) in imports(path)
+    assert ("train.run.workdir", True) in imports(path)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import scconv_jax
-from scconv_jax.recognise import template
+from scconv_jax.interop.recognition import template
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.batches import Staged, train_batches
-from train.checkpoint import Checkpoints
 from train.config import Config, ConfigError, make_plan
-from train.hosts import Signals
-from train.job import make_step, make_test, prepare
-from train.log import Metrics, Progress, Window, best_line, draw_curves, read_metrics
+from train.data.batches import Staged, train_batches
+from train.distributed import Signals
+from train.initial_state import Start
 from train.optim import make_optimizer, make_schedule
 from train.parallel import from_host_0
-from train.speed import Profiler, peak_multiply_adds, training_multiply_adds
-from train.start import Start
-from train.trackers import check_trackers, open_trackers
-from train.workdir import locked_workdir, save_config
+from train.run.checkpoints import Checkpoints
+from train.run.curves import draw_curves
+from train.run.metrics import Metrics, Window, best_line, read_metrics
+from train.run.profiler import Profiler, peak_multiply_adds, training_multiply_adds
+from train.run.progress import Progress
+from train.run.trackers import check_trackers, open_trackers
+from train.run.workdir import locked_workdir, save_config
+from train.setup import make_step, make_test, prepare
 
 SLOW_INPUT_WARNING = (
     "warning: the devices wait for data (waiting_for_data in metrics.jsonl); more --data.threads or a faster disk may help"

@@ -22,9 +22,9 @@ except ModuleNotFoundError:
     sys.exit(2)
 
 from train.config import CheckpointError, Config, ConfigError, Data, DivergedError, Hosts
-from train.config_files import CONFIGS, DEFAULT, from_json, load_config, to_json
-from train.hosts import Link, find
-from train.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_held
+from train.config.files import CONFIGS, DEFAULT, from_json, load_config, to_json
+from train.distributed import Link, find
+from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_held
 
 PROGRAM = "python -m train.main"
 

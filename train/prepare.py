@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from train.config import ConfigError, Data
-from train.data import ArraySource, load_digits
-from train.folder import FolderRecords, open_folder
+from train.data.datasets import ArraySource, load_digits
+from train.data.folder import FolderRecords, open_folder
 
 SHARD = 8192
 """Images per file: about a gigabyte of ImageNet."""

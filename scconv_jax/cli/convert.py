@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from scconv_jax import __version__
-from scconv_jax.console import show
-from scconv_jax.convert import Match, is_counter
-from scconv_jax.models import create_model
-from scconv_jax.naming import NAMINGS, OWN
-from scconv_jax.pretrained import Entries, Filled, choose, fill, fill_model, open_entries
-from scconv_jax.recognise import kinds
+from scconv_jax.cli.console import show
+from scconv_jax.interop.conventions import NAMINGS, OWN
+from scconv_jax.interop.conversion import Match, is_counter
+from scconv_jax.interop.loading import Entries, Filled, choose, fill, fill_model, open_entries
+from scconv_jax.interop.recognition import kinds
+from scconv_jax.models.registry import create_model
 from scconv_jax.weights import save
 from scconv_jax.weights.files import WeightsError, check_place, sha256
 

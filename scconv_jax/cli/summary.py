@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
-from scconv_jax.console import show
-from scconv_jax.models import create_model, list_models
-from scconv_jax.published import ROWS
-from scconv_jax.summary import Part, summarise
+from scconv_jax.cli.console import show
+from scconv_jax.models.complexity import Part, summarise
+from scconv_jax.models.published import ROWS
+from scconv_jax.models.registry import create_model, list_models
 
 
 def add(commands: Any) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from scconv_jax.cli.console import show
 from scconv_jax.cli.convert import ANY, add_source, model_options, open_source
-from scconv_jax.console import show
-from scconv_jax.convert import ConversionError
-from scconv_jax.models import create_model
-from scconv_jax.pretrained import choose, fill_model
-from scconv_jax.verify import LIMITS, SIZES, SMALL_SIZES, Difference, compare
+from scconv_jax.interop.conversion import ConversionError
+from scconv_jax.interop.loading import choose, fill_model
+from scconv_jax.interop.verification import LIMITS, SIZES, SMALL_SIZES, Difference, compare
+from scconv_jax.models.registry import create_model
 
 
 def add(commands: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from scconv_jax.convert import to_torch
+from scconv_jax.interop.conversion import to_torch
 from scconv_jax.weights import runs, safetensors_files, torch_files
 from scconv_jax.weights.files import WeightsError, sha256, unknown
 from scconv_jax.weights.state_dicts import Contents

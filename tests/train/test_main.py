@@ -15,13 +15,13 @@ import pytest
 import scconv_jax
 from benchmarks import kills
 from tests.train.tiny import create_tiny, final_state
-from train import hosts
-from train import workdir as folders
-from train.checkpoint import Checkpoints
-from train.config_files import load_config
-from train.hosts import Signals
-from train.log import best_line, read_metrics
+from train import distributed as hosts
+from train.config.files import load_config
+from train.distributed import Signals
 from train.main import main, parse
+from train.run import workdir as folders
+from train.run.checkpoints import Checkpoints
+from train.run.metrics import best_line, read_metrics
 from train.step import AXIS
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 
 import scconv_jax
 from tests.train.tiny import Tiny
-from train.augment import make_augment, make_mix
 from train.config import Augment, Data, Optim
+from train.data.augment import make_augment, make_mix
 from train.optim import make_optimizer
 from train.parallel import make_parallel, run_once
 from train.step import AXIS, eval_step, image_keys, rematerialised, train_step

@@ -11,8 +11,8 @@ import torch
 from scconv_jax import from_torch, to_torch
 from tests.reference.state import nchw
 from tests.train.tiny import Tiny
-from train.augment import make_mix
 from train.config import Augment, Optim
+from train.data.augment import make_mix
 from train.optim import make_optimizer
 from train.parallel import make_parallel
 from train.step import batch_key, init_state, train_step

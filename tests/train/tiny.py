@@ -14,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import scconv_jax
-from scconv_jax.layers import BatchNorm, Conv
-from train.checkpoint import Checkpoints
+from scconv_jax.layers.core import BatchNorm, Conv
+from train.run.checkpoints import Checkpoints
 
 _create_model = scconv_jax.create_model
 

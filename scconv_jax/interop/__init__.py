@@ -1,0 +1,1 @@
+"""Named arrays to variables and back: key conventions, recognition, conversion, loading, verification."""

@@ -1,0 +1,267 @@
+"""GhostNet, and residual networks of ghost convolutions: what both papers compare with.
+
+Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Table 1. Reference
+implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch), whose parameter names these are.
+
+Differences: none in `ghostnet_100`. pytorchcv (https://github.com/osmr/imgclsmob) has another network under that name, with a
+checkpoint of its own: `ghostnet_100_pytorchcv`; `Version` says what differs. In the residual networks every convolution of the
+blocks, but not stem and shortcuts, is a ghost convolution without norm or ReLU of its own, since the block's follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from scconv_jax import functional as F
+from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images
+from scconv_jax.layers.ghost import GhostConv
+from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
+from scconv_jax.models.blocks import BasicBlock, Bottleneck
+from scconv_jax.models.resnet import NARROW, ResNet
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+class Row(NamedTuple):
+    """One row of the paper's Table 1."""
+
+    kernel_size: int
+    expansion: int  # channels within the block
+    features: int
+    se: bool
+    strides: int
+
+
+class Version(NamedTuple):
+    """What implementations of GhostNet differ in."""
+
+    hidden: Callable[[int], int]  # width of a rescaling's hidden layer, of the block's channels
+    gate: Callable[[jax.Array], jax.Array]  # of a rescaling
+    shortcut_size: int | None  # kernel of the shortcut's depthwise convolution; None: that of the block
+    shortcut_relu: bool  # whether a ReLU follows it
+    head_norm: bool  # whether the head's first layer has a norm, and no bias
+
+
+def _divisible(value: float, divisor: int) -> int:
+    """Round to a multiple of `divisor`, but not down by more than a tenth."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+# Named functions of this file, so that networks can be pickled.
+def _rounded_quarter(channels: int) -> int:
+    return _divisible(channels / 4, 4)
+
+
+def _quarter(channels: int) -> int:
+    return channels // 4
+
+
+def _hard_sigmoid(x: jax.Array) -> jax.Array:
+    return nn.hard_sigmoid(x)
+
+
+def _clip(x: jax.Array) -> jax.Array:
+    return jnp.clip(x, 0.0, 1.0)
+
+
+REFERENCE = Version(_rounded_quarter, _hard_sigmoid, None, False, False)
+PYTORCHCV = Version(_quarter, _clip, 3, True, True)
+
+# Grouped as the reference's blocks are numbered: a new number where the map is halved, and once after.
+GHOSTNET = (
+    (Row(3, 16, 16, False, 1),),
+    (Row(3, 48, 24, False, 2),),
+    (Row(3, 72, 24, False, 1),),
+    (Row(5, 72, 40, True, 2),),
+    (Row(5, 120, 40, True, 1),),
+    (Row(3, 240, 80, False, 2),),
+    (
+        Row(3, 200, 80, False, 1),
+        Row(3, 184, 80, False, 1),
+        Row(3, 184, 80, False, 1),
+        Row(3, 480, 112, True, 1),
+        Row(3, 672, 112, True, 1),
+    ),
+    (Row(5, 672, 160, True, 2),),
+    (Row(5, 960, 160, False, 1), Row(5, 960, 160, True, 1), Row(5, 960, 160, False, 1), Row(5, 960, 160, True, 1)),
+)
+
+
+class GhostBottleneck(nn.Module):
+    """Ghost module, depthwise convolution where strided, rescaling, ghost module: `(n, h, w, c)` to `(n, p, q, features)`.
+
+    Attributes:
+        row: kernel size, channels, strides and rescaling.
+        version: of the network.
+        norm: factory of the norms.
+        dtype: of the computation.
+    """
+
+    row: Row
+    version: Version
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
+        """Apply the block; `train` is the norms'."""
+        size, expansion, features, se, strides = self.row
+        norm = partial(self.norm, dtype=self.dtype)
+        ghost = partial(GhostConv, kernel_size=1, norm=self.norm, dtype=self.dtype)
+
+        y = ghost(expansion, relu=True, name="ghost1")(x, train=train)
+        if strides > 1:
+            y = _depthwise(expansion, size, strides, dtype=self.dtype, name="conv_dw")(y)
+            y = norm(name="bn_dw")(y, train=train)
+        if se:
+            hidden, names = self.version.hidden(expansion), ("conv_reduce", "conv_expand")
+            y = SqueezeExcitation(hidden, gate=self.version.gate, names=names, dtype=self.dtype, name="se")(y)
+        y = ghost(features, name="ghost2")(y, train=train)
+        if strides > 1 or x.shape[-1] != features:
+            size = self.version.shortcut_size or size
+            relu = self.version.shortcut_relu
+            x = _Shortcut(features, size, strides, relu, self.norm, self.dtype, name="shortcut")(x, train=train)
+        return y + x
+
+
+def _depthwise(channels: int, size: int, strides: int, **options: Any) -> Conv:
+    return Conv(channels, size, strides=strides, padding=size // 2, groups=channels, **options)
+
+
+class _Shortcut(nn.Module):
+    """A depthwise and a 1×1 convolution, each with its norm; between them perhaps a ReLU."""
+
+    features: int
+    kernel_size: int
+    strides: int
+    relu: bool
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
+        norm = partial(self.norm, dtype=self.dtype)
+        x = _depthwise(x.shape[-1], self.kernel_size, self.strides, dtype=self.dtype, name="0")(x)
+        x = norm(name="1")(x, train=train)
+        x = Conv(self.features, 1, dtype=self.dtype, name="2")(nn.relu(x) if self.relu else x)
+        return norm(name="3")(x, train=train)
+
+
+class _Blocks(nn.Module):
+    """Blocks one after the other, numbered as in PyTorch's `Sequential`."""
+
+    rows: tuple[Row, ...]
+    version: Version
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
+        for i, row in enumerate(self.rows):
+            x = GhostBottleneck(row, self.version, self.norm, self.dtype, name=str(i))(x, train=train)
+        return x
+
+
+class _ConvNormRelu(nn.Module):
+    """A 1×1 convolution, a norm and a ReLU."""
+
+    features: int
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
+        x = Conv(self.features, 1, dtype=self.dtype, name="conv")(x)
+        return nn.relu(self.norm(dtype=self.dtype, name="bn1")(x, train=train))
+
+
+class _Last(nn.Module):
+    """What follows the blocks: one layer, in a `Sequential` of its own in the reference."""
+
+    features: int
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
+        return _ConvNormRelu(self.features, self.norm, self.dtype, name="0")(x, train=train)
+
+
+class _Trunk(nn.Module):
+    """All blocks; returns the map before each halving, and the last."""
+
+    version: Version
+    norm: Factory
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+        maps: dict[str, jax.Array] = {}
+        for i, rows in enumerate(GHOSTNET):
+            if rows[0].strides == 2:
+                maps[f"layer{len(maps) + 1}"] = x
+            x = _Blocks(rows, self.version, self.norm, self.dtype, name=str(i))(x, train=train)
+        x = _Last(GHOSTNET[-1][-1].expansion, self.norm, self.dtype, name=str(len(GHOSTNET)))(x, train=train)
+        return maps | {f"layer{len(maps) + 1}": x}
+
+
+class GhostNet(nn.Module):
+    """GhostNet 1.0×: images `(n, h, w, 3)` to logits `(n, num_classes)`.
+
+    Attributes:
+        num_classes: length of the logits.
+        version: `REFERENCE` or `PYTORCHCV`.
+        dtype: of the computation; logits are float32 at least.
+        axis_name: mapped axis over which BatchNorm takes its statistics; where not given, each device takes its own.
+
+    Raises:
+        ValueError: for images that are not float `(n, h, w, 3)`.
+    """
+
+    num_classes: int = 1000
+    version: Version = REFERENCE
+    dtype: Dtype = jnp.float32
+    axis_name: str | tuple[str, ...] | None = None
+
+    def setup(self) -> None:
+        """Name the parts as the reference does: conv_stem, bn1, blocks, conv_head, classifier."""
+        norm = partial(BatchNorm, axis_name=self.axis_name)
+        self.conv_stem = Conv(16, 3, strides=2, padding=1, dtype=self.dtype)
+        self.bn1 = norm(dtype=self.dtype)
+        self.blocks = _Trunk(self.version, norm, self.dtype)
+        self.conv_head = Conv(1280, 1, use_bias=not self.version.head_norm, dtype=self.dtype)
+        self.bn_head = norm(dtype=self.dtype) if self.version.head_norm else None
+        self.classifier = Dense(self.num_classes, dtype=self.dtype)
+
+    def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+        """Return the last map of each size: `{"layer1": (n, h / 2, w / 2, 16), ..., "layer5": (n, h / 32, w / 32, 960)}`."""
+        check_images(images, smallest=1)
+        x = nn.relu(self.bn1(self.conv_stem(images), train=train))
+        return self.blocks(x, train=train)
+
+    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
+        """Return the logits."""
+        last = self.features(images, train=train)["layer5"]
+        x = self.conv_head(F.global_avg_pool(last)[:, None, None])
+        x = x if self.bn_head is None else self.bn_head(x, train=train)
+        logits = self.classifier(nn.relu(x)[:, 0, 0])
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+
+_GHOST_BOTTLENECK = partial(Bottleneck, conv=GhostConv, pointwise=partial(GhostConv, kernel_size=1))
+_GHOST_BASIC = partial(BasicBlock, conv=GhostConv, first=GhostConv)
+
+MODELS = {
+    "ghostnet_100": GhostNet,
+    "ghostnet_100_pytorchcv": partial(GhostNet, version=PYTORCHCV),
+    "ghost_resnet50": partial(ResNet, _GHOST_BOTTLENECK, (3, 4, 6, 3)),
+    "ghost_resnet56_small": partial(ResNet, _GHOST_BASIC, (9, 9, 9), **NARROW),
+}

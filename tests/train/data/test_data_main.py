@@ -1,0 +1,153 @@
+"""Folders of images and sets of TensorFlow Datasets through the whole command line, with a tiny network."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import scconv_jax
+from tests.train.tiny import create_tiny
+from train.config import Data
+from train.data.datasets import ArraySource, load_digits
+from train.main import main
+from train.prepare import prepare_folder
+
+SMALL = """
+from train.config import Config, Data, Optim
+
+config = Config(
+    epochs=2,
+    log_every=4,
+    data=Data(name="folder", image_size=16, resize=16, batch_size=16, crop_scale=(0.5, 1.0), threads=2),
+    optim=Optim(lr=0.1),
+)
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCCONV_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scconv_jax, "create_model", create_tiny)
+    Path("small.py").write_text(SMALL)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """The first three digits as JPEG files: 66 training and 20 test images."""
+    dataset, root = load_digits(Data(image_size=16)), tmp_path / "digits"
+    for split, source, count in (("train", dataset.train, 66), ("val", dataset.test, 20)):
+        assert isinstance(source, ArraySource)
+        chosen = np.flatnonzero(source.labels < 3)[:count]
+        for i in chosen:
+            path = root / split / str(source.labels[i]) / f"{i:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(source.images[i]).save(path, quality=95)
+    return root
+
+
+def metrics(workdir):
+    timing = {"images_per_second", "waiting_for_data", "multiply_adds_per_second"}
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+
+
+def run(capsys, *arguments):
+    """Exit code, and the last line of the errors."""
+    code = main([*map(str, arguments), "--config", "small.py"])
+    return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+
+
+def test_a_folder_trains_and_so_does_the_same_prepared(digits, capsys):
+    """The two runs agree in every number: same images, same order, same crops."""
+    pytest.importorskip("tensorflow_datasets", reason="a test of the extra tfds")
+    assert run(capsys, digits, "--workdir", "a")[0] == 0
+    prepare_folder(str(digits), Path("prepared"), workers=2)
+    assert run(capsys, "prepared", "--workdir", "b")[0] == 0
+    assert metrics("a") == metrics("b")
+    assert metrics("a")[-1]["step"] == 8
+    assert json.loads(Path("b/config.json").read_text())["data"]["name"] == "tfds"
+    assert "validation" not in str(metrics("a")[-1])
+
+
+def test_a_run_on_a_folder_goes_on_where_it_stopped(digits, capsys):
+    assert run(capsys, digits, "--workdir", "whole")[0] == 0
+    assert run(capsys, digits, "--workdir", "halved", "--epochs", "1", "--optim.schedule", "step")[0] == 0
+    assert run(capsys, digits, "--workdir", "step", "--optim.schedule", "step")[0] == 0
+    assert main(["--workdir", "halved", "--resume", "--epochs", "2"]) == 0
+    assert metrics("halved")[-1] == metrics("step")[-1]
+
+
+def test_weights_are_tested_where_there_are_fewer_images_to_train_on_than_in_a_batch(digits, capsys):
+    assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
+    assert main(["--config", "small.py", "--evaluate", "--init", "a", "-b", "80", str(digits)]) == 0
+    assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} %" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_more_images(digits, capsys):
+    """Its step would be another position in another order."""
+    assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
+    image = next(iter(digits.glob("train/*/*.jpg")))
+    shutil.copy(image, image.with_name("copy.jpg"))
+    assert main(["--workdir", "a", "--resume", "--epochs", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "/checkpoints/4 was written with 66 training images, and now there are 67: its step is no position in these." in error
+    assert sorted(path.name for path in Path("a/checkpoints").iterdir()) == ["4"]
+    image.with_name("copy.jpg").unlink()
+    assert main(["--workdir", "a", "--resume", "--epochs", "2"]) == 0
+
+
+def test_too_many_unreadable_images_end_the_run_with_one_line(digits, capsys):
+    images = sorted(digits.glob("train/*/*.jpg"))
+    for path in images[:3]:
+        path.write_bytes(b"")
+    code, error = run(capsys, digits, "--workdir", "a", "--data.max-bad-images", "2")
+    assert code == 2
+    assert error.startswith("error: more than data.max_bad_images 2 images cannot be read: ")
+    assert error.endswith("Mend or remove them, or allow more (--data.max-bad-images)")
+    assert run(capsys, digits, "--workdir", "b", "--data.max-bad-images", "3")[0] == 0
+
+
+def test_a_test_image_that_cannot_be_read_is_not_counted(digits, capsys):
+    next(iter(sorted(digits.glob("val/*/*.jpg")))).write_bytes(b"")
+    assert main([str(digits), "--workdir", "a", "--config", "small.py"]) == 0
+    last = metrics("a")[-1]
+    assert last["eval/images"] == 19
+    assert f"({round(19 * last['eval/top1'])} of 19) after the last epoch" in capsys.readouterr().out
+
+
+def test_not_one_readable_test_image_is_an_error(digits, capsys):
+    for path in digits.glob("val/*/*.jpg"):
+        path.write_bytes(b"")
+    code, error = run(capsys, digits, "--workdir", "a", "--data.max-bad-images", "100")
+    assert (code, error) == (2, "error: not one image of the test set can be read")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: shutil.rmtree(root / "val"), "error: data.dir must hold train/CLASS/IMAGE and val/CLASS/IMAGE; "),
+        (lambda root: shutil.rmtree(root / "val" / "2"), "must hold the same classes; only in train: 2"),
+        (lambda root: (root / "train" / "3").mkdir(), "train holds class folders without an image"),
+        (shutil.rmtree, "error: data.dir: there is no folder "),
+    ],
+)
+def test_a_wrong_folder_is_one_line_and_nothing_is_written(digits, capsys, spoil, message):
+    spoil(digits)
+    code, error = run(capsys, digits, "--workdir", "a")
+    assert code == 2
+    assert message in error
+    assert not Path("a").exists()
+
+
+def test_a_run_with_another_number_of_classes_does_not_go_on(digits, capsys):
+    assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
+    for split in ("train", "val"):
+        shutil.copytree(digits / split / "2", digits / split / "3")
+    assert main(["--workdir", "a", "--resume", "--epochs", "2"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "is of another model" in error
+    assert "fc/bias is (3,) float32 there, (4,) float32 here" in error

@@ -1,0 +1,101 @@
+"""Checkpoints of training runs, as files of weights."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import scconv_jax
+from scconv_jax import weights
+from scconv_jax.weights.files import WeightsError
+from tests.train.tiny import Tiny
+from train.config import Optim
+from train.optim import make_optimizer
+from train.run.checkpoints import Checkpoints
+from train.step import init_state
+
+OPTIMIZER = make_optimizer(Optim(), optax.constant_schedule(0.1))
+
+
+def state(step, ema=False):
+    start = jax.eval_shape(lambda: init_state(Tiny(), OPTIMIZER, (8, 8, 3), seed=0, ema=ema))
+    leaves, tree = jax.tree.flatten(start)
+    numbers = np.random.default_rng(step)
+    made = jax.tree.unflatten(tree, [jnp.asarray(numbers.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
+    return made.replace(step=jnp.asarray(step, jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Three steps, of which the second is the best."""
+    folder = tmp_path_factory.mktemp("run")
+    with Checkpoints(folder, keep=3) as checkpoints:
+        for step, top1 in ((1, 0.2), (2, 0.9), (3, 0.4)):
+            checkpoints.save(state(step), {"eval/top1": top1})
+    (folder / "config.json").write_text(json.dumps({"model": {"name": "scnet20_small"}}))
+    return folder
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize(
+    ("inside", "step"), [(".", 2), ("checkpoints", 2), ("checkpoints/3", 3), ("checkpoints/1/state", 1)], ids=str
+)
+def test_a_run_or_one_of_its_steps(run, inside, step):
+    variables, metadata = scconv_jax.load(run / inside)
+    expected = state(step)
+    assert_same(variables, {"params": expected.params, "batch_stats": expected.batch_stats})
+    classes = expected.params["fc"]["kernel"].shape[1]
+    assert metadata == {"model": "scnet20_small", "arguments": {"num_classes": classes}, "step": str(step)}
+
+
+def test_what_is_said_of_it(run):
+    source = weights.read(run)
+    assert (source.format, source.tensors, source.path, source.sha256) == ("orbax", None, run, "")
+    assert source.bytes > 0
+    assert set(source.skipped) >= {"opt_state", "step"}
+    assert not set(source.skipped) & {"params", "batch_stats"}
+
+
+def test_a_moving_average_is_taken(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state(1, ema=True), {"eval/top1": 0.5})
+    assert_same(scconv_jax.load(tmp_path).variables, state(1, ema=True).ema)
+    assert "params" in weights.read(tmp_path).skipped
+
+
+def test_a_step_without_metrics_and_a_run_without_a_config(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state(1))
+        checkpoints.save(state(2))
+    assert scconv_jax.load(tmp_path).metadata == {"step": "2"}
+    (tmp_path / "config.json").write_text("{" * 10)
+    assert scconv_jax.load(tmp_path).metadata == {"step": "2"}
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(WeightsError, match=r"no training run: it has no checkpoints/STEP/state"):
+        weights.read(tmp_path)
+
+
+def test_a_damaged_checkpoint(run, tmp_path):
+    shutil.copytree(run / "checkpoints" / "1", tmp_path / "1")
+    described = tmp_path / "1" / "state" / "_METADATA"
+    described.write_bytes(described.read_bytes()[:20])
+    with pytest.raises(WeightsError, match="its checkpoint 1 is damaged"):
+        weights.read(tmp_path / "1")
+
+
+def test_where_orbax_is_not_installed(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(WeightsError, match=r"pip install 'scconv-jax\[train\]'"):
+        weights.read(run)

@@ -1,0 +1,1 @@
+"""Images: data sets by name, the order of a run, decoding, augmentation on the device."""

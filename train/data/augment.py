@@ -1,0 +1,91 @@
+"""Augmentation on the device: pure functions of a key and one image, and their map over a batch.
+
+Crop and flip are torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip()`. Differences: none.
+
+mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018. CutMix: Yun et al., "CutMix: Regularization
+Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019. Difference: an image's partner is its neighbour
+(places 0 and 1, 2 and 3, … of the batch, which is shuffled), not one drawn from the whole batch, so that no image leaves its
+device and the result is the same on any number of devices.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from train.config import Augment, Data
+from train.data.randaugment import rand_augment
+
+NOTHING = Augment()
+
+
+def random_crop(key: Array, image: Array, padding: int) -> Array:
+    """Shift `image` (h, w, c) by up to `padding` pixels each way; what comes in from outside is black."""
+    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+
+
+def random_flip(key: Array, image: Array) -> Array:
+    """Mirror `image` (h, w, c) left to right, or not."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def make_augment(data: Data, augment: Augment = NOTHING) -> Callable[[Array, Array], Array]:
+    """(keys (n,), images uint8 (n, h, w, c)) → images, with the operations on single images that the config asks for."""
+
+    def one(key: Array, image: Array) -> Array:
+        crop_key, flip_key = jax.random.split(key)
+        if data.crop_padding:
+            image = random_crop(crop_key, image, data.crop_padding)
+        if data.flip:
+            image = random_flip(flip_key, image)
+        if augment.randaugment:
+            image = rand_augment(jax.random.fold_in(key, 2), image, augment.randaugment, augment.randaugment_magnitude)
+        return image
+
+    return jax.vmap(one)
+
+
+def make_mix(augment: Augment) -> Callable[[Array, int, int], Array] | None:
+    """(key, height, width) → share of its own that each pixel keeps when neighbours are blended, float (height, width).
+
+    The mean over the pixels is the share of the target. None where the config asks for no mixing.
+    """
+    if not (augment.mixup or augment.cutmix):
+        return None
+
+    def mix(key: Array, height: int, width: int) -> Array:
+        choice, draw = jax.random.split(key)
+        kept = []
+        if augment.mixup:
+            kept.append(jnp.broadcast_to(jax.random.beta(draw, augment.mixup, augment.mixup), (height, width)))
+        if augment.cutmix:
+            kept.append(outside_box(draw, height, width, augment.cutmix))
+        return jnp.stack(kept)[jax.random.randint(choice, (), 0, len(kept))]
+
+    return mix
+
+
+def outside_box(key: Array, height: int, width: int, a: float) -> Array:
+    """1 outside a box, 0 in it: float (height, width).
+
+    The box has the image's proportions, and 1 - Beta(a, a) of its area before the edges cut it off; its centre is anywhere.
+    """
+    share_key, row_key, column_key = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - jax.random.beta(share_key, a, a))
+
+    def outside(key: Array, size: int) -> Array:
+        centre, half = jax.random.randint(key, (), 0, size), jnp.floor(side * size / 2)
+        positions = jnp.arange(size)
+        return (positions < centre - half) | (positions >= centre + half)
+
+    return jnp.where(outside(row_key, height)[:, None], 1.0, outside(column_key, width)[None])
+
+
+def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """uint8 (n, h, w, c) → float32 of mean 0 and deviation 1 over the training set; `mean`, `std` are shares of 255."""
+    channels = (1, 1, 1, -1)
+    scaled = images.astype(jnp.float32) / 255
+    return (scaled - jnp.asarray(mean, jnp.float32).reshape(channels)) / jnp.asarray(std, jnp.float32).reshape(channels)

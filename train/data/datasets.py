@@ -1,0 +1,154 @@
+"""Where images come from: the data sets by name, each a training and a test source and the numbers that go with them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from train.config import Data
+from train.data.batches import Records, Source
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What networks trained on ImageNet expect; for images of all kinds a fair choice."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images held in memory: uint8 (n, h, w, 3) and int32 (n,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, 3)."""
+        return self.images.shape[1:]
+
+    def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
+        """Write the image to `out`, uint8 (h, w, 3); returns its label. Nothing is random here."""
+        del key
+        out[...] = self.images[index]
+        return self.labels[index]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test images, disjoint, and what a model and a step need to know of them."""
+
+    train: Source
+    test: Source
+    classes: tuple[str, ...]
+    """Name of each label."""
+    mean: tuple[float, ...]
+    """Subtracted from each channel of the pixels, as shares of 255."""
+    std: tuple[float, ...]
+    """Divides each channel, as shares of 255."""
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are below it."""
+        return len(self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, 3)."""
+        return self.train.image_shape
+
+
+def load_dataset(data: Data) -> Dataset:
+    """The data set that the config names.
+
+    Raises:
+        ConfigError: it is not there, or not what it should be.
+        ModuleNotFoundError: a package that it needs is missing; says which extra has it.
+    """
+    dataset = DATASETS[data.name](data)
+    return replace(dataset, mean=data.mean or dataset.mean, std=data.std or dataset.std)
+
+
+def load_digits(data: Data) -> Dataset:
+    """1,797 scans of handwritten digits, 8×8 pixels, that come with scikit-learn (UCI ML repository, "optdigits").
+
+    1,437 train and 360 test, every digit in proportion; the split is the same for every seed. No scan occurs twice.
+    The scans are enlarged to `image_size` bilinearly and repeated to three channels.
+    """
+    try:
+        from sklearn import datasets, model_selection
+    except ImportError as error:
+        raise ModuleNotFoundError("the digits need scikit-learn: pip install 'scconv-jax[train]'") from error
+
+    scans, labels = datasets.load_digits(return_X_y=True)
+    train, test = model_selection.train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    grey = resize_bilinear(scans.reshape(-1, 8, 8) / 16, data.image_size)
+    images = np.repeat(np.round(255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
+    labels = labels.astype(np.int32)
+    return _from_arrays(ArraySource(images[train], labels[train]), ArraySource(images[test], labels[test]), 10)
+
+
+def load_synthetic(data: Data) -> Dataset:
+    """Noise around one random 4×4 pattern per class, of any size: for smoke tests and benchmarks, not for science."""
+    rng = np.random.default_rng(0)
+    patterns = rng.uniform(64, 192, (data.synthetic_classes, 4, 4, 3))
+    shape = (data.image_size, data.image_size, 3)
+
+    def make(count: int) -> ArraySource:
+        labels = (np.arange(count) % data.synthetic_classes).astype(np.int32)
+        images = np.empty((count, *shape), np.uint8)
+        for index, label in enumerate(labels):  # one at a time: ImageNet-size floats would not fit in memory
+            pattern = resize_bilinear(patterns[label].transpose(2, 0, 1), data.image_size).transpose(1, 2, 0)
+            images[index] = np.clip(pattern + rng.normal(0, 24, shape), 0, 255)
+        return ArraySource(images, labels)
+
+    return _from_arrays(make(data.synthetic_train), make(data.synthetic_test), data.synthetic_classes)
+
+
+def load_folder(data: Data) -> Dataset:
+    """The image files in `data.dir`: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
+    from train.data.folder import open_folder
+
+    return _from_files(data, *open_folder(data.dir))
+
+
+def load_tfds(data: Data) -> Dataset:
+    """A set of TensorFlow Datasets in `data.dir`."""
+    from train.data.tfds import open_tfds
+
+    return _from_files(data, *open_tfds(data.dir, data.tfds_name, data.train_split, data.test_split))
+
+
+DATASETS: dict[str, Callable[[Data], Dataset]] = {
+    "digits": load_digits,
+    "synthetic": load_synthetic,
+    "folder": load_folder,
+    "tfds": load_tfds,
+}
+
+
+def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
+    """(n, h, w) → (n, size, size), pixel centres at half integers, edges repeated: what PIL does when it enlarges."""
+
+    def weights(old: int) -> np.ndarray:
+        position = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(old)))
+
+    return weights(images.shape[1]) @ images @ weights(images.shape[2]).T
+
+
+def _from_arrays(train: ArraySource, test: ArraySource, num_classes: int) -> Dataset:
+    pixels = train.images.reshape(-1, 3) / 255
+    classes = tuple(map(str, range(num_classes)))
+    return Dataset(train, test, classes, mean=tuple(pixels.mean(0).tolist()), std=tuple(pixels.std(0).tolist()))
+
+
+def _from_files(data: Data, train: Records, test: Records) -> Dataset:
+    try:
+        from train.data.records import make_sources
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"image files need {error.name or error}, which is not installed: pip install 'scconv-jax[train]'"
+        ) from error
+    train_source, test_source = make_sources(data, train, test)
+    return Dataset(train_source, test_source, train.classes, IMAGENET_MEAN, IMAGENET_STD)
