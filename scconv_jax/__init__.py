@@ -10,7 +10,7 @@ pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_t
 from any checkpoint to a network: `load_model`, `load_weights`.
 """
 
-from scconv_jax import functional
+from scconv_jax import files, functional, images, layers, messages, models
 from scconv_jax.interop.conversion import ConversionError, from_torch, to_torch
 from scconv_jax.interop.loading import load_model, load_weights
 from scconv_jax.layers.ghost import GhostConv
@@ -33,13 +33,18 @@ __all__ = [
     "SelfCalibration",
     "WeightsError",
     "create_model",
+    "files",
     "from_torch",
     "functional",
+    "images",
+    "layers",
     "list_models",
     "list_pretrained",
     "load",
     "load_model",
     "load_weights",
+    "messages",
+    "models",
     "multiply_adds",
     "save",
     "to_torch",

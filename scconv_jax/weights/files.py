@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import io
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from scconv_jax import files
 
 
 class WeightsError(ValueError):
@@ -38,45 +39,17 @@ def check_place(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a file to write, which takes the place of `path` when it has been written whole.
-
-    Whatever happens before leaves `path` as it was, and no other file. On Linux that holds for a killed process too: there
-    the file has no name until it is whole.
+    """Yield a path to write to, as `scconv_jax.files.replacing` does, with errors for users of weights.
 
     Raises:
         WeightsError: the folder does not exist, cannot be written, or is full.
     """
-    path = Path(path)
-    check_place(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    check_place(Path(path))
     try:
-        with contextlib.ExitStack() as stack:
-            descriptor = _nameless(path.parent)
-            written = temporary if descriptor is None else Path(f"/proc/self/fd/{descriptor}")
-            if descriptor is None:
-                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-            stack.callback(os.close, descriptor)
+        with files.replacing(path) as written:
             yield written
-            os.fsync(descriptor)
-            if written != temporary:
-                folder = os.open(path.parent, os.O_RDONLY)
-                stack.callback(os.close, folder)
-                os.link(written, temporary.name, dst_dir_fd=folder)  # without dst_dir_fd, Python links the link in /proc
-        temporary.replace(path)
     except OSError as error:
         raise WeightsError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _nameless(folder: Path) -> int | None:
-    """Open a new file without a name, where the system and the file system have such."""
-    if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").exists():
-        return None
-    try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
-    except OSError:
-        return None
 
 
 def sha256(path: Path) -> str:

@@ -364,8 +364,8 @@ def test_a_folder_that_must_not_be_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
 def test_where_files_need_a_name_and_where_not(tmp_path, name, nameless, monkeypatch):
     if not nameless:
-        monkeypatch.setattr(files, "_nameless", lambda _: None)
-    elif files._nameless(tmp_path) is None:
+        monkeypatch.setattr("scconv_jax.files._open_unnamed", lambda _: None)
+    elif scconv_jax.files._open_unnamed(tmp_path) is None:
         pytest.skip("this file system has no files without names")
     seen = []
     monkeypatch.setattr(files.os, "fsync", lambda _: seen.extend(path.name for path in tmp_path.iterdir()))
