@@ -7,7 +7,7 @@
 Networks by name: `create_model`, `list_models`. Layers for your own: `SelfCalibratedConv`, `SelfCalibration`,
 `ScConv`, `SRU`, `CRU`, `GhostConv`. The operators as
 pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`. Files: `save`, `load`;
-from any checkpoint to a network: `load_model`, `load_weights`.
+from any checkpoint to a network: `load_model`, `load_weights`; a training run's folder: `runs`.
 """
 
 from scconv_jax import files, functional, images, layers, messages, models
@@ -18,7 +18,7 @@ from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
 from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
 from scconv_jax.models.complexity import multiply_adds
 from scconv_jax.models.registry import create_model, list_models
-from scconv_jax.weights import WeightsError, load, save
+from scconv_jax.weights import WeightsError, load, runs, save
 from scconv_jax.weights.download import list_pretrained
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "messages",
     "models",
     "multiply_adds",
+    "runs",
     "save",
     "to_torch",
 ]

@@ -169,7 +169,7 @@ def _read_file(path: Path) -> Source:
         raise WeightsError(f"it has an entry with a name that cannot be printed, {unprintable!r}")
     if not _is_plain(metadata.get("arguments", "{}")):
         raise WeightsError("the arguments in its metadata are no JSON object of numbers and printable texts")
-    is_flax = all(name.startswith(runs.PREFIXES) for name in tensors)
+    is_flax = all(name.startswith(tuple(f"{collection}/" for collection in runs.COLLECTIONS)) for name in tensors)
     return Source(
         tensors=None if is_flax else tensors,
         variables=_nested(tensors) if is_flax else None,

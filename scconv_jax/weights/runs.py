@@ -1,4 +1,11 @@
-"""Checkpoints of our training runs, which Orbax wrote."""
+"""Layout of a training run's folder, and reading its checkpoints. Public as `scconv_jax.runs`.
+
+    WORKDIR/config.json                         the run's config; `model.name` names the network
+    WORKDIR/checkpoints/STEP/state              the training state, an Orbax PyTree: `params`, `batch_stats`, perhaps `ema`, ...
+    WORKDIR/checkpoints/STEP/metrics/metrics    JSON with `eval/top1`, if the step was tested
+
+An argument called `folder` is `WORKDIR` or `WORKDIR/checkpoints`. Only `restore` and `read` need Orbax (the extra `train`).
+"""
 
 from __future__ import annotations
 
@@ -12,86 +19,137 @@ import numpy as np
 from scconv_jax.weights.files import WeightsError
 
 COLLECTIONS = ("params", "batch_stats")
-PREFIXES = ("params/", "batch_stats/")
 
 
-class Run(NamedTuple):
-    """What a checkpoint of a run holds."""
+class RunCheckpoint(NamedTuple):
+    """Variables of one checkpoint of a run."""
 
     variables: dict[str, Any]
-    """`{"params": ..., "batch_stats": ...}`, NumPy arrays at the leaves; of the moving average, if there is one."""
+    """`{"params": ..., "batch_stats": ...}` with NumPy arrays; those of the moving average, if the run kept one."""
     metadata: dict[str, str]
-    """`step`, and as far as the run tells, `model` and `arguments` (JSON)."""
+    """`step` and, as far as the run's config tells, `model` and `arguments` (JSON)."""
     skipped: dict[str, str]
-    """What the checkpoint holds beside, name to kind."""
+    """The other items of the training state, name to type."""
     bytes: int
 
 
-def read(path: Path) -> Run:
-    """Read the variables of a run's folder (its best step, else its latest), of `checkpoints/STEP`, or of its item `state`.
+def steps(folder: Path) -> list[int]:
+    """Return the steps with a checkpoint, ascending; an empty list if there is no such folder."""
+    folder = _checkpoints(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())  # other names: unfinished writes
+
+
+def latest_step(folder: Path) -> int | None:
+    """Return the last step with a checkpoint, or None."""
+    return max(steps(folder), default=None)
+
+
+def best_step(folder: Path) -> int | None:
+    """Return the step with the highest `eval/top1`, the later one of equals; None if no step was tested."""
+    tested = [(top1, step) for step in steps(folder) if (top1 := eval_top1(folder, step)) is not None]
+    return max(tested)[1] if tested else None
+
+
+def eval_top1(folder: Path, step: int) -> float | None:
+    """Return the `eval/top1` of a step; None if the step was not tested or its metrics cannot be read."""
+    try:
+        return float(json.loads((_checkpoints(folder) / str(step) / "metrics" / "metrics").read_text())["eval/top1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def restore(state: Path, like: Any, *, partial: bool = False) -> Any:
+    """Return the arrays of one `checkpoints/STEP/state` as NumPy arrays.
+
+    Only this process takes part, so each host of a distributed run may call it alone.
+
+    Args:
+        state: the folder `state` of a step.
+        like: a tree of the structure that was saved; its leaves are not read.
+        partial: allow `like` to lack some of the saved arrays.
 
     Raises:
-        WeightsError: the folder is no run, its checkpoint is damaged, or Orbax is not installed.
+        Exception: whatever Orbax and its storage raise for damaged files.
     """
+    import jax
+    import orbax.checkpoint as ocp
+
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    return _handler().restore(state.resolve(), args=ocp.args.PyTreeRestore(like, as_numpy, partial_restore=partial))
+
+
+def read(path: Path) -> RunCheckpoint:
+    """Read the variables of a checkpoint.
+
+    Args:
+        path: a run's folder (its best step, or its latest if none was tested), `checkpoints/STEP`, or its `state`.
+
+    Raises:
+        WeightsError: the folder is not a run, its checkpoint is damaged, or Orbax is not installed.
+    """
+    state = _state_folder(path)
     try:
-        import jax
-        import orbax.checkpoint as ocp
+        handler = _handler()
     except ImportError as error:
-        raise WeightsError("a run's checkpoints are read by Orbax: pip install 'scconv-jax[train]'") from error
-    state = _state_folder(path).resolve()
+        raise WeightsError("Orbax is needed to read a run's checkpoints: pip install 'scconv-jax[train]'") from error
     try:
-        handler: Any = ocp.PyTreeCheckpointHandler()
         saved = handler.metadata(state).tree
-        # A moving average is what the run was tested by, where it kept one.
-        averaged = isinstance(saved.get("ema"), Mapping) and "params" in saved["ema"]
+        averaged = isinstance(saved.get("ema"), Mapping) and "params" in saved["ema"]  # the run was tested with its average
         kept = saved["ema"] if averaged else saved
-        item: dict[str, Any] = {name: kept[name] for name in COLLECTIONS if name in kept}
-        item = {"ema": item} if averaged else item
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        restored = handler.restore(state, args=ocp.args.PyTreeRestore(item, as_numpy, partial_restore=True))
+        like: dict[str, Any] = {name: kept[name] for name in COLLECTIONS if name in kept}
+        like = {"ema": like} if averaged else like
+        restored = restore(state, like, partial=True)
         variables = restored["ema"] if averaged else restored
-    except Exception as error:  # whatever Orbax and its storage make of damaged files
+    except Exception as error:  # Orbax and its storage raise many types for damaged files
         raise WeightsError(f"its checkpoint {state.parent.name} is damaged ({type(error).__name__}: {error!s:.200})") from error
     if "params" not in variables:
         raise WeightsError(f"its checkpoint {state.parent.name} has no params, but {', '.join(sorted(saved)) or 'nothing'}")
-    return Run(
+    return RunCheckpoint(
         variables,
         _metadata(state, variables),
-        {name: type(value).__name__ for name, value in saved.items() if name not in item},
+        {name: type(value).__name__ for name, value in saved.items() if name not in like},
         sum(file.stat().st_size for file in state.rglob("*") if file.is_file()),
     )
 
 
+def _checkpoints(folder: Path) -> Path:
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+
+
+def _handler() -> Any:
+    import jax
+    import orbax.checkpoint as ocp
+
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(process, active_processes={process})  # by default Orbax waits for all hosts
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+
+
 def _state_folder(path: Path) -> Path:
-    """The item `state` of a step: of the one given, else of the run's best, else of its latest."""
+    """Return the `state` of the given step or, for a run's folder, of its best step, else of its latest."""
     if (path / "manifest.ocdbt").exists() or (path / "_METADATA").exists():
-        return path
+        return path.resolve()
     if (path / "state").is_dir():
-        return path / "state"
-    steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = [step for step in steps.iterdir() if step.name.isdecimal() and (step / "state").is_dir()]
-    if not found:
-        raise WeightsError("the folder is no training run: it has no checkpoints/STEP/state")
-
-    def goodness(step: Path) -> tuple[float, int]:
-        try:
-            top1 = float(json.loads((step / "metrics" / "metrics").read_text())["eval/top1"])
-        except (OSError, ValueError, KeyError, TypeError):
-            top1 = -1.0  # not tested
-        return top1, int(step.name)
-
-    return max(found, key=goodness) / "state"
+        return (path / "state").resolve()
+    step = best_step(path)
+    step = latest_step(path) if step is None else step
+    state = _checkpoints(path) / str(step) / "state"
+    if not state.is_dir():
+        raise WeightsError(f"the folder is not a training run: it has no checkpoints/{'STEP' if step is None else step}/state")
+    return state.resolve()
 
 
 def _metadata(state: Path, variables: dict[str, Any]) -> dict[str, str]:
-    """The network's name from the run's config.json, and its number of classes, as far as they can be told."""
+    """Return the step, the network's name from the run's config.json, and its number of classes, as far as they are known."""
     metadata = {"step": state.parent.name}
     try:
         metadata["model"] = str(json.loads((state.parents[2] / "config.json").read_text())["model"]["name"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return metadata
-    heads = [module["kernel"] for module in variables["params"].values() if "kernel" in module]
-    classes = [kernel.shape[1] for kernel in heads if kernel.ndim == 2]
+    kernels = [module["kernel"] for module in variables["params"].values() if "kernel" in module]
+    classes = [kernel.shape[1] for kernel in kernels if kernel.ndim == 2]
     if len(classes) == 1:
         metadata["arguments"] = json.dumps({"num_classes": int(classes[0])})
     return metadata

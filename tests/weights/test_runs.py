@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import scconv_jax
-from scconv_jax import weights
+from scconv_jax import runs, weights
 from scconv_jax.weights.files import WeightsError
 from tests.train.tiny import Tiny
 from train.config import Optim
@@ -82,8 +82,49 @@ def test_a_step_without_metrics_and_a_run_without_a_config(tmp_path):
     assert scconv_jax.load(tmp_path).metadata == {"step": "2"}
 
 
+@pytest.mark.parametrize("inside", [".", "checkpoints"])
+def test_the_steps_of_a_run(run, inside):
+    folder = run / inside
+    assert runs.steps(folder) == [1, 2, 3]
+    assert (runs.best_step(folder), runs.latest_step(folder)) == (2, 3)
+    assert [runs.eval_top1(folder, step) for step in (1, 2, 3, 4)] == [0.2, 0.9, 0.4, None]
+
+
+def test_the_later_of_equally_good_steps_is_the_best(tmp_path):
+    for step, top1 in ((1, 0.5), (2, 0.5), (3, 0.4), (4, None), (10, 0.5)):
+        folder = tmp_path / "checkpoints" / str(step) / "metrics"
+        folder.mkdir(parents=True)
+        if top1 is not None:
+            (folder / "metrics").write_text(json.dumps({"eval/top1": top1}))
+    (tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
+    assert runs.steps(tmp_path) == [1, 2, 3, 4, 10]
+    assert (runs.best_step(tmp_path), runs.latest_step(tmp_path)) == (10, 10)
+
+
+def test_damaged_metrics_count_as_none(tmp_path):
+    (tmp_path / "checkpoints" / "1" / "metrics").mkdir(parents=True)
+    for text in ("{", "{}", "[]", '{"eval/top1": null}', '{"eval/top1": "x"}'):
+        (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text(text)
+        assert runs.eval_top1(tmp_path, 1) is None
+        assert runs.best_step(tmp_path) is None
+
+
+def test_a_folder_without_steps(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert runs.steps(folder) == []
+        assert runs.best_step(folder) is runs.latest_step(folder) is None
+
+
+def test_a_whole_training_state_is_restored(run):
+    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), state(3))
+    assert_same(runs.restore(run / "checkpoints" / "3" / "state", like), jax.tree.map(np.asarray, state(3)))
+
+
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(WeightsError, match=r"no training run: it has no checkpoints/STEP/state"):
+    with pytest.raises(WeightsError, match=r"not a training run: it has no checkpoints/STEP/state"):
+        weights.read(tmp_path)
+    (tmp_path / "7").mkdir()
+    with pytest.raises(WeightsError, match=r"not a training run: it has no checkpoints/7/state"):
         weights.read(tmp_path)
 
 
