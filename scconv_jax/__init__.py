@@ -17,9 +17,8 @@ from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
 from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
 from scconv_jax.models.complexity import multiply_adds
-from scconv_jax.models.registry import create_model, list_models
+from scconv_jax.models.registry import create_model, list_models, list_pretrained
 from scconv_jax.weights import WeightsError, load, runs, save
-from scconv_jax.weights.download import list_pretrained
 
 __version__ = "0.1.0"
 

@@ -25,7 +25,7 @@ from scconv_jax.interop import conventions as naming
 from scconv_jax.interop.conversion import ConversionError, Match, Rename, Variables, is_counter, match, normalised, to_torch
 from scconv_jax.interop.recognition import head, options_shown, recognise, template
 from scconv_jax.layers.core import Dense
-from scconv_jax.models.registry import MODELS, create_model
+from scconv_jax.models.registry import MODELS, PUBLISHED, create_model
 from scconv_jax.weights import Source, WeightsError, read
 from scconv_jax.weights.download import fetch
 from scconv_jax.weights.second_reader import Opinion, confirm
@@ -115,7 +115,7 @@ def open_entries(
     """Read a source, fetched first if it is a name or an address; `convention` forces the naming."""
     path, text = Path(source), str(source)
     if "://" in text or (re.fullmatch(r"\w[\w-]*", text) and not os.path.lexists(path)):  # a name, which may be misspelt
-        read_source, opinion = _read_fetched(fetch(text))
+        read_source, opinion = _read_fetched(fetch(text, published=PUBLISHED))
     else:
         read_source, opinion = _read(path)
     if read_source.tensors is None:

@@ -20,12 +20,20 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **ghostnet.MODELS,
 }
 
+# Address of the weights that the authors of a network published, by its name.
+PUBLISHED = scnet.PUBLISHED
+
 TRUNK_OPTIONS = ("num_classes", "output_stride", "dtype", "axis_name")
 
 
 def list_models() -> list[str]:
     """Return the names of all networks, sorted."""
     return sorted(MODELS)
+
+
+def list_pretrained() -> list[str]:
+    """Return the names of the networks with published weights, sorted: `load_model` takes such a name."""
+    return sorted(PUBLISHED)
 
 
 def create_model(name: str, **options: Any) -> nn.Module:

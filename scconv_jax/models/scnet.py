@@ -113,3 +113,10 @@ MODELS = {
     "se_scnet101": partial(SCNet, _SE, (3, 4, 23, 3)),
     "scnet20_small": partial(SCNet, SCBottleneck, (2, 2, 2), **NARROW),
 }
+
+_ADDRESS = "https://backseason.oss-cn-beijing.aliyuncs.com/scnet/"
+PUBLISHED = {
+    "scnet50": f"{_ADDRESS}scnet50-dc6a7e87.pth",
+    "scnet101": f"{_ADDRESS}scnet101-44c5b751.pth",
+    "scnet50_v1d": f"{_ADDRESS}scnet50_v1d-4109d1e1.pth",
+}

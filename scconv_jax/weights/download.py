@@ -13,21 +13,15 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from scconv_jax.weights.files import WeightsError, sha256
-
-PUBLISHED = {
-    "scnet50": "https://backseason.oss-cn-beijing.aliyuncs.com/scnet/scnet50-dc6a7e87.pth",
-    "scnet101": "https://backseason.oss-cn-beijing.aliyuncs.com/scnet/scnet101-44c5b751.pth",
-    "scnet50_v1d": "https://backseason.oss-cn-beijing.aliyuncs.com/scnet/scnet50_v1d-4109d1e1.pth",
-}
-"""Published checkpoints by the name of their network (https://github.com/MCG-NKU/SCNet)."""
 
 TIMEOUT = 30.0
 """Seconds without a byte after which a transfer is given up."""
@@ -37,19 +31,21 @@ MOST_BYTES = 16 << 30
 _CHUNK = 1 << 20
 
 
-def list_pretrained() -> list[str]:
-    """Return the names of the networks whose authors published weights, sorted: what `load_model` and `fetch` take as a name."""
-    return sorted(PUBLISHED)
-
-
-def fetch(source: str, *, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
+def fetch(
+    source: str,
+    *,
+    published: Mapping[str, str] = MappingProxyType({}),
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Path:
     """Download weights, unless they are in the cache already.
 
     An interrupted transfer is kept beside, and taken up by the next call where the server still has the same file. Where
     two processes fetch the same file, one waits for the other (but on Windows, which lacks `fcntl`).
 
     Args:
-        source: a name of `PUBLISHED`, or an http or https address.
+        source: A name in `published`, or an http or https address.
+        published: Address of each file that can be asked for by name.
         cache: folder for the files; by default `SCCONV_JAX_CACHE`, else `scconv_jax` in the user's cache folder
             (`XDG_CACHE_HOME`, else `~/.cache`).
         progress: show a progress bar, where standard error is a terminal.
@@ -61,9 +57,8 @@ def fetch(source: str, *, cache: str | os.PathLike[str] | None = None, progress:
     Raises:
         WeightsError: no such name or address, an interrupted transfer, or a file with another hash, which is removed.
     """
-    address = PUBLISHED.get(source, source)
-    path = _place(source, Path(cache) if cache is not None else _cache())
-    address = PUBLISHED.get(source, source)
+    address = published.get(source, source)
+    path = _place(address, Path(cache) if cache is not None else _cache(), published)
     shown = address.partition("?")[0]  # what comes after may be a key
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,19 +88,18 @@ def fetch(source: str, *, cache: str | os.PathLike[str] | None = None, progress:
     return path
 
 
-def _place(source: str, cache: Path) -> Path:
-    """Where the file of a name or an address is kept."""
-    address = PUBLISHED.get(source, source)
+def _place(address: str, cache: Path, published: Mapping[str, str]) -> Path:
+    """Return the path in the cache of the file at an address."""
     try:
         parts = urllib.parse.urlsplit(address)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and address.isascii() and not re.search(r"\s", address)
     except ValueError:
         parts, valid = urllib.parse.SplitResult("", "", "", "", ""), False
     if not valid:
-        nearest = difflib.get_close_matches(address, PUBLISHED, n=1)
+        nearest = difflib.get_close_matches(address, published, n=1)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise WeightsError(
-            f"{address!r:.200} is neither a published checkpoint ({', '.join(PUBLISHED)}) nor an http or https address, "
+            f"{address!r:.200} is neither a published checkpoint ({', '.join(published)}) nor an http or https address, "
             f"and no file or folder here.{hint}"
         )
     name = urllib.parse.unquote(parts.path.rpartition("/")[2])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from scconv_jax.interop.loading import open_entries
+from scconv_jax.models.registry import PUBLISHED
 from scconv_jax.weights import download
 from scconv_jax.weights.download import fetch
 from scconv_jax.weights.files import WeightsError
@@ -142,9 +143,9 @@ def test_where_the_cache_is(server, tmp_path, monkeypatch):
 
 def test_the_published_checkpoints_by_name(tmp_path):
     """A file that somebody put into the cache by hand is found there under its published name, if its hash is right."""
-    for name, address in download.PUBLISHED.items():
+    for name, address in PUBLISHED.items():
         assert re.fullmatch(rf"https://\S+/{name}-[0-9a-f]{{8}}\.pth", address)
-    assert download._place("scnet50", tmp_path) == tmp_path / "scnet50-dc6a7e87.pth"
+    assert download._place(PUBLISHED["scnet50"], tmp_path, PUBLISHED) == tmp_path / "scnet50-dc6a7e87.pth"
 
 
 def test_equal_names_of_different_addresses_do_not_meet(server, tmp_path):
@@ -296,12 +297,12 @@ def test_too_long_and_compressed_files(server, tmp_path, monkeypatch):
 )
 def test_what_is_neither_a_name_nor_an_address(source, tmp_path):
     with pytest.raises(WeightsError, match=r"neither a published checkpoint \(scnet50, scnet101, scnet50_v1d\) nor an http"):
-        fetch(source, cache=tmp_path)
+        fetch(source, published=PUBLISHED, cache=tmp_path)
 
 
 def test_the_nearest_name_is_given(tmp_path):
     with pytest.raises(WeightsError, match=r"Did you mean scnet101\?"):
-        fetch("scnet-101", cache=tmp_path)
+        fetch("scnet-101", published=PUBLISHED, cache=tmp_path)
 
 
 def test_a_cache_that_is_no_folder(server, tmp_path):
