@@ -4,14 +4,9 @@ Eight simulated CPU devices, no implicit rank promotion, warnings as errors (pyp
 are checked on every call. Torch is optional here: only the files named `test_*_equivalence.py` need it.
 """
 
-import importlib
 import importlib.util
 import os
-import sys
-import typing
-import warnings
 import zlib
-from pathlib import Path
 
 DEVICES = 8
 
@@ -25,41 +20,6 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Not checked: what reads the command line when it is imported, and a machine whose every call is so short that its check
-# would take fifty times as long.
-_UNCHECKED = {"scconv_jax.__main__", "scconv_jax.weights.pickles"}
-
-
-def _import_library_with_shape_checks() -> None:
-    """Imports every module of the library with its jaxtyping annotations checked by beartype.
-
-    The library imports jaxtyping only `if TYPE_CHECKING:`, so that annotations cost its users nothing. Here that flag
-    is true while the library's own modules are being imported. Their dependencies come first, with the flag still
-    false: what they guard with it (stub-only modules, circular imports) need not exist when a program runs.
-    """
-    for dependency in ("flax.linen", "jax.numpy", "safetensors.numpy", "numpy.typing"):
-        importlib.import_module(dependency)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # third-party: jaxtyping's and beartype's own imports
-        jaxtyping = importlib.import_module("jaxtyping")
-        importlib.import_module("beartype")
-    assert "scconv_jax" not in sys.modules, "imported before its annotations could be checked"
-    spec = importlib.util.find_spec("scconv_jax")
-    assert spec is not None
-    [root] = map(Path, spec.submodule_search_locations or ())
-    found = {".".join(path.relative_to(root.parent).with_suffix("").parts) for path in root.rglob("*.py")}
-    checked = sorted(name for name in found - _UNCHECKED if not name.endswith("__init__"))
-    with jaxtyping.install_import_hook(checked, "beartype.beartype"):
-        typing.TYPE_CHECKING = True
-        try:
-            for module in checked:
-                importlib.import_module(module)
-        finally:
-            typing.TYPE_CHECKING = False
-
-
-_import_library_with_shape_checks()
 
 if importlib.util.find_spec("torch") is not None:
     import torch

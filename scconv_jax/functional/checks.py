@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jaxtyping import Array
+from scconv_jax.shapes import Array
 
 
 def check_whole(**values: Any) -> None:

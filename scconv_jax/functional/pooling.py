@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +10,7 @@ from jax import lax
 
 from scconv_jax.functional.checks import check_maps, check_whole
 from scconv_jax.functional.convolution import taps
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 def avg_pool(

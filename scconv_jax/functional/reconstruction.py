@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,7 @@ from jax import lax
 from scconv_jax.functional.checks import check_divides, check_maps, halves_exist
 from scconv_jax.functional.convolution import conv, prefers_dense, reconstruction_kernel
 from scconv_jax.functional.pooling import global_avg_pool
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 def spatial_reconstruction(

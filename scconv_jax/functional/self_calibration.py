@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,9 @@ import jax.numpy as jnp
 from scconv_jax.functional.checks import halves_exist
 from scconv_jax.functional.pooling import avg_pool
 from scconv_jax.functional.resizing import resize_nearest
+from scconv_jax.shapes import Array, Float
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
-
-    Branch = Callable[[Array], Array]
+Branch = Callable[[Array], Array]
 
 
 def self_calibration(x: Float[Array, "n h w c"], k2: Branch, k3: Branch, k4: Branch, *, pooling: int = 4) -> Array:

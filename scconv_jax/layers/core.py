@@ -10,7 +10,7 @@ variance, as PyTorch does; `Conv` computes a 1×1 as a matmul.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,7 @@ from jax import lax
 
 from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_divides, check_whole
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 Factory = Callable[..., nn.Module]  # a module class, or a functools.partial of one
 Dtype = Any

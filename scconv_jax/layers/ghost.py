@@ -8,16 +8,12 @@ Differences: none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax.functional.checks import check_odd, check_whole
 from scconv_jax.layers.core import Conv, Dtype, Factory
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 class _Part(nn.Module):

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -43,9 +43,7 @@ from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_odd, check_whole
 from scconv_jax.layers.core import Conv, Dtype, Factory, kaiming_normal
 from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS, Parts, Variant, check_alpha, check_choice
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 class Norm(nn.Module):

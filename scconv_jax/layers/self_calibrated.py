@@ -21,7 +21,6 @@ and concatenate in the other order (see `scnet.py`).
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -29,9 +28,7 @@ from flax import linen as nn
 from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_whole
 from scconv_jax.layers.core import BatchNorm, ConvNorm, Dtype, Factory
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 class SelfCalibration(nn.Module):

@@ -6,16 +6,13 @@ Paper: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, Eqs. 2-4. Di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax.layers.core import Conv, Dtype
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 class SqueezeExcitation(nn.Module):

@@ -14,15 +14,12 @@ A block itself is called `block(planes=..., strides=..., dilation=..., transitio
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from flax import linen as nn
 
 from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Conv, Dtype, Factory, conv1x1, conv3x3
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 class Shortcut(nn.Module):

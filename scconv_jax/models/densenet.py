@@ -10,7 +10,6 @@ Differences: none.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,9 +17,7 @@ from flax import linen as nn
 from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Dense, Dtype, Factory, check_images, conv1x1, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 class DenseLayer(nn.Module):

@@ -10,7 +10,7 @@ The trunk knows no operator by name: it takes a block, any factory that can be c
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,9 +18,7 @@ from flax import linen as nn
 from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 class DeepStem(nn.Module):

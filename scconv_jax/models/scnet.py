@@ -15,7 +15,6 @@ variants follow the paper's description; their code was not published, so the SE
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -26,9 +25,7 @@ from scconv_jax.layers.self_calibrated import SelfCalibration
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
 from scconv_jax.models.blocks import Shortcut
 from scconv_jax.models.resnet import NARROW, DeepStem, ResNet
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 POOLING = 4  # r in every published network
 

@@ -12,7 +12,7 @@ in the second (5.95 and 3.69 here; in the first, 5.25 and 2.99), so that the net
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -21,9 +21,7 @@ from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
 from scconv_jax.layers.variants import check_choice
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from scconv_jax.shapes import Array, Float
 
 
 class PreActivationBlock(nn.Module):
