@@ -1,6 +1,7 @@
-"""The README and the documentation: their Python runs, and the files and commands that they name exist."""
+"""README and documentation: their Python runs, their links and `make` targets exist, and facts stated twice agree."""
 
 import re
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import scconv_jax
 from scconv_jax.interop.recognition import template
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """What the pages suppose to be there: a checkpoint of a network, one of a layer, a photograph."""
+    """The files that the pages use: a network's checkpoint, a layer's checkpoint, a photo."""
     folder = tmp_path_factory.mktemp("files")
     generator = np.random.default_rng(0)
 
@@ -36,7 +37,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page, files, monkeypatch):
     monkeypatch.chdir(files)
-    # Run once each, whole networks are not worth LLVM's minutes.
+    # Each block runs once, so LLVM's optimisation of whole networks would cost minutes for nothing.
     monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}))
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     assert blocks or page.name != "README.md"
@@ -55,4 +56,19 @@ def test_links_lead_somewhere(page):
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
-        assert set(re.findall(r"\bmake ([a-z][a-z-]+)\b(?=[`\s])", page.read_text())) <= targets | {"another", "up"}
+        assert set(re.findall(r"(?:^|[`|;&] ?|ADDRESS )make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= targets
+
+
+def test_the_site_lists_every_page():
+    listed = re.findall(r"^  - .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_pre_commit_runs_the_ruff_of_the_project():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [pinned] = [need.removeprefix("ruff==") for need in extras["test"] if need.startswith("ruff==")]
+    assert re.findall(r"rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text()) == [pinned]
+
+
+def test_the_citation_has_the_version_of_the_package():
+    assert re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [scconv_jax.__version__]
