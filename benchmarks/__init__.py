@@ -1,1 +1,1 @@
-"""Side-by-side measurements; `make bench` runs them and records what they print in `benchmarks/results/`."""
+"""Side-by-side measurements. `make bench` runs them and writes their output to `benchmarks/results/`."""

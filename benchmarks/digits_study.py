@@ -1,14 +1,14 @@
-"""A small study: which operator in the place of the 3×3 convolution, on the digits?
+"""Small study on the digits: which operator should replace the 3×3 convolution?
 
-Every network is `resnet20_small` with another operator where the 3×3 convolution of each bottleneck stands (self-calibrated:
-the bottleneck of SCNet). The same recipe for all, chosen for none of them in particular: that of `configs/digits.py` at
-16×16 px. Five seeds each; a seed decides weights, order and crops. Reported is the test accuracy after the last epoch; no
-choice was made by it.
+Every network is `resnet20_small` with another operator in place of the 3×3 convolution in each bottleneck; the self-calibrated
+one is `scnet20_small`, with SCNet's bottleneck. All train at 16×16 px by the recipe of `configs/digits.py`, which was not
+tuned for this study. Each runs with five seeds; the seed determines weights, order and crops. The study reports the test accuracy
+after the last epoch and selects nothing by it.
 
     python -m benchmarks.digits_study [--seeds 5] [--jobs 2]
-    python -m benchmarks.digits_study --times     # the times of a step again, the accuracies kept
+    python -m benchmarks.digits_study --times     # measure step times again, keep the recorded accuracies
 
-Each process runs on one core; a step's time is processor time, so that what else runs disturbs it little.
+Each process runs on one core. A step's time is processor time, which other processes disturb little.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.timing import RESULTS, record, table
 SIZE = 16
 TIMED_STEPS = 40
 
-# Label of each row, in the order of the table.
+# Row labels in table order.
 OPERATORS = (
     "plain 3×3",
     "self-calibrated (2020)",
@@ -46,7 +46,7 @@ OPERATORS = (
 
 
 def build(operator: str) -> Any:
-    """Make the network of one row."""
+    """Return the network of one row."""
     import scconv_jax
     from scconv_jax.layers.ghost import GhostConv
     from scconv_jax.models.blocks import Bottleneck
@@ -65,7 +65,7 @@ def build(operator: str) -> Any:
 
 
 def study(operator: str, seeds: int) -> dict[str, Any]:
-    """Train the network of one row once for each seed, compiled once for all; with no seeds, only time some steps."""
+    """Train one row's network with each seed, compiling once. With `seeds=0`, only time some steps."""
     import jax
     import numpy as np
 
@@ -137,11 +137,11 @@ def _on_one_core(number: Any, jobs: int) -> None:
 
 
 def main() -> None:
-    """Run the study; write table, numbers and plot to `benchmarks/results/`."""
+    """Run the study and write table, numbers and plot to `benchmarks/results/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each network (default: 5)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side (default: one per core)")
-    parser.add_argument("--times", action="store_true", help="only measure the times of a step again")
+    parser.add_argument("--seeds", type=int, default=5, help="runs per network (default: 5)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel processes (default: one per core)")
+    parser.add_argument("--times", action="store_true", help="only measure step times again")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     number = context.Value("i", 0)
@@ -172,26 +172,27 @@ def report(rows: list[dict[str, Any]]) -> None:
     )
     seeds = len(rows[0]["accuracies"])
     note = (
-        f"`resnet20_small` with each operator in the place of its 3×3 convolutions; digits at {SIZE}×{SIZE} px, the "
-        f"recipe of `configs/digits.py`, mean ± standard deviation over {seeds} seeds; "
-        "processor time of a step of 32 images on one core.\n\n"
+        f"`resnet20_small` with each operator in place of its 3×3 convolutions, trained on the digits at {SIZE}×{SIZE} px by the "
+        f"recipe of `configs/digits.py`. Accuracy: mean ± standard deviation over {seeds} seeds. "
+        "Step: processor time for 32 images on one core.\n\n"
     )
     meaning = (
-        "\n\nOne test image is 0.28 %, so differences of a few tenths are noise, and a task this small ranks no operators for "
-        "another. What it does show: the paper's forms train in every arrangement; the two oldest public versions, whose γ is "
-        "drawn from a normal and can sum to nearly nothing, depend on the seed, and with this recipe one of them fails for some."
+        "\n\nOne test image is 0.28 %, so differences of a few tenths are noise, and a task this small says little about others. "
+        "It does show that the paper's form trains in every arrangement. The two oldest public versions draw γ from a normal "
+        "distribution, so its sum can be nearly zero: their results depend on the seed, and with this recipe one of them fails "
+        "for some seeds."
     )
     record("digits_study", "The operators on the digits", note + text + meaning)
 
 
 def summary(accuracies: list[float]) -> str:
-    """Write mean ± standard deviation."""
+    """Return mean ± standard deviation as text."""
     deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     return f"{statistics.mean(accuracies):.2f} ± {deviation:.2f}"
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Draw each run as a point over its network's parameters and step time."""
+    """Draw the accuracy of each run as a point, one row per network."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,7 +205,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     labels = [f"{row['operator']}  ({row['parameters'] / 1e3:.0f} k, {row['step_ms']:.0f} ms)" for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_xlabel("test accuracy, % (one point per seed, bar: mean)")
-    figure.suptitle("Digits: operators in the place of the 3×3 convolution (parameters, step on one core)", fontsize=10)
+    figure.suptitle("Digits: operators in place of the 3×3 convolution (parameters, step on one core)", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(RESULTS / "digits_study.png", dpi=130)
 

@@ -1,4 +1,4 @@
-"""Memory over many epochs, and what checkpoints cost."""
+"""Resident memory over many epochs, and the time that checkpoints take."""
 
 from __future__ import annotations
 
@@ -52,23 +52,24 @@ def main() -> None:
     costs = checkpoint_costs(lines)
     record(
         "endurance",
-        "Memory over many epochs, and what checkpoints cost",
-        f"**Memory.** {EPOCHS} epochs of 20 steps of a tiny network, in each a test and two checkpoints: "
-        f"resident memory after epoch {WARM} {first / 2**20:.0f} MiB; "
-        f"from then on {percent(min(warm) / first - 1)} to {percent(max(warm) / first - 1)}.\n\n"
-        f"**Checkpoints.** scnet20_small, batches of 32 at 32 px, a checkpoint every {EVERY} steps: "
-        "the 50 steps during which one is written take longer than the 50 before, by this share of the time of 100 steps: "
-        f"{percent(statistics.median(costs))} (median of {len(costs)}; {percent(min(costs))} to {percent(max(costs))}).",
+        "Memory over many epochs, and time for checkpoints",
+        f"**Memory.** A tiny network trains for {EPOCHS} epochs of 20 steps, with a test and two checkpoints in each epoch. "
+        f"Resident memory is {first / 2**20:.0f} MiB after epoch {WARM}; later epochs differ by {percent(min(warm) / first - 1)} "
+        f"to {percent(max(warm) / first - 1)}.\n\n"
+        f"**Checkpoints.** scnet20_small trains on batches of 32 at 32 px, with a checkpoint every {EVERY} steps. "
+        "A checkpoint is written during 50 steps; compared with the 50 steps before, these take longer by "
+        f"{percent(statistics.median(costs))} of the time of {EVERY} steps "
+        f"(median of {len(costs)}; {percent(min(costs))} to {percent(max(costs))}).",
     )
 
 
 def percent(share: float) -> str:
-    """Write a share with its sign."""
+    """Return a share as a percentage with its sign."""
     return f"{100 * share:+.1f} %"
 
 
 def start(folder: Path, program: str, config: str) -> subprocess.Popen[str]:
-    """The trainer in a process of its own, on one CPU device."""
+    """Start the trainer in a new process, on one CPU device."""
     (folder / "config.py").write_text(config)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-m", program, "--config", "config.py", "--workdir", "run"]
@@ -76,7 +77,7 @@ def start(folder: Path, program: str, config: str) -> subprocess.Popen[str]:
 
 
 def train(folder: Path, program: str, config: str) -> list[dict[str, Any]]:
-    """Train to the end, and return the metrics."""
+    """Train to the end and return the metrics."""
     process = start(folder, program, config)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
@@ -84,7 +85,7 @@ def train(folder: Path, program: str, config: str) -> list[dict[str, Any]]:
 
 
 def resident_memory(folder: Path) -> list[int]:
-    """Bytes after each epoch."""
+    """Train and return the resident memory after each epoch, in bytes."""
     process, metrics, found = start(folder, "tests.train.tiny", SMALL), folder / "run" / "metrics.jsonl", []
     while process.poll() is None:
         tested = sum("eval/loss" in line for line in read_metrics(metrics)) if metrics.exists() else 0
@@ -101,7 +102,7 @@ def _resident(pid: int) -> int:
 
 
 def checkpoint_costs(lines: Sequence[dict[str, Any]]) -> list[float]:
-    """For each checkpoint within the run, the added time as a share of the time of 100 steps without one."""
+    """Return the added time of each checkpoint as a share of the time of 100 steps without one."""
     seconds = {line["step"]: 1 / line["images_per_second"] for line in lines if "images_per_second" in line}
     return [(seconds[step + 50] - seconds[step]) / (2 * seconds[step]) for step in range(EVERY, STEPS, EVERY)]
 

@@ -1,6 +1,6 @@
-"""A run killed again and again by SIGKILL, at random moments, ends in the same bits as one that was left alone.
+"""Proves that a run killed repeatedly by SIGKILL, at random moments, ends in the same bits as an uninterrupted run.
 
-The network is the tiny one of the tests: what is tested is the trainer, which is the same for every network.
+It trains the tiny network of the tests, because the trainer is the same for every network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KILLS = 20
 
 
 def started(workdir: Path, since: float) -> bool:
-    """Whether the run has written its config since then: it compiles, or takes its first steps."""
+    """Whether the run has written its config since then, so that it is compiling or taking its first steps."""
     return _newer(workdir / "config.json", since)
 
 
@@ -46,18 +46,18 @@ def saving(workdir: Path, since: float) -> bool:
 
 
 def testing(workdir: Path, since: float) -> bool:
-    """Whether the last thing done is an epoch that has not been tested yet."""
+    """Whether the latest epoch has ended but its test has not."""
     lines = read_metrics(metrics) if _newer(metrics := workdir / "metrics.jsonl", since) else []
     return bool(lines) and lines[-1]["step"] % 100 == 0 and "eval/loss" not in lines[-1]
 
 
 def running(workdir: Path, since: float) -> bool:
-    """Whether it takes steps."""
+    """Whether the run has logged steps since then."""
     return _newer(workdir / "metrics.jsonl", since)
 
 
 def _newer(path: Path, since: float) -> bool:
-    """Whether it was written since then: what the process before left does not count."""
+    """Whether the file was written since then. Files of the previous process do not count."""
     try:
         return path.stat().st_mtime > since
     except FileNotFoundError:
@@ -65,7 +65,7 @@ def _newer(path: Path, since: float) -> bool:
 
 
 def _latest(workdir: Path) -> int:
-    """The last checkpoint's step; 0 before the first."""
+    """Return the step of the latest checkpoint, or 0 if there is none."""
     return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
 
 
@@ -79,20 +79,21 @@ MOMENTS: dict[str, Callable[[Path, float], bool]] = {
 
 
 def kill_and_resume(folder: Path, moments: Sequence[str], seed: int) -> tuple[Counter[str], list[int]]:
-    """Run `killed` in `folder`, kill it in each of `moments`, resume it, and let it end.
+    """Run `killed` in `folder`, kill it at each of `moments`, resume it each time, and let it finish.
 
     Returns:
-        How often it was killed in what; and the steps from which it went on.
+        The number of kills by moment, and the steps from which the run resumed.
     """
     rng, workdir, killed, resumed = random.Random(seed), folder / "killed", Counter[str](), []
     for moment in (*moments, None):
         since, before = time.time(), _latest(workdir)
         process = start(folder, "killed", *(["--resume"] if (workdir / "config.json").exists() else []))
         if moment is not None:
-            further = moment in ("a save", "a test", "some step")  # than the last time, so that kills lie all over the run
+            # These moments wait for a new checkpoint, so that the kills spread over the whole run.
+            further = moment in ("a save", "a test", "some step")
             while process.poll() is None and ((further and _latest(workdir) == before) or not MOMENTS[moment](workdir, since)):
                 time.sleep(0.001)
-            # Then a little later: most of what can go wrong goes wrong between two lines.
+            # A random delay, because most failures need a kill between two lines of code.
             time.sleep(rng.uniform(0, {"start-up": 2.0, "the first steps": 1.0, "some step": 0.5}.get(moment, 0.02)))
             process.kill()
         out, err = process.communicate(timeout=600)
@@ -106,7 +107,7 @@ def kill_and_resume(folder: Path, moments: Sequence[str], seed: int) -> tuple[Co
 
 
 def start(folder: Path, workdir: str, *flags: str) -> subprocess.Popen[str]:
-    """The trainer in a process of its own."""
+    """Start the trainer in a new process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "tests.train.tiny", "--config", "small.py", "--workdir", workdir, *flags]
@@ -116,7 +117,7 @@ def start(folder: Path, workdir: str, *flags: str) -> subprocess.Popen[str]:
 
 
 def compare(folder: Path) -> None:
-    """Assert that `killed` and `whole` have the same final bits, and the same metrics but for the times."""
+    """Assert that `killed` and `whole` have the same final bits and, except for times, the same metrics."""
 
     def lines(workdir: str) -> list[dict[str, Any]]:
         found = read_metrics(folder / workdir / "metrics.jsonl")
@@ -127,7 +128,7 @@ def compare(folder: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Write the config, and run `whole`, which nobody kills."""
+    """Write the config, and run `whole` without interruption."""
     (folder / "small.py").write_text(CONFIG)
     _, err = (process := start(folder, "whole")).communicate(timeout=600)
     assert process.returncode == 0, err
@@ -145,15 +146,16 @@ def main() -> None:
         rng.shuffle(moments)
         killed, resumed = kill_and_resume(folder, moments, seed=0)
         compare(folder)
-    assert killed.total() == KILLS, "the run was over before all kills"
+    assert killed.total() == KILLS, "the run ended before all kills"
     where = ", ".join(f"{count} in {moment}" for moment, count in killed.most_common())
     record(
         "kills",
         "A run killed at random moments",
-        f"800 steps, a checkpoint every 30 and at each of 8 epochs; {killed.total()} SIGKILLs ({where}), each followed by "
-        f"`--resume`. Those that came so far went on from steps {', '.join(map(str, resumed))}.\n\n"
-        "Final parameters, statistics and optimizer state: bit for bit those of the run that was left alone. "
-        "`metrics.jsonl`: the same lines, but for the times.",
+        f"The run has 800 steps and writes a checkpoint every 30 steps and after each of 8 epochs. {killed.total()} SIGKILLs "
+        f"({where}) were each followed by `--resume`. Restarts that found a checkpoint resumed from steps "
+        f"{', '.join(map(str, resumed))}.\n\n"
+        "Final parameters, statistics and optimizer state equal those of an uninterrupted run, bit for bit. "
+        "`metrics.jsonl` has the same lines, except for times.",
     )
 
 

@@ -1,12 +1,13 @@
-"""Memory of a training step by its options, as XLA plans it for the program that an accelerator gets; nothing is run."""
+"""Memory of a training step with each option, as XLA plans it for an accelerator's program. Nothing runs."""
 
 from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 from unittest import mock
 
-# By default XLA plans for speed on a CPU, and computes everything again at once; an accelerator's compiler plans for memory too.
+# By default XLA on a CPU schedules for speed and recomputes too early. An accelerator's compiler schedules for memory too.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 import jax
@@ -19,7 +20,7 @@ from train.parallel import make_parallel
 from train.step import init_state, train_step
 
 MODEL, SIZE, BATCH = "scnet50", 160, 16
-OPTIONS: dict[str, dict[str, bool | int]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "`--optim.accumulate 4`": {"parts": 4},
     "`--model.rematerialise`": {"rematerialise": True},
@@ -28,7 +29,7 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 
 
 def main() -> None:
-    """Compile a step with each of the options and record what XLA says of it."""
+    """Compile a step with each option and record the memory and multiply-adds that XLA reports."""
     model = scconv_jax.create_model(MODEL)
     optimizer = optax.sgd(0.1, momentum=0.9)
     state = jax.eval_shape(functools.partial(init_state, model, optimizer, (SIZE, SIZE, 3), 0))
@@ -45,15 +46,17 @@ def main() -> None:
             normalize=lambda images: images.astype(jnp.float32) / 255,
             label_smoothing=0.1,
             seed=0,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
-        with mock.patch.object(jax, "default_backend", return_value="accelerator"):  # parts in a loop, which a CPU unrolls
-            lowered = parallel.over_devices(step, donate_state=True).lower(state, batch)  # type: ignore[attr-defined]
-        compiled = lowered.compile()
+        mapped: Any = parallel.over_devices(step, donate_state=True)
+        with mock.patch.object(
+            jax, "default_backend", return_value="accelerator"
+        ):  # keeps the loop over parts, which a CPU unrolls
+            compiled = mapped.lower(state, batch).compile()
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
         rows.append([name, f"{memory.temp_size_in_bytes / 1e6:.0f}", f"{cost['flops'] / 2e9:.0f}"])
         print(*rows[-1], flush=True)
-    text = table(["step", "intermediate results, MB", "multiply-adds, billions (a loop's body counted once)"], rows)
+    text = table(["step", "intermediate results, MB", "multiply-adds, billions (loop bodies counted once)"], rows)
     record("memory", f"Memory of a training step: {MODEL}, {BATCH} images of {SIZE} px, float32", text)
 
 

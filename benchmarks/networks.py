@@ -1,7 +1,7 @@
-"""Whole networks against PyTorch: inference and a training step, batch 8 at 224 px, float32.
+"""Networks against PyTorch: inference and a training step, batch 8 at 224 px, float32.
 
-PyTorch runs eagerly, with channels-last memory format, on as many threads as there are cores. Both sides have the same weights
-and take the same step: cross-entropy, SGD with momentum 0.9 and weight decay 1e-4.
+PyTorch runs eagerly, in channels-last memory format, with one thread per core. Both sides run the same network and the same
+step: cross-entropy, SGD with momentum 0.9 and weight decay 1e-4.
 """
 
 from __future__ import annotations
@@ -44,21 +44,23 @@ def main() -> None:
     ours = {name: jax_functions(name, step=False)["inference"] for name in TWIN}
     seconds = alternate(ours, ROUNDS["inference"])
     first, second = (seconds[name] for name in TWIN)
-    twin = f"{TWIN[0]} {milliseconds(first)} ms, {TWIN[1]} {milliseconds(second)} ms: ratio {ratio(first, second)}."
-    header = ["network", "work", "JAX, ms", "PyTorch, ms", "JAX / PyTorch (least to greatest)"]
-    rounds = " and ".join(f"{count} of {work}" for work, count in ROUNDS.items())
-    text = f"Batch {BATCH} at {SIZE} px, float32, medians of {rounds}, alternating; PyTorch eager, channels_last.\n\n"
-    record("networks", "Networks against PyTorch", f"{text}{table(header, rows)}\n\nInference, both in JAX: {twin}")
+    twin = f"{TWIN[0]} {milliseconds(first)} ms, {TWIN[1]} {milliseconds(second)} ms, ratio {ratio(first, second)}."
+    header = ["network", "work", "JAX, ms", "PyTorch, ms", "JAX / PyTorch (min to max)"]
+    rounds = " or ".join(f"{count} {work} rounds" for work, count in ROUNDS.items()).replace("training step", "training-step")
+    text = (
+        f"Batch {BATCH} at {SIZE} px, float32; median of {rounds}, JAX and PyTorch alternating; PyTorch eager, channels_last.\n\n"
+    )
+    record("networks", "Networks against PyTorch", f"{text}{table(header, rows)}\n\nInference in JAX: {twin}")
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Make images `(n, h, w, 3)` and labels `(n,)`."""
+    """Return images `(n, h, w, 3)` and labels `(n,)`."""
     images = np.random.default_rng(0).normal(size=(BATCH, SIZE, SIZE, 3)).astype(np.float32)
     return images, np.arange(BATCH)
 
 
 def jax_functions(name: str, *, step: bool = True) -> dict[str, Callable[[], object]]:
-    """Compile inference, and the training step where it is wanted."""
+    """Return compiled inference and, if `step`, the training step."""
     images, labels = (jnp.asarray(x) for x in batch())
     model = scconv_jax.create_model(name)
     variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
@@ -87,11 +89,11 @@ def jax_functions(name: str, *, step: bool = True) -> dict[str, Callable[[], obj
 
 
 def torch_functions(name: str) -> dict[str, Callable[[], object]]:
-    """Make PyTorch's inference and step."""
+    """Return PyTorch's inference and training step."""
     images, labels = batch()
     model: Any = oracles.build(name)
     model = model.to(memory_format=torch.channels_last)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last as it is
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view: the memory stays channels last
     y = torch.from_numpy(labels)
     optimiser = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
 

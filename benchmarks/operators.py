@@ -1,8 +1,8 @@
-"""Layers against PyTorch and against the plain 3×3 convolution that they stand in for: batch 8, float32.
+"""ScConv against PyTorch and against the 3×3 convolution it replaces: batch 8, float32.
 
-PyTorch runs eagerly, with channels-last memory format, on as many threads as there are cores. "Training" is forward and backward,
-to the input and all parameters. The tables after ScConv's show where its group-wise and point-wise convolution are best run as
-one dense convolution, and why grouped convolutions are not left to XLA (see `scconv_jax/spatial.py`).
+PyTorch runs eagerly, in channels-last memory format, with one thread per core. "Training" is the forward and backward pass, to
+the input and all parameters. Two more tables show when ScConv's group-wise and point-wise convolutions run faster as one dense
+convolution, and why grouped convolutions do not use XLA's own (see `scconv_jax/functional/convolution.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROUNDS = 21
 def main() -> None:
     """Measure and record."""
     tables = [
-        f"Batch {BATCH}, float32, medians in ms of {ROUNDS} alternating rounds; PyTorch eager, channels_last.",
+        f"Batch {BATCH}, float32; medians of {ROUNDS} alternating rounds, in ms; PyTorch eager, channels_last.",
         scconv_table(),
         dense_table(),
         grouped_table(),
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def scconv_table() -> str:
-    """ScConv, ours and PyTorch's, and the plain 3×3 convolution."""
+    """Return the table of ScConv in JAX and in PyTorch, and of the plain 3×3 convolution."""
     rows = []
     for channels, size in SIZES:
         x, cotangent = arrays(channels, size)
@@ -68,7 +68,7 @@ def scconv_table() -> str:
 
 
 def dense_table() -> str:
-    """GWC + PWC1 of a CRU (α = 1/2, r = 2, g = 2): as one convolution with an assembled kernel, and as two."""
+    """Return the table of a CRU's GWC + PWC1 (α = 1/2, r = 2, g = 2) as one convolution with an assembled kernel, and as two."""
 
     def dense(kernels: Any, x: jax.Array) -> jax.Array:
         gwc, pwc1 = kernels
@@ -98,7 +98,7 @@ def dense_table() -> str:
 
 
 def grouped_table() -> str:
-    """A grouped 3×3 convolution as here and as XLA computes it by itself."""
+    """Return the table of grouped 3×3 convolutions in this library and in XLA."""
     rows = []
     for channels, size, groups in ((128, 14, 4), (128, 14, 32), (128, 14, 128)):
         x, cotangent = arrays(channels, size)
@@ -126,31 +126,31 @@ def grouped_table() -> str:
                     ratio(seconds["ours"], seconds["native"]),
                 ]
             )
-    header = ["channels / px", "groups", "work", "here", "XLA's own", "here / XLA's own"]
+    header = ["channels / px", "groups", "work", "ours", "XLA", "ours / XLA"]
     return "## Grouped 3×3 convolutions\n\n" + table(header, rows)
 
 
 def plain(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """Convolve 3×3."""
+    """Return the plain 3×3 convolution."""
     return scconv_jax.functional.conv(x, kernel, padding=1)
 
 
 def arrays(channels: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Make an input `(n, h, w, c)` and a cotangent of its shape."""
+    """Return an input `(n, h, w, c)` and a cotangent of its shape."""
     keys = jax.random.split(jax.random.key(2))
     x, cotangent = (jax.random.normal(key, (BATCH, size, size, channels)) for key in keys)
     return x, cotangent
 
 
 def forward(function: Callable[..., jax.Array], cotangent: jax.Array, weights: Any, x: jax.Array) -> Callable[[], object]:
-    """Compile the function."""
+    """Return a call of the compiled function."""
     del cotangent
     compiled = jax.jit(function)
     return lambda: jax.block_until_ready(compiled(weights, x))
 
 
 def both_ways(function: Callable[..., jax.Array], cotangent: jax.Array, weights: Any, x: jax.Array) -> Callable[[], object]:
-    """Compile the function and its gradients."""
+    """Return a call of the compiled function and its gradients."""
 
     def step(weights: Any, x: jax.Array) -> Any:
         y, pull_back = jax.vjp(function, weights, x)
@@ -161,7 +161,7 @@ def both_ways(function: Callable[..., jax.Array], cotangent: jax.Array, weights:
 
 
 def torch_forward(module: Any, x: jax.Array, cotangent: jax.Array) -> Callable[[], object]:
-    """Make PyTorch's inference."""
+    """Return a call of PyTorch's inference."""
     del cotangent
     module = module.to(memory_format=torch.channels_last).eval()
     images = channels_last(x)
@@ -174,7 +174,7 @@ def torch_forward(module: Any, x: jax.Array, cotangent: jax.Array) -> Callable[[
 
 
 def torch_both_ways(module: Any, x: jax.Array, cotangent: jax.Array) -> Callable[[], object]:
-    """Make PyTorch's forward and backward."""
+    """Return a call of PyTorch's forward and backward pass."""
     module = module.to(memory_format=torch.channels_last).train()
     images, gradient = channels_last(x).requires_grad_(), channels_last(cotangent)
 
@@ -187,7 +187,7 @@ def torch_both_ways(module: Any, x: jax.Array, cotangent: jax.Array) -> Callable
 
 
 def channels_last(x: jax.Array) -> torch.Tensor:
-    """Turn `(n, h, w, c)` into a PyTorch tensor `(n, c, h, w)` of the same layout in memory."""
+    """Return `(n, h, w, c)` as a PyTorch tensor `(n, c, h, w)` in channels-last memory format."""
     return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks.run` all of them, `python -m benchmarks.run networks` one."""
+"""Runs all benchmarks (`python -m benchmarks.run`) or the named ones (`python -m benchmarks.run networks`)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ BENCHMARKS: dict[str, Callable[[], object]] = {
 
 
 def main(names: list[str]) -> None:
-    """Run the named benchmarks, or all."""
+    """Run the named benchmarks; with no names, run all."""
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        sys.exit(f"There is no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}.")
+        sys.exit(f"No benchmark is called {unknown[0]!r}. Choose from {', '.join(BENCHMARKS)}.")
     for name in names or BENCHMARKS:
         BENCHMARKS[name]()
 

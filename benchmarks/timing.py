@@ -1,4 +1,4 @@
-"""Timing of functions side by side, and the record that is kept of it."""
+"""Alternating timings of functions, and the Markdown record of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time functions in turn, so that all meet the same disturbances; the first call of each is not counted.
+    """Time functions in turn, so that disturbances affect all of them alike. A first call of each is not timed.
 
     Args:
-        functions: by name; each returns after its work is done.
-        rounds: how often to call each.
+        functions: Functions by name. Each returns after its work is done.
+        rounds: Number of timed calls per function.
 
     Returns:
         Seconds of each call, by name.
@@ -39,18 +39,18 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
-    """Write the median in milliseconds."""
+    """Return the median in milliseconds as text."""
     return f"{1e3 * statistics.median(seconds):.1f}"
 
 
 def ratio(seconds: Sequence[float], other: Sequence[float]) -> str:
-    """Write the median of the ratios round by round, with the least and the greatest."""
+    """Return the median of the round-by-round ratios as text, with their minimum and maximum."""
     ratios = [a / b for a, b in zip(seconds, other, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def environment() -> str:
-    """Say what was measured on: device, cores, versions, date."""
+    """Return device, cores, versions and date as text."""
     device = jax.devices()[0]
     processor = platform.processor() or platform.machine()
     if device.platform == "cpu" and Path("/proc/cpuinfo").exists():
@@ -65,13 +65,13 @@ def environment() -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines)
 
 
 def record(name: str, title: str, text: str) -> None:
-    """Print a result and keep it in `benchmarks/results/NAME.md`, with the command and what it ran on."""
+    """Print a result and write it to `benchmarks/results/NAME.md`, with its command and environment."""
     page = f"# {title}\n\n`python -m benchmarks.{name}`. {environment()}\n\n{text}\n"
     print(page)
     RESULTS.mkdir(exist_ok=True)
