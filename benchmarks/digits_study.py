@@ -69,9 +69,10 @@ def study(operator: str, seeds: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    import scconv_jax
     from configs.digits import config
     from train.config import Data, make_plan
-    from train.data.augment import make_augment, normalize
+    from train.data.augment import make_augment
     from train.data.batches import eval_batches, train_batches
     from train.data.datasets import load_dataset
     from train.optim import make_optimizer, make_schedule
@@ -82,7 +83,7 @@ def study(operator: str, seeds: int) -> dict[str, Any]:
     plan = make_plan(config, len(dataset.train), 1)
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
     model = build(operator)
-    normalizer = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
+    normalizer = functools.partial(scconv_jax.images.normalize, mean=dataset.mean, std=dataset.std)
     augment = make_augment(data)
 
     def step(state: Any, batch: Any, seed: Any) -> Any:

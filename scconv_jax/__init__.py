@@ -17,7 +17,7 @@ from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
 from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
 from scconv_jax.models.complexity import multiply_adds
-from scconv_jax.models.registry import create_model, list_models, list_pretrained
+from scconv_jax.models.registry import create_model, list_models, list_pretrained, prepare_images
 from scconv_jax.weights import WeightsError, load, runs, save
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "messages",
     "models",
     "multiply_adds",
+    "prepare_images",
     "runs",
     "save",
     "to_torch",

@@ -1,8 +1,36 @@
-"""Images as a network expects them."""
+"""Images as a network expects them: decoded, resized, cropped and normalised.
+
+This is torchvision's `Resize(resize)`, `CenterCrop(size)`, `ToTensor()` and `Normalize(mean, std)` on PIL images. The pixels
+equal torchvision's bit for bit, because published accuracies depend on them. The trainer tests on exactly these images.
+
+Difference: of 16-bit grey images the upper 8 bits are kept. PIL, and so torchvision, clips them to white.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OneImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray | jax.Array"
+"""A path, the bytes of an image file, a PIL image, or a uint8 array (h, w, 3)."""
+
+MOST_PIXELS = 2**28
+"""Limit on the size of a resized image: a gigabyte. A line of 1 × 60,000 pixels would need sixteen."""
+
+
+class ImageError(ValueError):
+    """An image cannot be decoded, or it would not fit in memory after resizing."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +39,7 @@ class Preparation:
 
     Attributes:
         size: height and width of the central crop, pixels.
-        resize: length of the shorter side before the crop, pixels.
+        resize: length of the shorter side before the crop, pixels; at least `size`.
         mean: subtracted from each channel of images in 0..1.
         std: divides each channel after that.
     """
@@ -20,3 +48,159 @@ class Preparation:
     resize: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= self.resize:
+            raise ValueError(f"resize={self.resize} must be at least size={self.size}, and both must be positive.")
+
+
+def prepare(images: OneImage | Iterable[OneImage], preparation: Preparation, *, exif: bool = False) -> np.ndarray:
+    """Return the batch that a network expects; see `scconv_jax.prepare_images`, which also takes a network's name."""
+    one = isinstance(images, str | os.PathLike | bytes | bytearray) or not isinstance(images, Iterable)
+    if one or getattr(images, "ndim", 4) != 4:
+        images = [images]
+    pixels = [_cropped(image, f"images[{number}]", preparation, exif) for number, image in enumerate(images)]
+    if not pixels:
+        raise ValueError("images is empty: there is nothing to prepare.")
+    # Compiled code rounds differently (XLA multiplies by reciprocals), so the trainer's function, compiled, makes the 256 values
+    # of each channel.
+    mean, std = (tuple(map(float, values)) for values in (preparation.mean, preparation.std))
+    levels = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+    table = np.asarray(_compiled_normalize(levels, mean=mean, std=std))
+    return table[np.stack(pixels), np.arange(3)]
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Return uint8 images (..., 3) as float32: scaled to 0..1, less `mean`, divided by `std` (torchvision's `Normalize`)."""
+    scaled = images.astype(jnp.float32) / 255
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    return (scaled - jnp.asarray(mean, jnp.float32).reshape(shape)) / jnp.asarray(std, jnp.float32).reshape(shape)
+
+
+_compiled_normalize = jax.jit(normalize, static_argnames=("mean", "std"))
+
+
+def center_crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
+    """Resize the shorter side of an RGB image to `resize` and cut out the middle, as torchvision does.
+
+    Args:
+        image: the image.
+        size: height and width of the crop, at most `resize`.
+        resize: new length of the shorter side. The longer side is rounded down.
+
+    Returns:
+        uint8 (size, size, 3).
+
+    Raises:
+        ImageError: the image is so long and thin that it would not fit in memory.
+    """
+    from PIL import Image
+
+    width, height = image.size
+    if min(width, height) != resize:
+        longer = int(resize * max(width, height) / min(width, height))
+        if longer * resize > MOST_PIXELS:
+            raise ImageError(f"{width} × {height} pixels, which would be {longer} × {resize} when resized")
+        width, height = (resize, longer) if width <= height else (longer, resize)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def decode(data: bytes, *, exif: bool = False) -> Image.Image:
+    """Decode an image file to an RGB image.
+
+    Args:
+        data: the bytes of the file.
+        exif: whether to turn the image as its EXIF orientation says. PyTorch's `ImageFolder` does not.
+
+    Raises:
+        ImageError: the file is damaged, truncated or not an image.
+    """
+    from PIL import Image
+
+    with _image_errors():
+        image = Image.open(io.BytesIO(data))
+    return to_rgb(image, exif=exif)
+
+
+def to_rgb(image: Image.Image, *, exif: bool = False) -> Image.Image:
+    """Convert a PIL image of any mode to RGB; transparency is dropped, and of 16 bits the upper 8 are kept.
+
+    Raises:
+        ImageError: its file is damaged or truncated, or its pixels have 32 bits.
+    """
+    from PIL import Image, ImageOps
+
+    with _image_errors():
+        sixteen_bits = image.format in ("PNG", "PPM")  # what these formats hold in mode I
+        if exif:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or (image.mode == "I" and not sixteen_bits):
+            raise ImageError(f"pixels of 32 bits (mode {image.mode}); convert the image to 8 bits")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if "transparency" in image.info:
+            image = image.copy()  # the caller's image keeps its transparency
+            del image.info["transparency"]
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _image_errors() -> Iterator[None]:
+    """Turn the errors of PIL, which depend on the format of the image, into `ImageError`."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        yield
+    except (MemoryError, ImageError):
+        raise
+    except UnidentifiedImageError as error:  # PIL's text is the address of our buffer
+        raise ImageError("not an image") from error
+    except Exception as error:  # OSError, SyntaxError, struct.error and others
+        raise ImageError(str(error) or type(error).__name__) from error
+
+
+def _cropped(image: Any, name: str, preparation: Preparation, exif: bool) -> np.ndarray:
+    """Return the pixels of one image, uint8 (size, size, 3); errors call the image by its path or by `name`."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ModuleNotFoundError("Preparing images needs Pillow: pip install 'scconv-jax[images]'") from error
+
+    try:
+        if isinstance(image, np.ndarray | jax.Array):
+            image = Image.fromarray(_checked(np.asarray(image), name))
+        elif isinstance(image, str | os.PathLike):
+            name = os.fspath(image)
+            with open(name, "rb") as file:
+                image = decode(file.read(), exif=exif)
+        elif isinstance(image, bytes | bytearray | memoryview):
+            image = decode(bytes(image), exif=exif)
+        elif isinstance(image, Image.Image):
+            image = to_rgb(image, exif=exif)
+        else:
+            found = type(image).__name__
+            raise TypeError(f"{name} is of type {found}; expected a path, bytes, a PIL image or a uint8 array (h, w, 3).")
+        return center_crop(image, preparation.size, preparation.resize)
+    except ImageError as error:
+        raise ImageError(f"{name} cannot be read: {error}") from error
+
+
+def _checked(array: np.ndarray, name: str) -> np.ndarray:
+    """Return a uint8 array (h, w, 3), or say what is wrong with it."""
+    expected = "expected uint8 (h, w, 3) with values 0 to 255"
+    found = f"{name} is an array of {array.dtype} with shape {array.shape}; {expected}"
+    if array.dtype != np.uint8:
+        advice = " For values in 0..1, pass np.uint8(np.round(255 * array))." if array.dtype.kind == "f" else ""
+        raise TypeError(f"{found}.{advice}")
+    if array.ndim == 3 and array.shape[2] == 3 and array.size:
+        return array
+    advice = ""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        advice = " It has its channels first: pass array.transpose(1, 2, 0)."
+    elif array.ndim == 3 and array.shape[2] == 4:
+        advice = " For RGBA, pass array[..., :3]."
+    elif array.ndim == 2 or array.shape[2:] == (1,):
+        advice = " Repeat a grey image to three channels."
+    raise ValueError(f"{found}.{advice}")

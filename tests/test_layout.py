@@ -24,6 +24,7 @@ TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}}
 
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors"}  # ml_dtypes is jax's, rich flax's
 LATE_OF = {  # what a file may import where it uses it
+    "images.py": {"PIL"},
     "weights/torch_process.py": {"torch"},
     "interop/torch_networks.py": {"torch"},
     "interop/verification.py": {"torch"},

@@ -22,7 +22,7 @@ def test_import_loads_nothing_heavy():
     roots = {name.partition(".")[0] for name in modules}
     assert {"jax", "flax", "scconv_jax"} <= roots
     # flax itself imports optax and orbax; what only the tests or only the training program need must not be there.
-    unwanted = {"torch", "tensorflow", "train", "matplotlib", "tyro", "grain", "sklearn", "jaxtyping", "beartype", "timm"}
+    unwanted = {"torch", "tensorflow", "train", "matplotlib", "tyro", "grain", "sklearn", "jaxtyping", "beartype", "timm", "PIL"}
     assert not roots & unwanted
 
 

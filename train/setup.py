@@ -12,7 +12,7 @@ import optax
 
 import scconv_jax
 from train.config import Config, ConfigError
-from train.data.augment import make_augment, make_mix, normalize
+from train.data.augment import make_augment, make_mix
 from train.data.batches import Staged, eval_batches
 from train.data.datasets import Dataset, load_dataset
 from train.parallel import Parallel, Step, make_parallel, of_all_hosts
@@ -51,7 +51,7 @@ def prepare(config: Config) -> Job:
         jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     except ValueError as error:
         raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
-    normalizer = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
+    normalizer = functools.partial(scconv_jax.images.normalize, mean=dataset.mean, std=dataset.std)
     return Job(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
 
 

@@ -7,8 +7,10 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from flax import linen as nn
 
+from scconv_jax.images import OneImage, Preparation, prepare
 from scconv_jax.models import densenet, ghostnet, resnet, scconv_resnet, scnet, wide_resnet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -72,6 +74,36 @@ def create_model(name: str, **options: Any) -> nn.Module:
     if isinstance(classes, int) and classes < 1:
         raise ValueError(f"num_classes={classes}: a network has at least one class.")
     return MODELS[name](**options)
+
+
+def prepare_images(images: OneImage | Iterable[OneImage], model: str | Preparation, *, exif: bool = False) -> np.ndarray:
+    """Make the float batch that a network expects of images of any size.
+
+    The images are resized, cropped and normalised as torchvision does it in testing, and equal those that the trainer tests on,
+    bit for bit. Needs Pillow: `pip install 'scconv-jax[images]'`.
+
+    Args:
+        images: one image or several: paths, bytes of image files, PIL images, or uint8 arrays (h, w, 3) in RGB. An array
+            (n, h, w, 3) is n images.
+        model: name of the network, or how to prepare its images.
+        exif: whether to turn files and PIL images as their EXIF orientation says. PyTorch's `ImageFolder` does not.
+
+    Returns:
+        float32 (n, size, size, 3); n is 1 for a single image.
+
+    Raises:
+        ImageError: (a ValueError in `scconv_jax.images`) an image cannot be decoded; the message names its path or position.
+        OSError: a file cannot be opened.
+        TypeError: an image is of another type, such as an array of floats.
+        ValueError: there is no such network, no image, or an array has another shape.
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    return prepare(images, model if isinstance(model, Preparation) else _preparation(model), exif=exif)
+
+
+def _preparation(name: str) -> Preparation:
+    create_model(name)  # an unknown name is an error
+    return Preparation(32, 32) if name.endswith("_small") else Preparation(224, 256)
 
 
 def options_of(name: str) -> list[str]:

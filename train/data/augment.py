@@ -8,7 +8,7 @@ Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019. Diff
 device and the result is the same on any number of devices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +82,3 @@ def outside_box(key: Array, height: int, width: int, a: float) -> Array:
         return (positions < centre - half) | (positions >= centre + half)
 
     return jnp.where(outside(row_key, height)[:, None], 1.0, outside(column_key, width)[None])
-
-
-def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """uint8 (n, h, w, c) → float32 of mean 0 and deviation 1 over the training set; `mean`, `std` are shares of 255."""
-    channels = (1, 1, 1, -1)
-    scaled = images.astype(jnp.float32) / 255
-    return (scaled - jnp.asarray(mean, jnp.float32).reshape(channels)) / jnp.asarray(std, jnp.float32).reshape(channels)

@@ -1,13 +1,10 @@
-"""From the bytes of an image file to the pixels that a network sees: uint8, RGB.
+"""Random crops of image files for training: uint8, RGB.
 
-Evaluation is torchvision's `Resize(resize)` and `CenterCrop(size)` on PIL images, bit for bit: published accuracies depend on it.
+This is torchvision's `RandomResizedCrop(size)`; the crop box follows the same rule. Differences, for speed: a JPEG much larger
+than needed is decoded at a half, quarter or eighth of its size (but the box never falls below `size`), only down to the last row
+of the box, and with libjpeg's fast variants. The bilinear resize takes the nearest pixels without smoothing, as TensorFlow does.
 
-Training is torchvision's `RandomResizedCrop(size)`, the box by the same rule. Differences, for speed: a JPEG that is much larger
-than needed is decoded at a half, quarter or eighth of its size (never so that the box falls below `size`), no further down
-than the box reaches, by libjpeg's fast variants; and the bilinear resize looks at the nearest pixels without smoothing, as
-TensorFlow's does.
-
-A palette is resolved, transparency dropped and CMYK converted as PIL does. Of 16 bits the upper eight are kept; PIL clips.
+Test images are prepared by `scconv_jax.images`, which also decodes all files that are not ordinary JPEGs.
 """
 
 import io
@@ -18,32 +15,29 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from train.data.batches import UnreadableImageError
+import scconv_jax
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
 
 JPEG = b"\xff\xd8\xff"
-"""How every JPEG file begins."""
+"""First bytes of every JPEG file."""
 
 END_OF_JPEG = b"\xff\xd9"
-"""How a JPEG file ends that is whole."""
+"""Last bytes of a complete JPEG file."""
 
 SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")
-"""Marker of the frame's header where a single pass over the file makes all rows, from top to bottom."""
+"""Frame-header markers of JPEGs that store all rows in one pass, from top to bottom."""
 
 BEFORE_FRAME = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
-"""Markers of tables, applications' data and comments."""
+"""Markers of tables, application data and comments."""
 
 ROWS = 16
-"""Rows that most files code together: less cannot be left out. Twice the largest factor of scaled decoding."""
+"""Most files code this many rows together, so the height is cut at a multiple. It is twice the largest decoding factor."""
 
-LARGEST = 2**28
-"""Pixels of a resized image: a gigabyte. A line of 1 × 60,000 pixels would take sixteen."""
-
-cv2.setNumThreads(1)  # images are read in threads of our own
+cv2.setNumThreads(1)  # the trainer already reads images in several threads
 
 
 def random_resized_crop(
@@ -56,22 +50,22 @@ def random_resized_crop(
     exif: bool = False,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A random part of an image, resized.
+    """Decode a random part of an image and resize it.
 
     Args:
-        data: the file.
+        data: the bytes of the file.
         size: height and width of the result.
-        rng: decides the part.
+        rng: draws the crop box.
         scale: least and greatest share of the image's area.
         ratio: least and greatest width over height.
-        exif: turn the image the way its EXIF orientation says. PyTorch's `ImageFolder` does not.
-        out: array to write to, uint8 (size, size, 3), contiguous; by default a new one.
+        exif: whether to turn the image as its EXIF orientation says. PyTorch's `ImageFolder` does not.
+        out: array to write to, uint8 (size, size, 3), contiguous. If None, a new one.
 
     Returns:
         uint8 (size, size, 3).
 
     Raises:
-        UnreadableImageError: the file is damaged, truncated or no image.
+        scconv_jax.images.ImageError: the file is damaged, truncated or not an image.
     """
 
     def box_of(height: int, width: int) -> Box:
@@ -81,67 +75,18 @@ def random_resized_crop(
     if data.startswith(JPEG) and not (exif and _is_turned(data)):
         crop = _decode_jpeg(data, size, box_of)
     if crop is None:
-        pixels = np.asarray(decode(data, exif=exif))
-        crop = _part(pixels, *box_of(*pixels.shape[:2]))
-    # Bilinear looks at the two nearest pixels, which covers all of them only while the crop is less than twice as large.
+        pixels = np.asarray(scconv_jax.images.decode(data, exif=exif))
+        crop = _cut(pixels, *box_of(*pixels.shape[:2]))
+    # Bilinear uses the two nearest pixels, so from a factor of two on it would skip some.
     shrinks = min(crop.shape[:2]) >= 2 * size
     return cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def center_crop(data: bytes, size: int, resize: int, *, exif: bool = False) -> np.ndarray:
-    """The middle of an image whose shorter side was resized to `resize`: torchvision's evaluation, bit for bit.
-
-    Args:
-        data: the file.
-        size: height and width of the result, at most `resize`.
-        resize: of the shorter side; the longer one is rounded down.
-        exif: turn the image the way its EXIF orientation says. PyTorch's `ImageFolder` does not.
-
-    Returns:
-        uint8 (size, size, 3).
-
-    Raises:
-        UnreadableImageError: the file is damaged, truncated or no image, or it is so long that it would not fit in memory.
-    """
-    image = decode(data, exif=exif)
-    width, height = image.size
-    if min(width, height) != resize:
-        longer = int(resize * max(width, height) / min(width, height))
-        if longer * resize > LARGEST:
-            raise UnreadableImageError(f"{width} × {height} pixels, which would be {longer} × {resize} when resized")
-        width, height = (resize, longer) if width <= height else (longer, resize)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def decode(data: bytes, *, exif: bool = False) -> Image.Image:
-    """The whole image, RGB, by PIL.
-
-    Raises:
-        UnreadableImageError: the file is damaged, truncated or no image.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        sixteen = image.format in ("PNG", "PPM")  # what these hold in mode I
-        if exif:
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or (image.mode == "I" and not sixteen):
-            raise UnreadableImageError(f"pixels of 32 bits (mode {image.mode}); convert the image to 8 bits")
-        if image.mode.startswith("I"):  # PIL would clip to 255 what has 16 bits
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image.info.pop("transparency", None)
-        return image.convert("RGB")
-    except (MemoryError, UnreadableImageError):
-        raise
-    except Exception as error:  # of every kind: OSError, SyntaxError, struct.error and more, as the format has it
-        raise UnreadableImageError(_reason(error)) from error
-
-
 def crop_box(height: int, width: int, rng: np.random.Generator, scale: Sequence[float], ratio: Sequence[float]) -> Box:
-    """A random part of an image, by the rule of torchvision's `RandomResizedCrop`.
+    """Draw a part of an image by the rule of torchvision's `RandomResizedCrop`.
 
-    Area uniform in `scale`, ratio log-uniform in `ratio`; after ten that do not fit, the largest central part of a valid ratio.
+    The area is uniform in `scale`, the ratio log-uniform in `ratio`. After ten boxes that do not fit, the result is the largest
+    central box with a valid ratio.
     """
     for _ in range(10):
         area = height * width * float(rng.uniform(scale[0], scale[1]))
@@ -158,9 +103,10 @@ def crop_box(height: int, width: int, rng: np.random.Generator, scale: Sequence[
 
 
 def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> np.ndarray | None:
-    """The part of a JPEG that `box_of(height, width)` asks for, scaled down as far as `size` allows; None: PIL must decide.
+    """Decode the part of a JPEG that `box_of(height, width)` asks for, scaled down as far as `size` allows.
 
-    It lies in memory that the next call of this thread uses again.
+    Returns:
+        A view into a buffer that this thread's next call overwrites; or None if only PIL can read the file or name its error.
     """
     try:
         header = simplejpeg.decode_jpeg_header(data)
@@ -173,7 +119,7 @@ def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> n
         height, width = -(-height // factor), -(-width // factor)
         pixels = simplejpeg.decode_jpeg(
             shortened,
-            strict=shortened is data,  # what follows the rows that are left is reported, though not as an error
+            strict=shortened is data,  # libjpeg warns of the data after the last row of a shortened file
             fastdct=True,
             fastupsample=True,
             min_factor=factor,
@@ -181,15 +127,15 @@ def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> n
             min_width=width,
             buffer=_buffer(height * width * 3),
         )
-    except (ValueError, LookupError):  # damaged, or merely odd: 4:4:1 is a KeyError
+    except (ValueError, LookupError):  # damaged, or of a rare kind: 4:4:1 is a KeyError
         return None
-    return _part(pixels, *(round(side / factor) for side in box))
+    return _cut(pixels, *(round(side / factor) for side in box))
 
 
 def _shorten(data: bytes, height: int, bottom: int) -> tuple[bytes | bytearray, int]:
-    """A JPEG of `height` rows without most of those from row `bottom` on, and how many rows it has now.
+    """Return a JPEG of `height` rows without most of the rows from `bottom` on, and its new number of rows.
 
-    Its header alone is changed: a decoder stops where that says, a seventh of the way before the end on average.
+    Only the height in the header changes, and the decoder stops there. This saves a seventh of the decoding on average.
     """
     height_left = min(height, -(-bottom // ROWS) * ROWS)
     at = 2
@@ -206,26 +152,19 @@ _own = threading.local()
 
 
 def _buffer(size: int) -> bytearray:
-    """At least `size` bytes, this thread's own, used again and again: fresh memory costs a tenth of the decoding."""
+    """Return at least `size` bytes that this thread uses again and again: fresh memory costs a tenth of the decoding."""
     if len(getattr(_own, "buffer", b"")) < size:
         _own.buffer = bytearray(size)
     return _own.buffer
 
 
-def _part(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+def _cut(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
     return pixels[top : top + height, left : left + width]
 
 
 def _is_turned(data: bytes) -> bool:
-    """Whether the EXIF orientation is another than upright."""
+    """Whether the EXIF orientation is not upright."""
     try:
         return Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) != 1
     except Exception:
-        return False  # whoever decodes it will say more
-
-
-def _reason(error: Exception) -> str:
-    """What PIL says, without the address of our buffer."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    return str(error) or type(error).__name__
+        return False  # decoding will say what is wrong

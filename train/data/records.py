@@ -1,4 +1,4 @@
-"""Image files as sources: read at random access, decoded as training or evaluation asks, the unreadable ones counted."""
+"""Sources of encoded images: files are decoded and cropped for training or testing, and unreadable ones are counted."""
 
 import sys
 import threading
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+import scconv_jax
 from train.config import ConfigError, Data
 from train.data.batches import Records, UnreadableImageError
-from train.data.images import center_crop, random_resized_crop
+from train.data.images import random_resized_crop
 
 
 class Unreadable:
-    """Names each image that cannot be read, once, and ends the run at the first over the limit."""
+    """Names each unreadable image once, and ends the run when there are more than `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -25,7 +26,7 @@ class Unreadable:
         """Count an image.
 
         Raises:
-            ConfigError: there are more than the limit.
+            ConfigError: there are more unreadable images than the limit.
         """
         with self._lock:
             if name in self.names:
@@ -35,20 +36,20 @@ class Unreadable:
         if count <= self.limit:
             tqdm.write(f"skipped unreadable image {name}: {error} ({count} of at most {self.limit})", file=sys.stderr)
             return
-        shown = ", ".join(self.names[:10]) + (f" and {count - 10} more" if count > 10 else "")
+        names = scconv_jax.messages.listed(self.names)
         raise ConfigError(
-            f"more than data.max_bad_images {self.limit} images cannot be read: {shown} ({error}). "
-            "Mend or remove them, or allow more (--data.max-bad-images)"
+            f"more than data.max_bad_images {self.limit} images cannot be read: {names} ({error}). "
+            "Repair or remove them, or allow more (--data.max-bad-images)"
         )
 
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """A `train.batches.Source` of encoded images."""
+    """A `train.data.batches.Source` of encoded images."""
 
     records: Records
     write_pixels: Callable[[bytes, tuple[int, ...], np.ndarray], object]
-    """(file, key, out): writes the image to `out`, uint8 (h, w, 3)."""
+    """(bytes of a file, key, out): writes the image to `out`, uint8 (h, w, 3)."""
     image_shape: tuple[int, int, int]
     unreadable: Unreadable
 
@@ -56,34 +57,34 @@ class EncodedSource:
         return len(self.records)
 
     def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
-        """Write the image, cropped at random by `key` or centrally, to `out`, uint8 (h, w, 3); returns its label.
+        """Write the cropped image to `out`, uint8 (h, w, 3), and return its label; `key` decides a random crop.
 
         Raises:
-            UnreadableImageError: it cannot be read; noted.
-            ConfigError: more than the allowed number cannot be read.
+            UnreadableImageError: the image cannot be read; it has been counted.
+            ConfigError: more images than allowed cannot be read.
         """
         try:
             data, label = self.records.read(index)
             self.write_pixels(data, key, out)
             return label
-        except (OSError, UnreadableImageError) as error:
+        except (OSError, scconv_jax.images.ImageError, UnreadableImageError) as error:
             self.unreadable.note(self.records.name(index), error)
             raise UnreadableImageError(str(error)) from error
 
 
 def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSource, EncodedSource]:
-    """Training and test images of `data.image_size`, cropped as the config says."""
+    """Make sources of training and test images of `data.image_size`, cropped as the config says."""
     size, exif = data.image_size, data.exif
     resize = data.resize or round(size * 256 / 224)
     unreadable = Unreadable(data.max_bad_images)
 
-    def write_part(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
+    def random_crop(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
         rng = np.random.default_rng(key)
         random_resized_crop(image, size, rng, scale=data.crop_scale, ratio=data.crop_ratio, exif=exif, out=out)
 
-    def write_middle(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
+    def central_crop(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
         del key
-        out[...] = center_crop(image, size, resize, exif=exif)
+        out[...] = scconv_jax.images.center_crop(scconv_jax.images.decode(image, exif=exif), size, resize)
 
     shape = (size, size, 3)
-    return EncodedSource(train, write_part, shape, unreadable), EncodedSource(test, write_middle, shape, unreadable)
+    return EncodedSource(train, random_crop, shape, unreadable), EncodedSource(test, central_crop, shape, unreadable)

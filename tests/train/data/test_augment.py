@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.config import Augment, Data
-from train.data.augment import make_augment, make_mix, normalize, outside_box, random_crop, random_flip
+from train.data.augment import make_augment, make_mix, outside_box, random_crop, random_flip
 from train.data.randaugment import rand_augment
 from train.step import blend_pairs
 
@@ -50,13 +50,6 @@ def test_randaugment_where_the_config_asks_for_it():
 
     np.testing.assert_array_equal(found, jax.jit(jax.vmap(one))(keys, flipped))
     assert (found != flipped).any()
-
-
-def test_normalize():
-    images = jnp.asarray([[[[0, 51, 255]]]], jnp.uint8)
-    result = normalize(images, mean=(0.0, 0.1, 0.5), std=(1.0, 0.5, 0.25))
-    assert result.dtype == jnp.float32
-    np.testing.assert_allclose(result, [[[[0, 0.2, 2]]]], atol=1e-7)
 
 
 def test_neighbours_are_blended():

@@ -107,7 +107,7 @@ def test_too_many_unreadable_images_end_the_run_with_one_line(digits, capsys):
     code, error = run(capsys, digits, "--workdir", "a", "--data.max-bad-images", "2")
     assert code == 2
     assert error.startswith("error: more than data.max_bad_images 2 images cannot be read: ")
-    assert error.endswith("Mend or remove them, or allow more (--data.max-bad-images)")
+    assert error.endswith("Repair or remove them, or allow more (--data.max-bad-images)")
     assert run(capsys, digits, "--workdir", "b", "--data.max-bad-images", "3")[0] == 0
 
 

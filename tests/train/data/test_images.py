@@ -1,145 +1,52 @@
-import io
+import functools
 import warnings
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from train.data.batches import UnreadableImageError
-from train.data.images import center_crop, crop_box, decode, random_resized_crop
-
-
-def photo(height, width, seed=0):
-    """Smooth in the large, rough in the small: uint8 (h, w, 3)."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(small) + rng.normal(0, 8, (height, width, 3)), 0, 255).astype(np.uint8)
-
-
-def encoded(pixels, kind="JPEG", **options):
-    file = io.BytesIO()
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    image.save(file, kind, **options)
-    return file.getvalue()
+import scconv_jax
+from scconv_jax.images import ImageError, Preparation, decode
+from tests.image_files import broken, encoded, modes, photo, subsampled, turned
+from train.config import Data
+from train.data.batches import eval_batches
+from train.data.datasets import load_dataset
+from train.data.images import crop_box, random_resized_crop
+from train.parallel import make_parallel
+from train.step import TrainState, eval_step
 
 
 def whole(data, size, **options):
-    """The whole image, resized as in training."""
+    """Return the whole image, resized as in training."""
     return random_resized_crop(data, size, np.random.default_rng(0), scale=(1, 1), ratio=(1e-9, 1e9), **options)
-
-
-def by_torchvisions_rules(image, size, resize):
-    """`Resize(resize)` and `CenterCrop(size)` as their documentation and code say, on an RGB image."""
-    w, h = image.size
-    if w <= h:
-        short, long = w, int(resize * h / w)
-        image = image if short == resize else image.resize((resize, long), Image.Resampling.BILINEAR)
-    else:
-        short, long = h, int(resize * w / h)
-        image = image if short == resize else image.resize((long, resize), Image.Resampling.BILINEAR)
-    w, h = image.size
-    top, left = round((h - size) / 2.0), round((w - size) / 2.0)
-    return np.asarray(image)[top : top + size, left : left + size]
-
-
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (256, 256), (257, 256), (97, 61), (30, 301), (1203, 907)])
-@pytest.mark.parametrize(("size", "resize"), [(224, 256), (32, 37), (33, 37)])
-def test_evaluation_is_torchvisions(height, width, size, resize):
-    data = encoded(photo(height, width), quality=90)
-    found = center_crop(data, size, resize)
-    np.testing.assert_array_equal(found, by_torchvisions_rules(Image.open(io.BytesIO(data)).convert("RGB"), size, resize))
-    assert (found.shape, found.dtype) == ((size, size, 3), np.uint8)
-
-
-RED = np.full((20, 30, 3), (200, 40, 60), np.uint8)
-
-
-def modes():
-    """Files of one colour in every mode → that colour."""
-    image = Image.fromarray(RED)
-    grey = Image.new("L", (30, 20), 77)
-    clear = Image.new("RGBA", (30, 20), (200, 40, 60, 0))
-    palette = Image.new("P", (30, 20), 3)
-    palette.putpalette([0, 0, 0] * 3 + [200, 40, 60])
-    sixteen = Image.fromarray(np.full((20, 30), 77 * 256 + 200, np.uint16))
-    red = (200, 40, 60)
-    yield "grey JPEG", encoded(grey, quality=100), (77,) * 3
-    yield "JPEG", encoded(image, quality=100, subsampling=0), red
-    yield "progressive JPEG", encoded(image, quality=100, progressive=True), red
-    yield "CMYK JPEG", encoded(Image.new("CMYK", (30, 20), (55, 215, 195, 0)), quality=100), red
-    yield "PNG", encoded(image, "PNG"), red
-    yield "grey PNG", encoded(grey, "PNG"), (77,) * 3
-    yield "grey and transparent PNG", encoded(Image.new("LA", (30, 20), (77, 9)), "PNG"), (77,) * 3
-    yield "transparent PNG", encoded(clear, "PNG"), red
-    yield "palette PNG", encoded(palette, "PNG"), red
-    yield "palette PNG with transparency", encoded(palette, "PNG", transparency=bytes([0, 0, 0, 9])), red
-    yield "16-bit PNG", encoded(sixteen, "PNG"), (77,) * 3
-    yield "16-bit TIFF", encoded(sixteen, "TIFF"), (77,) * 3
-    yield "16-bit PGM", b"P5 30 20 65535\n" + (77 * 256 + 200).to_bytes(2) * 600, (77,) * 3
-    yield "10-bit PGM", b"P5 30 20 1023\n" + (77 * 4 + 2).to_bytes(2) * 600, (77,) * 3
-    yield "one-bit PNG", encoded(Image.new("1", (30, 20), 1), "PNG"), (255,) * 3
-    yield "GIF", encoded(palette, "GIF"), red
-    yield "BMP", encoded(image, "BMP"), red
-    yield "WebP", encoded(image, "WEBP", lossless=True), red
 
 
 @pytest.mark.parametrize(("data", "color"), [pytest.param(data, color, id=name) for name, data, color in modes()])
 def test_every_kind_of_image_has_its_colours(data, color):
-    for pixels in (center_crop(data, 16, 16), whole(data, 16), center_crop(data, 16, 16, exif=True)):
+    for pixels in (whole(data, 16), whole(data, 16, exif=True)):
         assert pixels.shape == (16, 16, 3)
         assert np.abs(pixels.astype(int) - color).max() <= 3
 
 
-def turned(orientation):
-    """A JPEG, dark above and bright below, whose orientation says something."""
-    pixels = np.repeat(np.linspace(0, 255, 40).astype(np.uint8)[:, None, None], 40, axis=1).repeat(3, axis=2)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(pixels, exif=exif, quality=95)
-
-
-@pytest.mark.parametrize(
-    "crop", [lambda data, **exif: center_crop(data, 32, 32, **exif), lambda data, **exif: whole(data, 32, **exif)]
-)
-def test_the_orientation_is_ignored_as_torchvision_does_and_followed_on_request(crop):
+def test_the_orientation_is_ignored_as_torchvision_does_and_followed_on_request():
     for data in (turned(1), turned(3), turned(6)):
-        plain = crop(data)
+        plain = whole(data, 32)
         assert plain[0].mean() < 20 < 235 < plain[-1].mean()
-    assert crop(turned(1), exif=True)[0].mean() < 20
-    upside_down = crop(turned(3), exif=True)
+    assert whole(turned(1), 32, exif=True)[0].mean() < 20
+    upside_down = whole(turned(3), 32, exif=True)
     assert upside_down[0].mean() > 235 > 20 > upside_down[-1].mean()
-    on_its_side = crop(turned(6), exif=True)
+    on_its_side = whole(turned(6), 32, exif=True)
     assert on_its_side[:, 0].mean() > 235 > 20 > on_its_side[:, -1].mean()
-
-
-def broken():
-    jpeg, png = encoded(photo(60, 80)), encoded(photo(60, 80), "PNG")
-    yield "empty", b"", "not an image"
-    yield "text", b"<html>404</html>", "not an image"
-    yield "half a JPEG", jpeg[: len(jpeg) // 2], "truncated"
-    yield "most of a JPEG", jpeg[:-200], "truncated"
-    yield "a JPEG's first bytes", jpeg[:10], "."
-    yield "half a PNG", png[: len(png) // 2], "truncated"
-    yield "a PNG's first bytes", png[:20], "."
-    yield "floating point", encoded(Image.new("F", (30, 20), 0.5), "TIFF"), "32 bits"
 
 
 @pytest.mark.parametrize(("data", "reason"), [pytest.param(data, reason, id=name) for name, data, reason in broken()])
 def test_what_cannot_be_read_says_why(data, reason):
-    for crop in (lambda: center_crop(data, 16, 16), lambda: whole(data, 16), lambda: whole(data, 16, exif=True)):
-        with pytest.raises(UnreadableImageError, match=reason):
-            crop()
-
-
-def subsampled(factors):
-    """A JPEG of one colour, its components sampled so: written by hand, since PIL writes no more than three of the kinds."""
-    table = bytes(64 * [1])
-    frame = bytes([8, 0, 32, 0, 32, 3]) + b"".join(bytes([i + 1, factor, 0]) for i, factor in enumerate(factors))
-    codes = bytes([1, *[0] * 15, 0])  # a single code, "0": no difference (DC), no more values (AC)
-    scan = bytes([3, 1, 0, 2, 0, 3, 0, 0, 63, 0])
-    segments = [(0xDB, b"\0" + table), (0xC0, frame), (0xC4, b"\x00" + codes + b"\x10" + codes), (0xDA, scan)]
-    header = b"".join(bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2) + body for marker, body in segments)
-    return b"\xff\xd8" + header + bytes(64) + b"\xff\xd9"
+    for exif in (False, True):
+        with pytest.raises(ImageError, match=reason):
+            whole(data, 16, exif=exif)
 
 
 @pytest.mark.parametrize(
@@ -148,24 +55,18 @@ def subsampled(factors):
     ids=lambda factors: "".join(f"{factor:x}" for factor in factors),
 )
 def test_every_kind_of_subsampling_is_read(factors):
-    data = subsampled(factors)
-    for pixels in (center_crop(data, 16, 16), whole(data, 16)):
-        assert (pixels == 128).all()
+    assert (whole(subsampled(factors), 16) == 128).all()
 
 
-def test_a_line_is_not_resized_to_what_would_not_fit_in_memory():
-    data = encoded(Image.new("L", (60_000, 1), 77), "PNG")
-    assert (whole(data, 32) == 77).all()
-    assert (center_crop(data, 32, 32) == 77).all()
-    with pytest.raises(UnreadableImageError, match=r"^60000 × 1 pixels, which would be 15360000 × 256 when resized$"):
-        center_crop(data, 224, 256)
+def test_a_line_of_pixels_can_be_trained_on():
+    assert (whole(encoded(Image.new("L", (60_000, 1), 77), "PNG"), 32) == 77).all()
 
 
 def test_a_truncated_file_is_found_whichever_part_is_asked_for():
-    """Not all of which are decoded that far."""
+    """Small crops are not decoded that far."""
     data = encoded(photo(300, 200))[:-200]
     for key in range(10):
-        with pytest.raises(UnreadableImageError, match="truncated"):
+        with pytest.raises(ImageError, match="truncated"):
             random_resized_crop(data, 32, np.random.default_rng(key), scale=(0.05, 0.1))
 
 
@@ -236,4 +137,72 @@ def test_no_warning_reaches_the_user():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _, data, _ in modes():
-            center_crop(data, 16, 16)
+            whole(data, 16)
+
+
+def in_the_test_step(images, dataset, devices):
+    """Return the float images that the network receives in the compiled test step."""
+    received = []
+
+    class Network(nn.Module):
+        """Keeps its input and has ten classes."""
+
+        @nn.compact
+        def __call__(self, x, *, train):
+            assert not train
+            jax.debug.callback(lambda x: received.append(np.asarray(x)), x)
+            return nn.Conv(10, (3, 3))(nn.relu(x)).mean((1, 2))
+
+    model = Network()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *dataset.image_shape)), train=False)
+    state = TrainState(step=jnp.int32(0), params=variables["params"], batch_stats={}, opt_state=())
+    normalize = functools.partial(scconv_jax.images.normalize, mean=dataset.mean, std=dataset.std)
+    parallel = make_parallel("shard_map", devices)
+    step = parallel.over_devices(functools.partial(eval_step, model=model, normalize=normalize))
+    received.clear()
+    jax.block_until_ready(step(parallel.put_state(state), parallel.put_batch(images)))
+    jax.effects_barrier()
+    assert len(received) == len(devices)
+    return received
+
+
+def test_prepared_images_are_those_of_the_test_step_bit_for_bit(tmp_path, monkeypatch):
+    """Every value of every channel occurs; portrait, landscape, a PNG, a small image."""
+    monkeypatch.setenv("SCCONV_JAX_CACHE", str(tmp_path / "cache"))
+    levels = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    every = np.stack([np.roll(np.arange(1024) % 256, 85 * channel) for channel in range(3)], axis=-1).reshape(32, 32, 3)
+    pictures = [photo(90, 61), photo(61, 90), levels, every.astype(np.uint8), photo(20, 30), photo(34, 34)]
+    for split in ("train", "val"):
+        folder = tmp_path / split / "a"
+        folder.mkdir(parents=True)
+        for number, picture in enumerate(pictures):
+            kind = "JPEG" if number < 2 else "PNG"
+            (folder / f"{number}.{kind.lower()}").write_bytes(encoded(picture, kind))
+    files = sorted((tmp_path / "val" / "a").iterdir())
+    dataset = load_dataset(Data(name="folder", dir=str(tmp_path), image_size=32, resize=32))
+    (batch,) = eval_batches(dataset.test, len(files), threads=2)
+    prepared = scconv_jax.prepare_images(files, Preparation(32, 32))
+    assert prepared.dtype == np.float32
+    for channel in range(3):
+        assert len(np.unique(prepared[..., channel])) == 256
+    (received,) = in_the_test_step(batch, dataset, jax.devices()[:1])
+    np.testing.assert_array_equal(prepared.view(np.uint32), received.view(np.uint32))
+
+
+def test_loss_of_prepared_images_is_that_of_the_test_step():
+    """Nothing watches the images here, so XLA may fuse their normalisation with the network's first convolution."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (4, 32, 32, 3), np.uint8), np.arange(4, dtype=np.int32)
+    preparation = Preparation(32, 32)
+    model = scconv_jax.create_model("scnet20_small")
+    state = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = jax.tree.map(lambda leaf: rng.uniform(0.01, 0.1, leaf.shape).astype(np.float32), state)
+    state = TrainState(step=jnp.int32(0), params=variables["params"], batch_stats=variables["batch_stats"], opt_state=())
+    parallel = make_parallel("shard_map", jax.devices()[:1])
+    normalize = functools.partial(scconv_jax.images.normalize, mean=preparation.mean, std=preparation.std)
+    sums = []
+    for function, pixels in ((normalize, images), (lambda x: x, scconv_jax.prepare_images(images, preparation))):
+        step = parallel.over_devices(functools.partial(eval_step, model=model, normalize=function))
+        batch = {"image": pixels, "label": labels, "weight": np.ones(4, np.float32)}
+        sums.append(jax.device_get(step(parallel.put_state(state), parallel.put_batch(batch))))
+    assert sums[0] == sums[1]
