@@ -1,19 +1,7 @@
-"""What a run is made of. Config files need `from train.config import Config` and the groups of fields, and nothing else."""
+"""The experiment. Config files import `Config` and its groups of fields from here, and nothing else."""
 
-from train.config.fields import ConfigError
-from train.config.schema import (
-    Augment,
-    CheckpointError,
-    Config,
-    Data,
-    DivergedError,
-    Hosts,
-    Log,
-    Model,
-    Optim,
-    Plan,
-    make_plan,
-)
+from train.config.errors import CheckpointError, ConfigError, DivergedError
+from train.config.schema import Augment, Config, Data, Hosts, Log, Model, Optim, Plan, make_plan
 
 __all__ = [
     "Augment",

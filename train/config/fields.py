@@ -1,22 +1,19 @@
-"""Groups of fields that check themselves when they are built: names, types and ranges."""
+"""Base class of the config dataclasses: checks names, types and ranges when a config is built."""
 
-import difflib
 import math
 import types
 import typing
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-
-class ConfigError(ValueError):
-    """A mistake that the person who started the run can put right: printed as one line, exit code 2."""
+from train.config.errors import ConfigError
 
 
 class Group:
-    """A group of fields whose names, types and ranges are checked when it is built."""
+    """Base class of a group of fields."""
 
     def __new__(cls, *_args: Any, **fields: Any) -> Self:
-        """Refuse unknown field names; the dataclass's own message would not name the nearest."""
+        """Refuse unknown field names; unlike the dataclass's own error, this one suggests the nearest field."""
         known = typing.get_type_hints(cls)
         for name in fields.keys() - known.keys():
             raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
@@ -37,9 +34,11 @@ class Group:
 
 
 def nearest(name: str, valid: Iterable[Any]) -> str:
-    """The end of an error message: the valid names most like `name`, or all of them where none is."""
+    """Return the end of an error message: the valid names nearest to `name`, or all valid names if none is similar."""
+    import scconv_jax  # loads JAX, so only after a mistake
+
     names = [v for v in valid if isinstance(v, str)]
-    if close := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+    if close := scconv_jax.messages.nearest(name, names):
         return f"; did you mean {' or '.join(close)}?"
     return f"; valid: {', '.join(names)}" if names else ""
 
@@ -60,11 +59,12 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _describe(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
-    if typing.get_origin(annotation) is tuple:
-        return f"a tuple of {typing.get_args(annotation)[0].__name__}"
-    if typing.get_origin(annotation) is types.UnionType:
-        return " or ".join(map(_describe, typing.get_args(annotation)))
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"a tuple of {arguments[0].__name__}"
+    if origin is types.UnionType:
+        return " or ".join(map(_describe, arguments))
     names = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False", types.NoneType: "None"}
     return names.get(annotation, f"a {annotation.__name__}(...)")

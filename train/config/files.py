@@ -1,37 +1,40 @@
-"""Configs as files: Python under `configs/` to begin with, `config.json` in the folder of a run."""
+"""Config files: Python in `configs/` to start a run, `config.json` in the folder of a run."""
 
 import dataclasses
-import difflib
 import json
 import runpy
+import traceback
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from train.config import Config
-from train.config.fields import ConfigError, Group
+from train.config.errors import ConfigError
+from train.config.fields import Group
+from train.config.schema import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT = CONFIGS / "digits.py"
+IMAGENET = CONFIGS / "scnet50.py"
+"""The default config for a folder of images."""
+
+AnyGroup = TypeVar("AnyGroup", bound=Group)
 
 
 def load_config(path: Path) -> Config:
     """Run a config file and return its `config`.
 
     Raises:
-        ConfigError: there is no such file, it fails, or it defines no `config = Config(...)`.
+        ConfigError: The file does not exist, fails, or defines no `config = Config(...)`.
     """
     if not path.is_file():
-        there = [str(p) for p in sorted({*CONFIGS.glob("*.py"), *path.parent.glob("*.py")})]
-        by_stem = {Path(p).stem: shown(p) for p in there if not p.endswith("__init__.py")}
-        close = difflib.get_close_matches(path.stem, by_stem, n=3, cutoff=0.5) or list(by_stem)
-        raise ConfigError(f"no config file {path}; there is {', '.join(by_stem[stem] for stem in close)}")
+        raise ConfigError(f"no config file {path}; there is {_nearest_files(path)}")
     try:
         config = runpy.run_path(str(path)).get("config")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        line = getattr(error, "lineno", None) or _line_in(path, error)
+    except Exception as error:  # a config file is a program: anything can go wrong in it
+        lines = [step.lineno for step in traceback.extract_tb(error.__traceback__) if step.filename == str(path)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path} must define `config = Config(...)`, found {type(config).__name__}")
@@ -39,37 +42,58 @@ def load_config(path: Path) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """The config as text, for `config.json` in the run's folder."""
+    """Return the text of `config.json`."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def from_json(text: str, source: str) -> Config:
-    """The config of an earlier run; `source` names the file in an error."""
+    """Return the config of an earlier run; errors call its file `source`."""
     try:
         return _from_dict(Config, json.loads(text))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ConfigError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{source} is not the config of a run: {error}") from error
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one: `{"optim": {"lr": 0.1}}` becomes `{"optim.lr": 0.1}`."""
+    leaves = {}
+    for key, value in values.items():
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Field path → (old, new) for each field in which the two differ."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        leaves = {}
-        for key, value in values.items():
-            leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return leaves
-
-    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
+    """Return field → (old value, new value) for every field that differs; fields are named as in "optim.lr"."""
+    before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
-def shown(path: str) -> str:
-    """The path as a person would type it here."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return path
+def override(group: AnyGroup, values: dict[str, Any], prefix: str = "") -> AnyGroup:
+    """Return the config with other `values`; fields are named as in "optim.lr".
+
+    Raises:
+        ConfigError: A value does not fit the others.
+    """
+    changed = {}
+    for field in dataclasses.fields(typing.cast("Any", group)):
+        value, name = getattr(group, field.name), prefix + field.name
+        changed[field.name] = override(value, values, name + ".") if isinstance(value, Group) else values.get(name, value)
+    return type(group)(**changed)
+
+
+def _nearest_files(path: Path) -> str:
+    """Return the config files whose names are nearest to that of `path`, as the user would type them."""
+    import scconv_jax  # loads JAX, so only after a mistake
+
+    def typed(path: Path) -> str:
+        try:
+            return str(path.resolve().relative_to(Path.cwd()))
+        except ValueError:
+            return str(path)
+
+    files = {*CONFIGS.glob("*.py"), *path.parent.glob("*.py")}
+    by_stem = {file.stem: typed(file) for file in sorted(files) if file.name != "__init__.py"}
+    return ", ".join(by_stem[stem] for stem in scconv_jax.messages.nearest(path.stem, by_stem) or by_stem)
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:
@@ -81,13 +105,3 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
     return cls(**{name: value_of(name, value) for name, value in values.items()})
-
-
-def _line_in(path: Path, error: BaseException) -> int | None:
-    """The line of the config file at which it failed."""
-    line, step = None, error.__traceback__
-    while step:
-        if step.tb_frame.f_code.co_filename == str(path):
-            line = step.tb_lineno
-        step = step.tb_next
-    return line

@@ -1,79 +1,69 @@
-"""What a run is made of: frozen dataclasses of base quantities, checked where they are built.
+"""The fields of a config: frozen dataclasses of base quantities, checked when they are built.
 
-A file under `configs/` makes one `Config`; the command line overrides single fields of it. A wrong name, type or
-value is a `ConfigError` that says which field, what was found and what would do. What follows from several fields
-(steps, not epochs) is worked out once, after the overrides, by `make_plan`.
+A file in `configs/` builds one `Config`; flags override single fields. A wrong name, type or value raises a `ConfigError` that
+says which field is wrong, what was found and what was expected. `make_plan` converts epochs to steps, after the overrides.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
-from tyro.conf import arg
-
-from train.config.fields import ConfigError, Group
-
-
-class DivergedError(Exception):
-    """Devices that should hold the same state do not."""
-
-
-class CheckpointError(Exception):
-    """A checkpoint that could not be written: no space, no permission, no disk."""
+from train.config.errors import ConfigError
+from train.config.fields import Group
 
 
 @dataclass(frozen=True)
 class Model(Group):
-    """The network."""
+    """Network and initial weights."""
 
-    name: Annotated[str, arg(aliases=("-a", "--arch"))] = "scnet20_small"
-    """One of `scconv_jax.list_models()`."""
+    name: str = "scnet20_small"
+    """A name from `scconv_jax.list_models()`."""
     init: str = ""
-    """Weights to begin with: a file, a run's folder, an address, or "pretrained": those published. Empty: drawn at random."""
+    """Initial weights: a file, the folder of a run, a URL, or "pretrained" for the published weights. Empty: random."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Number type of the computation. Parameters are float32, or, with float64 (which needs JAX_ENABLE_X64=1), float64."""
+    """Computation dtype. Parameters are float32; with float64, which needs JAX_ENABLE_X64=1, they are float64 too."""
     sync_batchnorm: bool = False
-    """BatchNorm statistics of the whole batch, not of each device's share."""
+    """Compute BatchNorm statistics over the global batch, not over each device's part of it."""
     rematerialise: bool = False
-    """Keep what convolutions make and compute the rest again for the gradient: less memory, more time."""
+    """Keep only the outputs of blocks and recompute the rest in the backward pass: less memory, more time."""
 
 
 @dataclass(frozen=True)
 class Data(Group):
-    """Images, and what is done to them."""
+    """Data set, preprocessing and batches."""
 
     name: Literal["digits", "synthetic", "folder", "tfds"] = "digits"
-    """Data set; folder: image files in dir/train/CLASS and dir/val/CLASS; tfds: prepared by TensorFlow Datasets."""
+    """Data set. folder: image files in DIR/train/CLASS and DIR/val/CLASS. tfds: prepared by TensorFlow Datasets."""
     dir: str = ""
-    """Folder of the images (folder), of the set or of all sets (tfds)."""
+    """For folder: the directory DIR. For tfds: the directory of the data set, or of all data sets."""
     tfds_name: str = ""
-    """Data set under dir, as TFDS names it: imagenet2012, or with config and version. Empty: dir is the data set itself."""
+    """Data set below dir, as TFDS names it: imagenet2012, or with config and version. Empty: dir is the data set itself."""
     train_split: str = "train"
-    """Training images of tfds: a split, or a part of one such as train[:90%]."""
+    """Training split for tfds, or a part of a split, such as train[:90%]."""
     test_split: str = ""
-    """Test images of tfds. Empty: validation, or else test."""
+    """Test split for tfds. Empty: validation if it exists, otherwise test."""
     image_size: int = 32
-    """Height and width in pixels."""
+    """Height and width of the network's input in pixels."""
     resize: int = 0
-    """Pixels to which the shorter side of a test image file is resized before the central crop. 0: 256 for 224, in proportion."""
+    """Shorter side in pixels of a test image file before the center crop. 0: 256 for image_size 224, others in proportion."""
     crop_scale: tuple[float, ...] = (0.08, 1.0)
-    """Least and greatest share of the area of an image file that the random crop of a training image takes."""
+    """Smallest and largest area of the random training crop, as a fraction of the image file."""
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
-    """Least and greatest width over height of that crop."""
+    """Smallest and largest aspect ratio (width / height) of the random training crop."""
     exif: bool = False
-    """Turn image files the way their EXIF orientation says. PyTorch's ImageFolder does not, nor did who published accuracies."""
+    """Rotate image files by their EXIF orientation. PyTorch's ImageFolder does not, nor do published accuracies include it."""
     max_bad_images: int = 10
-    """Image files that may be unreadable; they are named and skipped. One more is an error."""
+    """Unreadable image files to tolerate. Each is reported and replaced by another image; one more is an error."""
     mean: tuple[float, ...] = ()
-    """Subtracted from each channel, as shares of 255. Empty: ImageNet's for image files, else that of the training images."""
+    """Channel means to subtract, for pixels from 0 to 1. Empty: ImageNet's for image files, otherwise the training images'."""
     std: tuple[float, ...] = ()
-    """Divides each channel, as shares of 255. Empty: as mean."""
-    batch_size: Annotated[int, arg(aliases=("-b", "--batch-size"))] = 64
-    """Images per step, all devices together."""
+    """Channel standard deviations to divide by, for pixels from 0 to 1. Empty: as for mean."""
+    batch_size: int = 64
+    """Global batch: images per step over all devices of all hosts."""
     crop_padding: int = 0
-    """Pixels of padding before the random crop of a training image; 0: no crop."""
+    """Padding in pixels before the random crop of a training image. 0: no padding and no such crop."""
     flip: bool = False
-    """Mirror training images at random. Not for digits or text."""
-    threads: Annotated[int, arg(aliases=("-j", "--workers"))] = 1
+    """Mirror training images at random. Not suitable for digits or text."""
+    threads: int = 1
     """Threads that read images."""
     synthetic_train: int = 512
     """Training images of the synthetic data set."""
@@ -103,17 +93,16 @@ class Data(Group):
 
 @dataclass(frozen=True)
 class Augment(Group):
-    """What the device does to training images, beside the crop and flip of `data`."""
+    """Augmentation on the device, in addition to the crop and flip of `data`."""
 
     mixup: float = 0.0
-    """Blend pairs of images, and their targets, by a share from Beta(a, a), the same for the whole batch; 0: not."""
+    """Mixup: draw the blending ratio of each batch from Beta(a, a), where a is this number. 0: no mixup."""
     cutmix: float = 0.0
-    """Paste a box of one image into another, its area from Beta(a, a); with mixup, each batch has one of the two; 0: not."""
-
+    """CutMix: draw the area of the pasted box from Beta(a, a). With mixup, each batch gets one of the two. 0: no CutMix."""
     randaugment: int = 0
-    """Operations of RandAugment on each image, after crop and flip; 0: not."""
+    """RandAugment operations per image, after crop and flip. 0: no RandAugment."""
     randaugment_magnitude: int = 9
-    """Their strength, 0 to 30."""
+    """Strength of the RandAugment operations, 0 to 30."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,36 +113,36 @@ class Augment(Group):
 
 @dataclass(frozen=True)
 class Optim(Group):
-    """How the parameters follow the gradient."""
+    """Optimizer and learning-rate schedule."""
 
     name: Literal["sgd", "lars"] = "sgd"
-    """SGD with momentum, as PyTorch defines it; or LARS, for batches of thousands (You et al. 2017)."""
-    lr: Annotated[float, arg(aliases=("--lr", "--learning-rate"))] = 0.1
-    """Highest learning rate, for the whole batch (but see the next)."""
+    """SGD with momentum as PyTorch defines it, or LARS (You et al. 2017) for batches of thousands of images."""
+    lr: float = 0.1
+    """Peak learning rate for the global batch; see lr_reference_batch."""
     lr_reference_batch: int = 0
-    """Batch for which `lr` is meant: what is used grows with the batch in proportion. 0: `lr` as it stands."""
-    momentum: Annotated[float, arg(aliases=("--momentum",))] = 0.9
-    """Momentum."""
-    weight_decay: Annotated[float, arg(aliases=("--wd", "--weight-decay"))] = 1e-4
-    """Times the parameter, added to its gradient."""
+    """Batch size for which `lr` is meant: the peak is `lr * batch_size / lr_reference_batch`. 0: the peak is `lr`."""
+    momentum: float = 0.9
+    """Momentum coefficient."""
+    weight_decay: float = 1e-4
+    """Weight decay coefficient; the decay is added to the gradient, as in PyTorch's SGD."""
     decay_kernels_only: bool = False
-    """Do not decay biases and what norms scale and shift by. LARS never does."""
+    """Exclude biases and normalization parameters from weight decay. LARS always excludes them."""
     clip_norm: float = 0.0
-    """Shorten the gradient of all parameters together to this length; 0: not."""
+    """Largest norm of the gradient over all parameters; longer gradients are scaled down to it. 0: no clipping."""
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Fraction of the target that is spread evenly over all classes."""
     accumulate: int = 1
-    """Parts into which each device's share of the batch is cut, one after the other: less memory, the same step."""
+    """Gradient accumulation: parts into which each device splits its batch. Less memory, the same step."""
     ema: float = 0.0
-    """Decay of an average over steps of parameters and BatchNorm statistics, which is then what is tested; 0: no average."""
+    """Decay per step of a moving average of parameters and BatchNorm statistics; tests use the average. 0: no average."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """How the learning rate falls after the warm-up: to 0 along a cosine, or by drops."""
+    """Learning rate after the warm-up: to 0 along a cosine, or lower at each of drop_epochs."""
     warmup_epochs: float = 0.0
-    """Epochs over which the learning rate rises linearly from 0."""
+    """Epochs of linear warm-up from 0."""
     drop_epochs: tuple[float, ...] = (30.0, 60.0, 90.0)
-    """Epochs at which the step schedule drops the learning rate."""
+    """Epochs at which the step schedule multiplies the learning rate by drop_factor."""
     drop_factor: float = 0.1
-    """What a drop multiplies it by."""
+    """Factor of the step schedule."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,19 +157,19 @@ class Optim(Group):
 
 @dataclass(frozen=True)
 class Hosts(Group):
-    """The processes that train one network together, one per host: no part of the experiment, and not kept with it.
+    """The processes that train one network together, one per host. They are not part of the experiment and not saved with it.
 
-    With nothing given they find each other under SLURM, Open MPI and Kubernetes and on Cloud TPU; elsewhere there is one.
+    If no flag is given, hosts find each other under SLURM, Open MPI and Kubernetes and on Cloud TPU; elsewhere there is one host.
     """
 
-    count: Annotated[int | None, arg(aliases=("--world-size",))] = None
-    """Processes, one per host."""
-    index: Annotated[int | None, arg(aliases=("--rank",))] = None
-    """Which of them this is, from 0; process 0 writes all files."""
-    address: Annotated[str | None, arg(aliases=("--dist-url",))] = None
-    """HOST:PORT of process 0, as the others reach it; it takes the next port too."""
+    count: int | None = None
+    """Number of processes, one per host."""
+    index: int | None = None
+    """Index of this process, from 0. Process 0 writes all files."""
+    address: str | None = None
+    """HOST:PORT of process 0, as the other processes reach it. The next port is used too."""
     timeout: float = 300.0
-    """Seconds to wait for the others to come."""
+    """Seconds to wait for the other processes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,16 +191,16 @@ class Hosts(Group):
 
 @dataclass(frozen=True)
 class Log(Group):
-    """Where metrics go beside `metrics.jsonl`, and a look inside the steps."""
+    """Trackers in addition to `metrics.jsonl`, and the profiler."""
 
     tensorboard: bool = False
-    """Write event files for TensorBoard into the workdir too."""
+    """Also write TensorBoard event files to the workdir."""
     wandb: bool = False
-    """Send metrics to Weights & Biases too; with WANDB_MODE=offline, keep them in the workdir."""
+    """Also send metrics to Weights & Biases. With WANDB_MODE=offline they stay in the workdir."""
     wandb_project: str = "scconv_jax"
-    """Project there."""
-    profile_steps: Annotated[tuple[int, ...], arg(aliases=("--profile-steps",))] = ()
-    """First and last step of which to record what the device does, into the workdir; the first of all compiles."""
+    """Project at Weights & Biases."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step to profile; the trace goes to the workdir. Step 1 includes compilation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,19 +215,19 @@ class Config(Group):
     epochs: int = 90
     """Passes over the training images."""
     start_epoch: int = 0
-    """Epoch to begin at: where the schedule stands, and which order the images have."""
+    """First epoch: sets the position in the schedule and the order of the images."""
     seed: int = 0
-    """Decides the initial weights, the order of the images and their augmentation."""
+    """Seed of the initial weights, of the order of the images and of their augmentation."""
     parallel: Literal["shard_map", "pmap"] = "shard_map"
-    """What maps the step over the devices."""
-    log_every: Annotated[int, arg(aliases=("-p", "--print-freq"))] = 20
-    """Steps between two lines of training metrics; an epoch always ends with one."""
+    """JAX transformation that maps the step over the devices."""
+    log_every: int = 20
+    """Steps between two lines of training metrics. Every epoch ends with a line."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints within an epoch; one is written after every epoch. 0: no others."""
+    """Steps between two checkpoints within an epoch. Every epoch ends with a checkpoint. 0: only that one."""
     keep_checkpoints: int = 2
-    """Latest checkpoints kept, beside the best."""
+    """Latest checkpoints to keep, in addition to the best one."""
     check_every: int = 500
-    """Steps between two checks that the state is the same on all devices of all hosts, bit for bit. 0: none."""
+    """Steps between two checks that all devices of all hosts hold the same state, bit for bit. 0: no checks."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -258,7 +247,7 @@ class Config(Group):
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the config, the number of training images and the number of devices."""
+    """What a config means for a number of training images and devices: steps, and the peak learning rate."""
 
     steps_per_epoch: int
     total_steps: int
@@ -269,10 +258,10 @@ class Plan:
 
 
 def make_plan(config: Config, train_images: int, devices: int) -> Plan:
-    """Turn epochs into steps. An incomplete last batch of an epoch is left out; the next epoch shuffles anew.
+    """Convert epochs to steps. An incomplete last batch of an epoch is dropped; the next epoch shuffles again.
 
     Raises:
-        ConfigError: the batch does not divide over the devices and their parts, or is larger than the training set.
+        ConfigError: The batch size is not divisible by devices × parts, or is larger than the training set.
     """
     batch, parts = config.data.batch_size, config.optim.accumulate
     pairs = 2 if config.augment.mixup or config.augment.cutmix else 1

@@ -1,6 +1,8 @@
-"""Every flag of PyTorch's ImageNet script (pytorch/examples, imagenet/main.py) and what it does here: docs/from_pytorch.md."""
+"""The flags, among them every flag of PyTorch's ImageNet script (pytorch/examples, imagenet/main.py): docs/from_pytorch.md."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -8,6 +10,8 @@ import pytest
 
 from train import main
 from train.config import ConfigError, Hosts
+from train.config.files import CONFIGS
+from train.config.flags import FULL_NAMES, SHORT_NAMES, expand
 from train.main import join, parse
 
 PAGE = Path(__file__).parents[3] / "docs" / "from_pytorch.md"
@@ -51,7 +55,14 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def plan(argv):
+    """The experiment, the folder of the run and whether it is only tested."""
+    flags, given = parse(argv)
+    return *main.plan_run(flags, given), flags.evaluate
+
+
 def fields(config, names):
+    """Field → value, for the `names` of fields."""
     found = {}
     for name in names:
         value = config
@@ -64,7 +75,7 @@ def fields(config, names):
 @pytest.mark.parametrize("row", ROWS)
 def test_a_flag_sets_its_field(row):
     argv, expected = ROWS[row]
-    assert fields(parse(argv)[0], expected) == expected
+    assert fields(plan(argv)[0], expected) == expected
 
 
 @pytest.mark.parametrize("argv", OTHER_SPELLINGS, ids=" ".join)
@@ -73,12 +84,12 @@ def test_a_flag_by_its_other_name(argv):
     flag = {"--model.name": "--arch", "--init": "--pretrained"}.get(flag, flag)
     row = next(row for row in ROWS if flag in row.split(", "))
     expected = {name: value for name, value in ROWS[row][1].items() if name != "model.name" or "resnet50" in argv[-1]}
-    assert fields(parse(argv)[0], expected) == expected
+    assert fields(plan(argv)[0], expected) == expected
 
 
 def test_a_typical_command_line():
     """As in the README of the script, the folder last."""
-    config, workdir, only_test = parse(["-a", "resnet50", "--lr", "0.01", "-b", "64", "-j", "4", "--wd", "1e-4", "imagenet"])
+    config, workdir, only_test = plan(["-a", "resnet50", "--lr", "0.01", "-b", "64", "-j", "4", "--wd", "1e-4", "imagenet"])
     expected = {"model.name": "resnet50", "optim.lr": 0.01, "data.batch_size": 64, "data.dir": "imagenet", "epochs": 100}
     assert fields(config, expected) == expected
     assert (workdir, only_test) == (Path("runs/scnet50"), False)
@@ -86,7 +97,7 @@ def test_a_typical_command_line():
 
 def test_a_folder_with_a_config():
     Path("mine.py").write_text("from train.config import Config\nconfig = Config(epochs=3)\n")
-    config, workdir, _ = parse(["images", "--config", "mine.py"])
+    config, workdir, _ = plan(["images", "--config", "mine.py"])
     assert fields(config, ["data.name", "data.dir", "epochs"]) == {"data.name": "folder", "data.dir": "images", "epochs": 3}
     assert workdir == Path("runs/mine")
 
@@ -101,41 +112,134 @@ def test_a_folder_with_a_config():
     ],
 )
 def test_with_a_folder_flags_need_not_fit_the_config_that_counts_without(flags, expected):
-    assert fields(parse([*flags, "images"])[0], expected) == expected
+    assert fields(plan([*flags, "images"])[0], expected) == expected
 
 
-def test_a_wrong_flag_with_a_folder_is_still_explained(capsys):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["images", "--opitm.lr", "3"], "there is no flag --opitm.lr. Did you mean '--optim.lr'"),
+        (["--learning-rat=3"], "there is no flag --learning-rat. Did you mean '--learning-rate'?"),
+        (["--data.no-filp"], "there is no flag --data.no-filp. Did you mean '--data.flip'?"),
+        (["--lr-reference-batch", "3"], "there is no flag --lr-reference-batch. Did you mean '--optim.lr-reference-batch'?"),
+        (["--nonsense"], "there is no flag --nonsense. All flags: python -m train.main --help"),
+        (["images", "more"], "unexpected argument 'more': only one DIR can be given"),
+        (["--world-size", "2", "--rank", "1"], "Hosts.address is missing: count, index and address go together"),
+        (["--seed", "-1"], "Config.seed must be at least 0 and under 2**31, found -1"),
+    ],
+)
+def test_a_wrong_flag_is_explained(argv, message):
+    with pytest.raises(ConfigError) as raised:
+        parse(argv)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lr", "fast"], ("Error parsing --optim.lr: ", "'fast'")),
+        (["--data.name", "digit"], ("invalid choice 'digit'", "'digits'", "'synthetic'")),
+        (["--config"], ("Missing value for argument '--config'",)),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_explained(capsys, argv, words):
     with pytest.raises(SystemExit, match="2"):
-        parse(["images", "--opitm.lr", "3"])
-    assert "Unrecognized options: --opitm.lr" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+        parse(argv)
+    text = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    for word in words:
+        assert word in text
 
 
 def test_without_a_folder_flags_must_fit_the_default():
     with pytest.raises(ConfigError, match="start_epoch must be at least 0 and under epochs, found 50"):
-        parse(["--start-epoch", "50"])
+        plan(["--start-epoch", "50"])
 
 
 def test_noise_takes_the_place_of_a_folder():
     expected = {"data.name": "synthetic", "data.dir": "", "data.image_size": 224, "model.name": "scnet50"}
-    assert fields(parse(["--dummy", "images"])[0], expected) == expected
+    assert fields(plan(["--dummy", "images"])[0], expected) == expected
+
+
+def help_of(argv, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse([*argv, "--help"])
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_the_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        parse(["--help"])
-    words = set(capsys.readouterr().out.replace(",", " ").split())
+    words = set(help_of([], capsys).replace(",", " ").split())
     assert {flag for row in [*ROWS, *ACTIONS, *HOSTS] for flag in row.split(", ")} <= words
+    assert set(FULL_NAMES) <= words
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "epochs"),
+    [
+        ([], "scnet20_small", 12),
+        (["images"], "scnet50", 100),
+        (["--dummy"], "scnet50", 100),
+        (["--config", str(CONFIGS / "cifar.py"), "--epochs", "3"], "scconv_resnet50_small", 200),
+    ],
+)
+def test_the_help_shows_the_defaults_of_the_chosen_config(capsys, argv, name, epochs):
+    text = help_of(argv, capsys)
+    assert f"(default: {name})" in text
+    assert f"--epochs INT Passes over the training images. (default: {epochs})" in text
+
+
+def test_help_and_mistakes_need_no_jax():
+    check = (
+        "import sys\nfrom train.main import main\n"
+        "try: code = main(sys.argv[1:])\nexcept SystemExit as ended: code = ended.code\n"
+        "sys.exit(code if 'jax' not in sys.modules else 99)"
+    )
+    for argv, code in ((["--help"], 0), (["--seed", "-1"], 2), (["--lr", "fast"], 2)):
+        command = [sys.executable, "-c", check, *argv]
+        assert subprocess.run(command, cwd=PAGE.parents[1], capture_output=True, check=False).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["-b=3"], ["--data.batch-size", "3"]),
+        (["--batch_size", "3"], ["--data.batch-size", "3"]),
+        (["--data.dir=a=b"], ["--data.dir=a=b"]),
+        (["--resume"], ["--resume"]),
+        (["--resume", "--epochs", "3"], ["--resume", "--epochs", "3"]),
+        (["--resume", "runs/x", "-e"], ["--resume", "--workdir", "runs/x", "--evaluate"]),
+        (["--resume=runs/x"], ["--resume", "--workdir", "runs/x"]),
+    ],
+)
+def test_short_names_are_replaced(argv, words):
+    assert expand(argv) == words
+
+
+def test_fields_by_both_spellings_and_the_last_of_two_counts():
+    assert plan(["--data.batch_size", "16"])[0] == plan(["--data.batch-size=16"])[0] == plan(["-b", "8", "-b", "16"])[0]
+
+
+def test_a_flag_equal_to_its_default_still_overrides_the_config():
+    """`train.config.flags` parses flags before it knows the config; 1 is its placeholder for image_size."""
+    assert fields(plan(["images", "--epochs", "12", "--data.image-size", "1"])[0], ["epochs", "data.image_size"]) == {
+        "epochs": 12,
+        "data.image_size": 1,
+    }
+
+
+def test_resume_with_a_folder_of_images_means_the_run_on_them():
+    with pytest.raises(ConfigError, match=r"^no run in runs/scnet50: it has no config.json"):
+        plan(["images", "--resume"])
 
 
 def test_evaluate_with_weights_is_of_no_run():
     """The script's `-e --pretrained DIR`."""
-    config, workdir, only_test = parse(["images", "-a", "scnet50", "--pretrained", "-e"])
+    config, workdir, only_test = plan(["images", "-a", "scnet50", "--pretrained", "-e"])
     assert (config.model.init, config.data.dir, workdir, only_test) == ("pretrained", "images", None, True)
 
 
 def test_evaluate_without_weights_is_of_a_run():
     with pytest.raises(ConfigError, match=r"^no run in runs/digits: it has no config.json"):
-        parse(["--evaluate"])
+        plan(["--evaluate"])
 
 
 def test_resume_takes_a_folder_not_a_file():
@@ -143,7 +247,7 @@ def test_resume_takes_a_folder_not_a_file():
     with pytest.raises(
         ConfigError, match=r"^checkpoint.pth.tar is a file, and a run is a folder; .*: --init checkpoint.pth.tar$"
     ):
-        parse(["--resume", "checkpoint.pth.tar"])
+        plan(["--resume", "checkpoint.pth.tar"])
 
 
 @pytest.mark.parametrize(
@@ -153,16 +257,16 @@ def test_resume_takes_a_folder_not_a_file():
 def test_devices_are_chosen_before_jax_looks_for_them(monkeypatch, argv, setting, value):
     settings = {}
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
-    join(argv)
+    join(*parse(argv))
     assert settings == {setting: value}
 
 
 @pytest.mark.parametrize("argv", [["--multiprocessing-distributed"], ["--dist-backend", "nccl"]], ids=lambda argv: argv[0])
-def test_what_has_no_use_here_says_so(capsys, argv):
-    before = parse([])
+def test_a_flag_without_effect_says_so(capsys, argv):
+    before = plan([])
     capsys.readouterr()
-    assert parse(argv) == before
-    assert capsys.readouterr().out.startswith(f"{argv[0]} is of no use here: ")
+    assert plan(argv) == before
+    assert capsys.readouterr().out.startswith(f"{argv[0]} has no effect: one process drives all devices of a host")
 
 
 @pytest.mark.parametrize(
@@ -175,13 +279,22 @@ def test_what_has_no_use_here_says_so(capsys, argv):
 def test_the_hosts_by_either_name(monkeypatch, argv):
     found = []
     monkeypatch.setattr(main, "Link", lambda hosts, flags: found.append((hosts, flags)))
-    join([*argv, "--seed", "3"])
+    join(*parse([*argv, "--gpu", "1", "--seed", "3"]))
     (hosts, flags) = found[0]
     assert hosts == Hosts(count=4, index=2, address="10.0.0.1:8476")
-    assert not any("index" in flag for flag in flags), "what differs between hosts is not compared"
-    assert flags[-2:] == ["--seed", "3"]
+    assert flags == ["seed 3", "hosts.count 4", f"hosts.address {argv[-1]}"], "flags that may differ between hosts are left out"
 
 
-def test_the_page_has_a_row_for_each():
+def test_the_page_has_a_row_for_each_flag():
     rows = re.findall(r"^\| `([^|]*)` \|", PAGE.read_text(), re.MULTILINE)
-    assert sorted(row.replace("`", "") for row in rows) == sorted([*ROWS, *ACTIONS, *HOSTS])
+    rows = [row.replace("`", "") for row in rows]
+    assert sorted(rows) == sorted([*ROWS, *ACTIONS, *HOSTS])
+    ours = {"--init", "--profile-steps"}
+    named = {name for row in rows for name in row.split(", ")}
+    assert set(FULL_NAMES) - ours <= named
+
+
+def test_every_short_name_stands_for_a_flag(capsys):
+    text = help_of([], capsys)
+    for full in SHORT_NAMES.values():
+        assert f"{full.split()[0]} " in text.partition("positional arguments")[2]
