@@ -27,7 +27,7 @@ from train.config import Data
 from train.data.batches import Staged, train_batches
 from train.data.datasets import load_dataset
 from train.data.images import crop_box
-from train.run.metrics import Window
+from train.run.metrics import MetricsWindow
 
 IMAGES, BATCH, SIZE, WORKERS = 768, 64, 224, 2
 ROUNDS = 5
@@ -205,7 +205,7 @@ def overlap(steps: int = 150, step_seconds: float = 0.05) -> str:
 
         with Staged(batches(), jax.device_put) as staged:
             values = jax.block_until_ready(step(jnp.float32(0), next(staged)))
-            window = Window(BATCH, waited=lambda: staged.waited)
+            window = MetricsWindow(BATCH, waited=lambda: staged.waited)
             for number in range(steps):
                 values = step(values["loss"], staged.take(window.idle))
                 window.add(number, values)

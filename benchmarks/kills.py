@@ -102,7 +102,7 @@ def kill_and_resume(folder: Path, moments: Sequence[str], seed: int) -> tuple[Co
         else:
             assert process.returncode == -9, err
             killed[moment] += 1
-        resumed += [int(line.split("going on from step ")[1].split()[0]) for line in out.splitlines() if "going on from" in line]
+        resumed += [int(line.split("resuming from step ")[1].split()[0]) for line in out.splitlines() if "resuming from" in line]
     return killed, resumed
 
 

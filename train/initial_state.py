@@ -1,4 +1,4 @@
-"""The state before the first step: drawn at random, or with weights from a file; at the beginning, or at a later epoch."""
+"""The state before the first step: random or with weights from a file, at step 0 or at a later epoch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,8 @@ PRETRAINED = "pretrained"
 
 
 @dataclass(frozen=True)
-class Start:
-    """Makes states of a run: the first, and the shapes of all."""
+class InitialState:
+    """Creates the initial state of a run, its shapes and a placeholder."""
 
     config: Config
     plan: Plan
@@ -28,18 +28,18 @@ class Start:
     image_shape: tuple[int, int, int]
 
     def shapes(self) -> TrainState:
-        """A state without values."""
+        """Return the shapes and dtypes of a state."""
         return jax.eval_shape(self._random)
 
-    def empty(self) -> TrainState:
-        """A state of any values: what a host has before it receives the state of host 0."""
+    def placeholder(self) -> TrainState:
+        """Return a state with arbitrary values, which a host holds until it receives the state of host 0."""
         return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), self.shapes())
 
-    def first(self) -> tuple[TrainState, list[str]]:
-        """The state that the run begins with, and what to tell the user of it.
+    def create(self) -> tuple[TrainState, list[str]]:
+        """Return the state that the run begins with, and notes for the user.
 
         Raises:
-            ConfigError: `model.init` cannot be had, or is of another network.
+            ConfigError: `model.init` cannot be loaded, or holds weights of another network.
         """
         state, notes = run_once(self._random), []
         if source := self.config.model.init:
@@ -58,26 +58,26 @@ class Start:
 
 
 def initial_weights(source: str, name: str, like: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Variables from `source` in the place of `like`, those of the network called `name`, and what to tell the user.
+    """Load the variables of the network `name` from `source`, in the structure of `like`, and return notes for the user.
 
-    A head of another number of classes keeps the values of `like`.
+    If the number of classes differs, the head keeps the values of `like`.
 
     Raises:
-        ConfigError: the source cannot be had, or is of another network.
+        ConfigError: The source cannot be loaded, or holds weights of another network.
     """
     if source == PRETRAINED and name not in scconv_jax.list_pretrained():
-        there = ", ".join(scconv_jax.list_pretrained())
-        raise ConfigError(f"no weights were published for {name}, only for {there}; those of a file: --init FILE")
+        published = ", ".join(scconv_jax.list_pretrained())
+        raise ConfigError(f"no weights were published for {name}, only for {published}. Give a file instead: --init FILE")
     try:
         variables, notes = scconv_jax.load_weights(name if source == PRETRAINED else source, like)
     except (scconv_jax.WeightsError, scconv_jax.ConversionError) as error:
         raise ConfigError(f"model.init {source!r}: {_in_one_line(error, source, name)}") from error
     found = f"the published weights of {name}" if source == PRETRAINED else source
-    return variables, [f"Beginning with {found}.", *notes]
+    return variables, [f"Starting from {found}.", *notes]
 
 
 def _in_one_line(error: Exception, source: str, name: str) -> str:
-    """What is wrong; of a file for another network, which it is rather than each of hundreds of entries."""
+    """Return the error as one line. For weights of another network, name that network instead of hundreds of differences."""
     if isinstance(error, scconv_jax.ConversionError):
         try:
             scconv_jax.load_model(source, name)

@@ -1,4 +1,4 @@
-"""Training and evaluation, from top to bottom."""
+"""The training loop and the evaluation of a checkpoint."""
 
 import dataclasses
 import shlex
@@ -12,83 +12,91 @@ import numpy as np
 from train.config import Config, ConfigError, make_plan
 from train.data.batches import Staged, train_batches
 from train.distributed import Signals
-from train.initial_state import Start
+from train.initial_state import InitialState
 from train.optim import make_optimizer, make_schedule
 from train.parallel import from_host_0
 from train.run.checkpoints import Checkpoints
 from train.run.curves import draw_curves
-from train.run.metrics import Metrics, Window, best_line, read_metrics
+from train.run.metrics import Metrics, MetricsWindow, best_line, read_metrics
 from train.run.profiler import Profiler, peak_multiply_adds, training_multiply_adds
 from train.run.progress import Progress
 from train.run.trackers import check_trackers, open_trackers
 from train.run.workdir import locked_workdir, save_config
-from train.setup import make_step, make_test, prepare
+from train.setup import make_setup, make_step, make_test
 
 SLOW_INPUT_WARNING = (
-    "warning: the devices wait for data (waiting_for_data in metrics.jsonl); more --data.threads or a faster disk may help"
+    "warning: the devices wait for data (see waiting_for_data in metrics.jsonl); more --data.threads or a faster disk may help"
 )
 
 
 def train(config: Config, workdir: Path) -> int:
-    """Train to the last epoch; where `workdir` holds a checkpoint, from the latest on.
+    """Train to the last epoch, from the latest checkpoint in `workdir` if there is one.
 
     Returns:
-        0, or the number of the signal (Ctrl-C, SIGTERM) on which it saved its state and stopped.
+        0, or the number of the signal (Ctrl-C, SIGTERM) after which the run saved its state and stopped.
 
     Raises:
-        ConfigError: something in the config does not fit the data, the devices or the checkpoint.
-        FloatingPointError: the loss or the state is no longer finite. Nothing of that is saved.
-        CheckpointError: a checkpoint cannot be written.
-        DivergedError: two devices no longer hold the same state.
+        ConfigError: The config does not fit the data, the devices or the checkpoint.
+        FloatingPointError: The loss or the state is not finite. Such a state is not saved.
+        CheckpointError: A checkpoint cannot be written.
+        DivergedError: Two devices hold different states.
     """
     began = time.perf_counter()
-    job = prepare(config)
+    setup = make_setup(config)
     batch_size = config.data.batch_size
     devices = jax.device_count()
-    plan = make_plan(config, len(job.dataset.train), devices)
+    plan = make_plan(config, len(setup.dataset.train), devices)
     if config.log.profile_steps and config.log.profile_steps[0] > plan.total_steps:
-        raise ConfigError(f"log.profile_steps begins at step {config.log.profile_steps[0]}; the run has {plan.total_steps}")
-    leads = jax.process_index() == 0  # and alone reads and writes the workdir
-    if leads:
+        raise ConfigError(
+            f"log.profile_steps starts at step {config.log.profile_steps[0]}, but the run has {plan.total_steps} steps"
+        )
+    is_host_0 = jax.process_index() == 0  # the only host that reads and writes the workdir
+    if is_host_0:
         check_trackers(config.log)
 
     schedule = make_schedule(config.optim, plan)
     optimizer = make_optimizer(config.optim, schedule)
-    start = Start(config, plan, job.model, optimizer, job.dataset.image_shape)
-    next_state, test = make_step(job, config, optimizer), make_test(job, config)
+    start = InitialState(config, plan, setup.model, optimizer, setup.dataset.image_shape)
+    next_state, test = make_step(setup, config, optimizer), make_test(setup, config)
 
     with (
-        locked_workdir(workdir if leads else None),
+        locked_workdir(workdir if is_host_0 else None),
         Checkpoints(
-            workdir if leads else None, config.keep_checkpoints, dataclasses.asdict(config), len(job.dataset.train)
+            workdir if is_host_0 else None, config.keep_checkpoints, dataclasses.asdict(config), len(setup.dataset.train)
         ) as checkpoints,
         Signals() as signals,
     ):
         resumes = checkpoints.latest() is not None
-        state, notes = start.empty(), []
+        state, notes = start.placeholder(), []
         if resumes:
             state = checkpoints.restore(start.shapes(), move_damaged=True)
             if checkpoints.devices != devices:
-                notes = [f"Begun on {checkpoints.devices} devices, going on on {devices}: equal up to rounding, not bit for bit."]
-        elif leads:
-            state, notes = start.first()
+                notes = [
+                    f"The run began on {checkpoints.devices} devices and resumes on {devices}: results agree to rounding, not bit for bit."
+                ]
+        elif is_host_0:
+            state, notes = start.create()
         state = from_host_0(state)
         first_step = step = int(state.step)
-        trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config)) if leads else ()
-        if leads:
+        trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config)) if is_host_0 else ()
+        if is_host_0:
             save_config(workdir, config)
         print(
             f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
             f"{config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images. Writing to {workdir}"
-            + (f", going on from step {step} of {plan.total_steps}" if resumes else "")
-            + (f", whose weights count, not those of model.init {config.model.init!r}" if resumes and config.model.init else ""),
+            + (f", resuming from step {step} of {plan.total_steps}" if resumes else "")
+            + (
+                f" with the checkpoint's weights; model.init {config.model.init!r} is ignored"
+                if resumes and config.model.init
+                else ""
+            ),
             *notes,
             sep="\n",
             flush=True,
         )
-        state = job.parallel.put_state(state)
+        state = setup.parallel.put_state(state)
         batches = train_batches(
-            job.dataset.train,
+            setup.dataset.train,
             batch_size,
             seed=config.seed,
             first_step=step,
@@ -97,15 +105,15 @@ def train(config: Config, workdir: Path) -> int:
             process_count=jax.process_count(),
         )
         with (
-            Staged(batches, job.parallel.put_batch) as staged,
-            Metrics(workdir / "metrics.jsonl" if leads else None, first_step, trackers) as metrics,
-            Profiler(config.log.profile_steps if leads else (), workdir / "profile") as profiler,
-            Progress(plan.total_steps, first_step, batch_size, shown=leads) as progress,
+            Staged(batches, setup.parallel.put_batch) as staged,
+            Metrics(workdir / "metrics.jsonl" if is_host_0 else None, first_step, trackers) as metrics,
+            Profiler(config.log.profile_steps if is_host_0 else (), workdir / "profile") as profiler,
+            Progress(plan.total_steps, first_step, batch_size, shown=is_host_0) as progress,
         ):
-            window = Window(
+            window = MetricsWindow(
                 batch_size,
                 waited=lambda: staged.waited,
-                multiply_adds=training_multiply_adds(job.model, job.dataset.image_shape),
+                multiply_adds=training_multiply_adds(setup.model, setup.dataset.image_shape),
                 peak=peak_multiply_adds(jax.devices()),
             )
             train_metrics = {}
@@ -116,10 +124,12 @@ def train(config: Config, workdir: Path) -> int:
                 step += 1
                 stop = signals.stop_after(step)
                 if profiler.after(step, values):
-                    progress.say("profile of steps {} to {}".format(*config.log.profile_steps) + f" in {workdir / 'profile'}")
+                    progress.say(
+                        "wrote the profile of steps {} to {}".format(*config.log.profile_steps) + f" to {workdir / 'profile'}"
+                    )
                 window.add(step, values)
                 if step == first_step + 1:
-                    jax.block_until_ready(values)  # until here it compiled
+                    jax.block_until_ready(values)  # the first step compiles
                     window.restart_clock()
                     progress.restart_clock()
                 epoch, position = divmod(step, plan.steps_per_epoch)
@@ -134,10 +144,10 @@ def train(config: Config, workdir: Path) -> int:
                     if window.slow_input:
                         progress.say(SLOW_INPUT_WARNING, once=True)
                 if devices > 1 and config.check_every > 0 and step % config.check_every == 0:
-                    job.parallel.check_same(state, step)
+                    setup.parallel.check_same(state, step)
                 if save:
                     checkpoints.save(state)
-                if position == 0:  # an epoch is done
+                if position == 0:  # the end of an epoch
                     test_metrics = test(state)
                     if not np.isfinite(test_metrics["eval/loss"]):
                         raise FloatingPointError(f"the test loss is {test_metrics['eval/loss']} at step {step}")
@@ -147,12 +157,12 @@ def train(config: Config, workdir: Path) -> int:
                     window.restart_clock()
             checkpoints.save(state)
 
-    if not leads:
+    if not is_host_0:
         return signals.received if step < plan.total_steps else 0
     draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=f"{config.model.name} on {config.data.name}")
     if step < plan.total_steps:
         print(
-            f"Stopped and saved at step {step} of {plan.total_steps}; to go on: "
+            f"Stopped and saved at step {step} of {plan.total_steps}. To resume: "
             f"python -m train.main --workdir {shlex.quote(str(workdir))} --resume"
         )
         return signals.received
@@ -161,24 +171,26 @@ def train(config: Config, workdir: Path) -> int:
 
 
 def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
-    """Test the latest or best checkpoint in `workdir`, or, of no folder, `model.init`; prints the result and writes nothing.
+    """Test the latest or best checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result.
 
     Raises:
-        ConfigError: there is no checkpoint, or it does not fit the config.
+        ConfigError: There is no checkpoint, or it does not fit the config.
     """
-    job = prepare(config)
-    plan = make_plan(config, max(len(job.dataset.train), config.data.batch_size), jax.device_count())  # few will do to test
+    setup = make_setup(config)
+    plan = make_plan(
+        config, max(len(setup.dataset.train), config.data.batch_size), jax.device_count()
+    )  # a test needs no full batch
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
-    start = Start(config, plan, job.model, optimizer, job.dataset.image_shape)
-    state = start.empty()
+    start = InitialState(config, plan, setup.model, optimizer, setup.dataset.image_shape)
+    state = start.placeholder()
     if jax.process_index() == 0 and workdir is None:
-        state, notes = start.first()
+        state, notes = start.create()
         print(*notes, sep="\n")
     elif jax.process_index() == 0 and workdir is not None:
         with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
             state = checkpoints.restore(start.shapes(), step=checkpoints.best() if best else None)
     state = from_host_0(state)
-    result = make_test(job, config)(job.parallel.put_state(state))
+    result = make_test(setup, config)(setup.parallel.put_state(state))
     print(
         f"{config.model.name} on {config.data.name}, step {int(state.step)}: test accuracy "
         f"{accuracy(result)}, "
@@ -188,7 +200,7 @@ def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
 
 
 def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
-    """What a person reads of one epoch."""
+    """Return the line that is printed after an epoch."""
     return (
         f"epoch {epoch:{len(str(epochs))}}/{epochs}   "
         f"train loss {values['train/loss']:.4f}, accuracy {values['train/top1']:7.2%}   "
@@ -198,10 +210,10 @@ def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
 
 
 def summary(workdir: Path, seconds: float) -> str:
-    """What a person reads at the end."""
+    """Return the line that is printed at the end of a run."""
     tested = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/top1" in line]
-    if not tested:  # they are lost, and the run had ended
-        return f"No test result in {workdir / 'metrics.jsonl'}; the checkpoints are whole: --evaluate tests the latest"
+    if not tested:  # the run had ended and its metrics were lost
+        return f"No test result in {workdir / 'metrics.jsonl'}. The checkpoints are complete; --evaluate tests the latest"
     last, best = tested[-1], best_line(tested)
     return (
         f"Test accuracy {accuracy(last)} after the last epoch, "
@@ -210,17 +222,17 @@ def summary(workdir: Path, seconds: float) -> str:
 
 
 def accuracy(tested: dict[str, Any]) -> str:
-    """`98.61 % (355 of 360)`."""
+    """Return `98.61 % (355 of 360)`."""
     share, images = tested["eval/top1"], tested["eval/images"]
     return f"{100 * share:.2f} % ({round(share * images)} of {images})"
 
 
 def count(params: Any) -> int:
-    """Numbers in all arrays together."""
+    """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def describe_devices() -> str:
-    """`1 × cpu`, `16 × NVIDIA H200 of 2 hosts`."""
+    """Return `1 × cpu` or `16 × NVIDIA H200 of 2 hosts`."""
     devices, hosts = jax.devices(), jax.process_count()
     return f"{len(devices)} × {devices[0].device_kind}" + (f" of {hosts} hosts" if hosts > 1 else "")

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, from optax's parts."""
+"""The optimizer and its learning-rate schedule, built from optax."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from train.config import Optim, Plan
 
 
 def make_schedule(optim: Optim, plan: Plan) -> optax.Schedule:
-    """Step → learning rate: a linear rise over the warm-up, then a cosine down to 0, or drops."""
+    """Return step → learning rate: a linear warm-up, then a cosine decay to 0 or the drops of the step schedule."""
     after_warmup = plan.total_steps - plan.warmup_steps
     if optim.schedule == "cosine":
         fall = optax.cosine_decay_schedule(plan.peak_lr, after_warmup)
@@ -21,10 +21,10 @@ def make_schedule(optim: Optim, plan: Plan) -> optax.Schedule:
 
 
 def make_optimizer(optim: Optim, schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """The optimizer of the config, for gradients that are the mean over the whole batch.
+    """Return the config's optimizer, for gradients averaged over the global batch.
 
-    SGD is PyTorch's: the decay is part of the gradient, so it passes through the momentum. LARS is optax's; biases and what
-    norms scale and shift by are neither decayed nor adapted by it, as its authors and those who use it do.
+    SGD follows PyTorch: weight decay is added to the gradient before the momentum. LARS is optax's; as in common practice, it
+    neither decays nor adapts biases and the parameters of norms.
     """
     if optim.name == "lars":
         rule = optax.lars(
@@ -33,10 +33,10 @@ def make_optimizer(optim: Optim, schedule: optax.ScalarOrSchedule) -> optax.Grad
     else:
         decay = optax.add_decayed_weights(optim.weight_decay, mask=is_kernel if optim.decay_kernels_only else None)
         rule = optax.chain(decay, optax.sgd(schedule, momentum=optim.momentum))
-    # Clipped or not, the state has the same structure: a run may go on with another setting.
+    # The state has the same structure with and without clipping, so a resumed run may change the setting.
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(), rule)
 
 
 def is_kernel(params: Any) -> Any:
-    """Tree of params → tree of bool: True for convolutions' and matrix products' kernels, which alone have several dimensions."""
+    """Return a tree of bool: True for kernels, the only parameters with more than one axis."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

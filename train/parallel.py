@@ -1,4 +1,4 @@
-"""The step of one device, mapped over all devices of all hosts: two engines, one step function."""
+"""Map the step of one device over all devices of all hosts, by `shard_map` or by `pmap`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ Step = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True)
 class Parallel:
-    """How to run a step (state, batch) → results on several devices. State and results are the same on each."""
+    """How a step (state, batch) → results runs on several devices. State and results are replicated."""
 
     over_devices: Callable[..., Step]
-    """(step, donate_state=False) → the same step for the whole batch."""
+    """(step, donate_state=False) → the step for the global batch."""
     put_batch: Callable[[Any], Any]
-    """Arrays (n, ...) of each host → arrays (hosts * n, ...) on the devices, split evenly."""
+    """Arrays (n, ...) of each host → global arrays (hosts * n, ...), sharded evenly over the devices."""
     put_state: Callable[[Any], Any]
-    """Host arrays, the same on all hosts → device arrays, one copy on each device."""
+    """Host arrays, equal on all hosts → arrays replicated on the devices."""
     check_same: Callable[[Any, int], None]
-    """(state, step) → nothing, or a `DivergedError` that says which hosts hold other bits than host 0, and where."""
+    """(state, step) → None. Raises a `DivergedError` that names the hosts and the first array whose bits differ from host 0's."""
 
 
 def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
-    """The named engine over `devices`, those of one host together.
+    """Return the engine of this name over `devices`, with the devices of each host side by side.
 
     Args:
         engine: "shard_map" (`jax.jit` of `jax.shard_map` over a 1-D mesh) or "pmap".
-        devices: JAX's, of all hosts that take part; as many of each.
+        devices: The JAX devices of all hosts; every host has the same number.
     """
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.asarray(devices), (AXIS,))
@@ -53,7 +53,7 @@ def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
         sharding, hosts = NamedSharding(mesh, split), len({device.process_index for device in devices})
 
         def put(x: np.ndarray) -> jax.Array:
-            if engine == "pmap":  # it wants the devices as a dimension of their own
+            if engine == "pmap":  # it expects an axis for the devices
                 x = x.reshape(len(devices) // hosts, -1, *x.shape[1:])
             return jax.make_array_from_process_local_data(sharding, x, (hosts * x.shape[0], *x.shape[1:]))
 
@@ -76,14 +76,14 @@ def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
             raise DivergedError(
                 f"after step {step}, devices of host {', '.join(map(str, hosts))} hold other values of "
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} than the first device of host 0: "
-                "a fault of memory or network, or hosts with other versions or hardware"
+                "faulty memory or network, or hosts with different versions or hardware"
             )
 
     return Parallel(over_devices, put_batch, put_state, check_same)
 
 
 def _fingerprints(state: Any, _batch: Any) -> jax.Array:
-    """A number for the bits of each array on each device: uint32 (devices, arrays)."""
+    """Return a checksum of each array on each device: uint32 (devices, arrays)."""
 
     def fingerprint(x: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).reshape(-1)
@@ -96,11 +96,11 @@ def _fingerprints(state: Any, _batch: Any) -> jax.Array:
 
 
 def from_host_0(tree: Any) -> Any:
-    """The NumPy arrays of host 0 on all hosts, bit for bit; `tree` has the same structure, shapes and dtypes on all."""
+    """Return host 0's NumPy arrays on all hosts, bit for bit; `tree` must have the same structure, shapes and dtypes on each."""
     if jax.process_count() == 1:
         return tree
     leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
-    # As bytes: the sum by which JAX broadcasts would turn -0.0 into 0.0.
+    # Broadcast as bytes: JAX broadcasts by a sum, which would turn -0.0 into 0.0.
     flat = np.concatenate([np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
     flat = multihost_utils.broadcast_one_to_all(flat)
     parts = np.split(flat, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
@@ -116,9 +116,9 @@ def of_all_hosts(values: list[int]) -> list[list[int]]:
 
 
 def run_once(make: Callable[[], Any]) -> Any:
-    """What `make` returns, computed on the device by a program not worth optimising.
+    """Run `make` on the device, compiled without optimisation on the CPU.
 
-    Optimised, the random draws of a network's first state would take a CPU's compiler ten seconds and more.
+    With optimisation, the CPU compiler needs ten seconds or more for the random draws of a network's initial state.
     """
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(make, compiler_options=options)()

@@ -1,4 +1,4 @@
-"""What training and testing work on (images, network, devices), the step of the one, and the whole of the other."""
+"""Data, network and devices of a run, its compiled training step and its test."""
 
 import functools
 import zlib
@@ -21,8 +21,8 @@ from train.step import AXIS, TrainState, eval_step, train_step
 
 
 @dataclass(frozen=True)
-class Job:
-    """Images, network and devices."""
+class TrainingSetup:
+    """Data, network and devices of a run."""
 
     dataset: Dataset
     model: nn.Module
@@ -30,11 +30,11 @@ class Job:
     parallel: Parallel
 
 
-def prepare(config: Config) -> Job:
-    """Load the data and make the network.
+def make_setup(config: Config) -> TrainingSetup:
+    """Load the data and create the network.
 
     Raises:
-        ConfigError: there is no such network, or it does not take such images; or another host found other images.
+        ConfigError: The network does not exist or does not take images of this size, or hosts found different images.
     """
     if config.model.dtype == "float64" and jnp.zeros(0).dtype != "float64":
         raise ConfigError("model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment")
@@ -52,14 +52,14 @@ def prepare(config: Config) -> Job:
     except ValueError as error:
         raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
     normalizer = functools.partial(scconv_jax.images.normalize, mean=dataset.mean, std=dataset.std)
-    return Job(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
+    return TrainingSetup(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
 
 
 def check_same_images(dataset: Dataset) -> None:
-    """See that all hosts, each of which reads its part of every batch, found the same classes and as many images.
+    """Check that all hosts, which read one part of each batch each, found the same classes and numbers of images.
 
     Raises:
-        ConfigError: they did not, on all hosts.
+        ConfigError: They differ. All hosts raise it.
     """
     crc = zlib.crc32("\0".join(dataset.classes).encode(errors="surrogateescape")) >> 1
     hosts = of_all_hosts([len(dataset.train), len(dataset.test), dataset.num_classes, crc])
@@ -72,14 +72,14 @@ def check_same_images(dataset: Dataset) -> None:
         raise ConfigError(f"host {other} found {there}{names}, host 0 {here}: all hosts need the same images in data.dir")
 
 
-def make_step(job: Job, config: Config, optimizer: optax.GradientTransformation) -> Step:
-    """(state, batch) → the state after one step of training, and the metrics of that step; the state given is used up."""
+def make_step(setup: TrainingSetup, config: Config, optimizer: optax.GradientTransformation) -> Step:
+    """Return (state, batch) → the next state and the metrics of the step. The step donates the state it is given."""
     step = functools.partial(
         train_step,
-        model=job.model,
+        model=setup.model,
         optimizer=optimizer,
         augment=make_augment(config.data, config.augment),
-        normalize=job.normalize,
+        normalize=setup.normalize,
         label_smoothing=config.optim.label_smoothing,
         seed=config.seed,
         mix=make_mix(config.augment),
@@ -87,29 +87,29 @@ def make_step(job: Job, config: Config, optimizer: optax.GradientTransformation)
         rematerialise=config.model.rematerialise,
         ema_decay=config.optim.ema,
     )
-    return job.parallel.over_devices(step, donate_state=True)
+    return setup.parallel.over_devices(step, donate_state=True)
 
 
-def make_test(job: Job, config: Config) -> Callable[[TrainState], dict[str, float]]:
-    """State → `eval/loss`, `eval/top1` and, of more than five classes, `eval/top5` over all test images, each counted once.
+def make_test(setup: TrainingSetup, config: Config) -> Callable[[TrainState], dict[str, float]]:
+    """Return state → `eval/loss`, `eval/top1`, with more than five classes `eval/top5`, and `eval/images`.
 
-    `eval/images` is how many they are, without those that cannot be read.
+    Every test image counts once. `eval/images` is the number of test images that could be read.
     """
-    sums_of = job.parallel.over_devices(functools.partial(eval_step, model=job.model, normalize=job.normalize))
+    sums_of = setup.parallel.over_devices(functools.partial(eval_step, model=setup.model, normalize=setup.normalize))
 
     def test(state: TrainState) -> dict[str, float]:
         batches = eval_batches(
-            job.dataset.test,
+            setup.dataset.test,
             config.data.batch_size,
             threads=config.data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        with Staged(batches, job.parallel.put_batch) as staged:
+        with Staged(batches, setup.parallel.put_batch) as staged:
             sums = []
             for batch in staged:
                 sums.append(sums_of(state, batch))
-                jax.block_until_ready(sums[-RUN_AHEAD:][0])  # or all test images would be on the device at once
+                jax.block_until_ready(sums[-RUN_AHEAD:][0])  # otherwise all test images would be on the device at once
         sums = jax.device_get(sums)
         totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
         count = totals.pop("count")

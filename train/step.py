@@ -1,8 +1,8 @@
-"""One step of training and one of evaluation, as each device sees it: pure functions of state and batch.
+"""The training step and the evaluation step of one device: pure functions of state and batch.
 
-`train.parallel` maps them over the devices. Every device holds the same state and its own share of the batch; what
-they return is the same on all of them. There is no I/O and no clock here, and the only randomness is that of
-`image_keys` and `batch_key`, to which the number of devices makes no difference.
+`train.parallel` maps them over the devices. Every device holds the same state and its own share of the batch, and all devices
+return the same values. There is no I/O and no clock here. All randomness comes from `image_keys` and `batch_key`, which do not
+depend on the number of devices.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,19 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 AXIS = "data"
-"""The mapped axis, over which the batch is split."""
+"""Name of the mapped axis, along which the batch is split."""
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that training changes."""
+    """Everything that training changes."""
 
     step: Array
-    """Steps taken: int32 ()."""
+    """Number of steps taken: int32 ()."""
     params: Any
     batch_stats: Any
     opt_state: Any
     ema: Any = None
-    """Moving average of the two, `{"params", "batch_stats"}`; None where none is kept."""
+    """Moving average, `{"params", "batch_stats"}`; None if the run keeps none."""
 
 
 def init_state(
@@ -40,7 +40,7 @@ def init_state(
     seed: int,
     ema: bool = False,
 ) -> TrainState:
-    """The state before the first step; `image_shape` is (h, w, 3). With `ema`, it has a moving average."""
+    """Return the state before the first step, with a moving average if `ema`. `image_shape` is (h, w, 3)."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -66,26 +66,27 @@ def train_step(
     rematerialise: bool = False,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of gradient descent on this device's share of the batch.
+    """Take one step of gradient descent on this device's share of the batch.
 
     Args:
-        state: the same on all devices.
-        batch: `image` uint8 (n, h, w, 3), `label` int32 (n,), n images per device.
-        model: a network of the library.
-        optimizer: an optax transformation.
+        state: The same on all devices.
+        batch: `image` uint8 (n, h, w, 3) and `label` int32 (n,), for n images per device.
+        model: A network of the library.
+        optimizer: An optax transformation.
         augment: (keys (n,), images) → images.
-        normalize: images → float images, what the network takes.
-        label_smoothing: share of the target spread evenly over all classes.
-        seed: of the run.
-        mix: (key, h, w) → share (h, w) of its own that each pixel keeps when neighbours, in pairs, are blended; n must be even.
-        parts: number of pieces, n / parts images each, of which one after the other is in memory. Their gradients and
-            BatchNorm statistics are averaged, as if each were a device's share.
-        rematerialise: compute the blocks of the network again for the gradient, instead of keeping what they compute.
-        ema_decay: highest decay of the moving average, where the state has one.
+        normalize: uint8 images → float images, the network's input.
+        label_smoothing: Share of the target that is spread evenly over all classes.
+        seed: Seed of the run.
+        mix: (key, h, w) → weights (h, w), the share that each pixel keeps of its own image when neighbouring images are
+            blended in pairs; n must be even.
+        parts: Number of parts, n / parts images each, that are computed one after the other to save memory. Their gradients
+            and BatchNorm statistics are averaged, as over devices.
+        rematerialise: Recompute the blocks of the network in the backward pass instead of storing their activations.
+        ema_decay: Upper limit of the moving average's decay, if the state has a moving average.
 
     Returns:
-        The next state, and `loss`, `top1` and, of more than five classes, `top5` of the whole batch (before the step).
-        Where images are mixed, the right class is that of the larger share.
+        The next state, and the metrics of the whole batch before the step: `loss`, `top1` and, with more than five classes,
+        `top5`. If images are mixed, the label with the larger share counts as correct.
     """
     apply = rematerialised(model) if rematerialise else partial(model.apply, train=True, mutable=["batch_stats"])
 
@@ -99,11 +100,11 @@ def train_step(
         if kept is not None:
             targets = blend_pairs(targets, kept.mean(keepdims=True))
         loss = optax.losses.softmax_cross_entropy(logits, targets).mean()
-        hits = {name: hit.mean(dtype=loss.dtype) for name, hit in recognised(logits, targets.argmax(-1)).items()}
+        hits = {name: hit.mean(dtype=loss.dtype) for name, hit in top_k_hits(logits, targets.argmax(-1)).items()}
         return loss, ({"loss": loss, **hits}, new["batch_stats"])
 
-    # Each device differentiates a copy of the parameters of its own. Were they shared, `shard_map` would already sum
-    # the gradient over the devices, and the mean below would leave it as many times too large as there are devices.
+    # Each device differentiates its own copy of the parameters. If they were shared, `shard_map` would already sum the gradient
+    # over the N devices, and the mean below would leave it N times too large.
     own_params = jax.lax.pcast(state.params, AXIS, to="varying")
 
     def gradient_of(*share: Array) -> tuple[Any, Any, dict[str, Array]]:
@@ -118,14 +119,14 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        # Early on the average is short, so that the initial values are soon forgotten.
+        # A smaller decay at first, so that the average soon forgets the initial values.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update({"params": params, "batch_stats": batch_stats}, ema, 1 - decay)
     return TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema), metrics
 
 
 def _mean_over_parts(function: Callable[..., Any], share: tuple[Array, ...], parts: int) -> Any:
-    """Mean of `function` over the parts of a device's share, one after the other."""
+    """Return the mean of `function` over the parts of a device's share, computed one after the other."""
     pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), share)
 
     def add(total: Any, piece: Any) -> tuple[Any, None]:
@@ -133,13 +134,13 @@ def _mean_over_parts(function: Callable[..., Any], share: tuple[Array, ...], par
 
     shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jax.lax.pcast(jnp.zeros(x.shape, x.dtype), AXIS, to="varying"), shapes)
-    # On a CPU, XLA's convolutions are five times slower in a loop.
+    # Unrolled on the CPU, where XLA's convolutions are five times slower inside a loop.
     total, _ = jax.lax.scan(add, zeros, pieces, unroll=jax.default_backend() == "cpu")
     return jax.tree.map(lambda x: x / parts, total)
 
 
 def rematerialised(model: nn.Module) -> Callable[..., Any]:
-    """`model.apply` in training, of which only the outputs of blocks (`layer1/0`) are kept for the gradient."""
+    """Return `model.apply` for training that stores only the outputs of blocks (`layer1/0`) for the backward pass."""
 
     def tag(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         result = next_call(*args, **kwargs)
@@ -155,26 +156,26 @@ def rematerialised(model: nn.Module) -> Callable[..., Any]:
 
 
 def blend_pairs(x: Array, kept: Array) -> Array:
-    """Each of `x` (n, ...) with its neighbour (0 with 1, 2 with 3, …): `kept` of its own, the rest of the other's."""
+    """Blend each of `x` (n, ...) with its neighbour (0 with 1, 2 with 3, …): `kept` of itself, the rest of the neighbour."""
     partner = x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
     kept = kept.astype(x.dtype)
     return x * kept + partner * (1 - kept)
 
 
 def image_keys(seed: int, step: Array, share: int) -> Array:
-    """Keys (share,) for the images of this device's share: of seed, step and an image's position in the whole batch."""
+    """Return keys (share,) for this device's images; they depend on seed, step and the position in the global batch."""
     positions = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
     step_key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key, positions)
 
 
 def batch_key(seed: int, step: Array) -> Array:
-    """The key for what is drawn once for the whole batch: of seed and step, and no image's."""
+    """Return the key for values that are drawn once per batch; it depends on seed and step and is no image's key."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 2**32 - 1)
 
 
-def recognised(logits: Array, labels: Array) -> dict[str, Array]:
-    """Whether each label (n,) is the class of the largest logit (`top1`) and, of more than five classes, of the five largest."""
+def top_k_hits(logits: Array, labels: Array) -> dict[str, Array]:
+    """Return `top1` and, with more than five classes, `top5`: whether each label (n,) is among the largest logits, bool (n,)."""
     hits = {"top1": logits.argmax(-1) == labels}
     if logits.shape[-1] > 5:
         hits["top5"] = (jax.lax.top_k(logits, 5)[1] == labels[:, None]).any(-1)
@@ -184,15 +185,15 @@ def recognised(logits: Array, labels: Array) -> dict[str, Array]:
 def eval_step(
     state: TrainState, batch: dict[str, Array], *, model: nn.Module, normalize: Callable[[Array], Array]
 ) -> dict[str, Array]:
-    """Sums over the whole batch of `loss`, `top1`, `top5` (as of `recognised`) and `count`; images of `weight` 0 do not count.
+    """Return sums over the global batch of `loss`, the hits of `top_k_hits` and `count`. Images of `weight` 0 do not count.
 
-    Where the state has a moving average, that is what is tested.
+    The moving average is evaluated if the state has one.
     """
     variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
     logits: Any = model.apply(variables, normalize(batch["image"]), train=False)
     values = {
         "loss": optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
-        **recognised(logits, batch["label"]),
+        **top_k_hits(logits, batch["label"]),
         "count": 1.0,
     }
     return jax.lax.psum({name: (value * batch["weight"]).sum() for name, value in values.items()}, AXIS)

@@ -124,14 +124,14 @@ def test_two_hosts_of_four_devices_equal_one_device():
     epochs = saved // 5 + 2
     for code, out, err in map(finish, start_hosts("--resume", "stopped", "--epochs", str(epochs - 1))):
         assert (code, errors(err)) == (0, []), err
-        assert "Begun on" not in out
+        assert "The run began on" not in out
     saved = int(final_arrays("stopped")["step"])
     for code, _, err in map(finish, start_hosts("--evaluate", "--workdir", "stopped")):
         assert (code, errors(err)) == (0, []), err
     code, out, err = finish(start("--resume", "stopped", "--epochs", str(epochs), devices=1))
     assert code == 0, err
-    assert f"going on from step {saved} of {5 * epochs}" in out
-    assert "Begun on 8 devices, going on on 1: equal up to rounding, not bit for bit." in out
+    assert f"resuming from step {saved} of {5 * epochs}" in out
+    assert "The run began on 8 devices and resumes on 1: results agree to rounding, not bit for bit." in out
 
 
 def wait_for_step(workdir, step, processes):

@@ -11,7 +11,7 @@ import pytest
 import scconv_jax
 from tests.train.tiny import Tiny, create_tiny
 from train.config import Config, ConfigError, Data, Model, Optim, make_plan
-from train.initial_state import Start, initial_weights
+from train.initial_state import InitialState, initial_weights
 from train.main import main
 from train.optim import make_optimizer, make_schedule
 from train.run.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ def weights(tmp_path_factory):
 def start_of(config, num_classes=10):
     plan = make_plan(config, 80, devices=8)
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
-    return Start(config, plan, Tiny(num_classes=num_classes), optimizer, (8, 8, 3))
+    return InitialState(config, plan, Tiny(num_classes=num_classes), optimizer, (8, 8, 3))
 
 
 def assert_same(found, expected):
@@ -44,9 +44,9 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_weights_of_a_file_are_taken_as_they_are(weights, ema):
     path, variables = weights
-    state, notes = start_of(Config(model=Model(init=str(path)), data=CONFIG.data, optim=Optim(ema=ema))).first()
+    state, notes = start_of(Config(model=Model(init=str(path)), data=CONFIG.data, optim=Optim(ema=ema))).create()
     assert_same({"params": state.params, "batch_stats": state.batch_stats}, variables)
-    assert notes == [f"Beginning with {path}."]
+    assert notes == [f"Starting from {path}."]
     if ema:
         assert_same(state.ema, variables)
 
@@ -54,8 +54,8 @@ def test_weights_of_a_file_are_taken_as_they_are(weights, ema):
 def test_a_head_of_other_classes_is_drawn_and_the_rest_taken(weights):
     path, variables = weights
     config = Config(model=Model(init=str(path)), data=CONFIG.data)
-    drawn, _ = start_of(Config(data=CONFIG.data), num_classes=7).first()
-    state, notes = start_of(config, num_classes=7).first()
+    drawn, _ = start_of(Config(data=CONFIG.data), num_classes=7).create()
+    state, notes = start_of(config, num_classes=7).create()
     assert_same(state.params["fc"], drawn.params["fc"])
     assert_same(state.params["conv"], variables["params"]["conv"])
     assert_same(state.batch_stats, variables["batch_stats"])
@@ -70,11 +70,13 @@ def test_pretrained_is_the_weights_published_for_the_network(weights, monkeypatc
     found, notes = initial_weights("pretrained", "scnet50", variables)
     assert asked == ["scnet50"]
     assert_same(found, variables)
-    assert notes == ["Beginning with the published weights of scnet50."]
+    assert notes == ["Starting from the published weights of scnet50."]
 
 
 def test_pretrained_is_refused_where_nothing_was_published():
-    expected = r"^no weights were published for resnet50, only for scnet101, scnet50, scnet50_v1d; those of a file: --init FILE$"
+    expected = (
+        r"^no weights were published for resnet50, only for scnet101, scnet50, scnet50_v1d\. Give a file instead: --init FILE$"
+    )
     with pytest.raises(ConfigError, match=expected):
         initial_weights("pretrained", "resnet50", {})
 
@@ -82,7 +84,7 @@ def test_pretrained_is_refused_where_nothing_was_published():
 def test_a_later_epoch_has_its_place_in_schedule_and_data():
     config = Config(epochs=3, start_epoch=2, data=CONFIG.data, optim=Optim(lr=1.0, schedule="step", drop_epochs=(1.0, 2.0)))
     start = start_of(config)
-    state, _ = start.first()
+    state, _ = start.create()
     assert state.step == 10
     grads = jax.tree.map(jnp.ones_like, state.params)
     updates, _ = start.optimizer.update(grads, state.opt_state, jax.tree.map(jnp.zeros_like, state.params))
@@ -129,12 +131,12 @@ def test_from_the_command_line(small, weights, capsys):
     assert main(["--config", small, "--init", str(path), "--evaluate"]) == 0
     out = capsys.readouterr().out
     assert re.search(
-        rf"^Beginning with {path}\.\nscnet20_small on synthetic, step 0: test accuracy .* of 27\), top-5 .*, loss ", out
+        rf"^Starting from {path}\.\nscnet20_small on synthetic, step 0: test accuracy .* of 27\), top-5 .*, loss ", out
     )
     assert not Path("runs").exists()
 
     assert main(["--config", small, "--init", str(path), "--optim.lr", "1e-30", "--optim.weight-decay", "0"]) == 0
-    assert f"\nBeginning with {path}.\n" in capsys.readouterr().out
+    assert f"\nStarting from {path}.\n" in capsys.readouterr().out
     untrained = float(re.search(r"loss ([\d.]+)", out)[1])
     with Checkpoints(Path("runs/small"), keep=1) as checkpoints:
         assert checkpoints.latest() == 5
@@ -144,7 +146,7 @@ def test_from_the_command_line(small, weights, capsys):
     assert main(["--resume", "--config", small, "--init", "another.pth", "--epochs", "2"]) == 0
     out = capsys.readouterr().out
     assert f"changed since the run began: model.init: '{path}' → 'another.pth'" in out
-    assert "going on from step 5 of 10, whose weights count, not those of model.init 'another.pth'" in out
+    assert "resuming from step 5 of 10 with the checkpoint's weights; model.init 'another.pth' is ignored" in out
 
 
 def test_a_run_does_not_begin_with_weights_that_will_not_do(small, capsys):

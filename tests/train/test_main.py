@@ -96,14 +96,14 @@ def test_a_run_that_is_watched(small, capsys):
     assert main(["--config", small, "--epochs", "1", "--log.tensorboard", "--log.profile-steps", "2", "3"]) == 0
     assert len(list(Path("runs/small/tensorboard").iterdir())) == 1
     assert list(Path("runs/small/profile").rglob("*.xplane.pb"))
-    assert "profile of steps 2 to 3 in runs/small/profile" in capsys.readouterr().out
+    assert "wrote the profile of steps 2 to 3 to runs/small/profile" in capsys.readouterr().out
     line = read_metrics(Path("runs/small/metrics.jsonl"))[0]
     assert {"waiting_for_data", "multiply_adds_per_second", "train/top5"} <= line.keys()
 
 
 def test_a_profile_of_steps_that_never_come_is_an_error(small, capsys):
     assert main(["--config", small, "--epochs", "1", "--profile-steps", "6", "7"]) == 2
-    assert capsys.readouterr().err == "error: log.profile_steps begins at step 6; the run has 5\n"
+    assert capsys.readouterr().err == "error: log.profile_steps starts at step 6, but the run has 5 steps\n"
     assert not Path("runs").exists()
 
 
@@ -149,7 +149,7 @@ def test_a_second_run_takes_the_next_folder_and_resume_the_last(small, capsys):
     assert main(["--config", small, "--resume", "--epochs", "2"]) == 0
     out = capsys.readouterr().out
     assert "changed since the run began: epochs: 1 → 2" in out
-    assert "Writing to runs/small-3, going on from step 5 of 10" in out
+    assert "Writing to runs/small-3, resuming from step 5 of 10" in out
     assert [line["step"] for line in evaluations("runs/small-3")] == [5, 10]
     assert folders.load_run(Path("runs/small-3")).epochs == 2
 
@@ -160,7 +160,7 @@ def test_a_run_resumes_with_its_own_config(small, capsys):
     for flags in (["--resume", "mine"], ["--workdir", "mine", "--resume"]):
         capsys.readouterr()
         assert main(flags) == 0
-        assert "going on from step 5 of 5" in capsys.readouterr().out
+        assert "resuming from step 5 of 5" in capsys.readouterr().out
     assert folders.load_run(Path("mine")).optim.lr == 0.07
 
 
@@ -263,7 +263,7 @@ def test_a_run_that_lost_its_metrics_goes_on(small, capsys):
     Path("mine/metrics.jsonl").unlink()
     capsys.readouterr()
     assert main(["--resume", "mine"]) == 0
-    assert "No test result in mine/metrics.jsonl; the checkpoints are whole" in capsys.readouterr().out
+    assert "No test result in mine/metrics.jsonl. The checkpoints are complete" in capsys.readouterr().out
     assert main(["--resume", "mine", "--epochs", "2"]) == 0
     assert [line["step"] for line in evaluations("mine")] == [10]
 
@@ -351,12 +351,12 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits():
             assert saved is not None
             assert saved % 200 != 0, "stopped within an epoch"
             assert (
-                f"Stopped and saved at step {saved} of 600; to go on: python -m train.main --workdir {workdir} --resume\n" in out
+                f"Stopped and saved at step {saved} of 600. To resume: python -m train.main --workdir {workdir} --resume\n" in out
             )
             assert err == ""
         returncode, out, err = finish(start("--workdir", str(workdir), "--resume"))
         assert returncode == 0, err
-        assert f"going on from step {saved} of 600" in out
+        assert f"resuming from step {saved} of 600" in out
         assert final_state(workdir) == final_state("whole")
         assert evaluations(workdir) == evaluations("whole")
         steps = [line["step"] for line in read_metrics(metrics) if "train/loss" in line]

@@ -70,7 +70,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int) and "epoch" in line]
 
 
-class Window:
+class MetricsWindow:
     """Training metrics since the last look at them. They stay on the device until then.
 
     The host runs two steps ahead of the device and no further, so that no more batches than that are on the device.

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from train.run.curves import draw_curves
-from train.run.metrics import Metrics, Window, best_line, read_metrics
+from train.run.metrics import Metrics, MetricsWindow, best_line, read_metrics
 from train.run.progress import Progress
 
 
@@ -54,7 +54,7 @@ def values(loss, top1=0.5):
 
 
 def test_a_window_gives_means_and_begins_anew():
-    window = Window(batch_size=8)
+    window = MetricsWindow(batch_size=8)
     window.add(1, values(1.0, 0.25))
     window.add(2, values(2.0, 0.75))
     first = window.close()
@@ -66,7 +66,7 @@ def test_a_window_gives_means_and_begins_anew():
 
 
 def test_a_window_without_time_has_no_speed():
-    window = Window(batch_size=8)
+    window = MetricsWindow(batch_size=8)
     window.add(1, values(1.0))
     window.restart_clock()
     assert "images_per_second" not in window.close()
@@ -76,7 +76,7 @@ def test_speed_waiting_and_cost(monkeypatch):
     """Two steps of 8 images in 4 s, 1 s of which passed waiting, at 1e9 multiply-adds an image and a peak of 1e10."""
     clock, waited = SimpleNamespace(now=100.0), SimpleNamespace(total=7.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    window = Window(batch_size=8, waited=lambda: waited.total, multiply_adds=10**9, peak=1e10)
+    window = MetricsWindow(batch_size=8, waited=lambda: waited.total, multiply_adds=10**9, peak=1e10)
     for seconds, waits, slow in ((4.0, 1.0, True), (4.0, 0.3, False), (0.5, 0.5, False)):
         window.add(1, values(1.0))
         window.add(2, values(1.0))
@@ -93,14 +93,14 @@ def test_speed_waiting_and_cost(monkeypatch):
 def test_the_host_runs_no_more_than_two_steps_ahead(monkeypatch):
     awaited = []
     monkeypatch.setattr(jax, "block_until_ready", lambda step: awaited.append(step[0]))
-    window = Window(batch_size=8)
+    window = MetricsWindow(batch_size=8)
     for step in range(1, 6):
         window.add(step, values(1.0))
         assert awaited == list(range(1, step - 1))
 
 
 def test_the_device_is_idle_when_the_last_step_is_done():
-    window, done = Window(batch_size=8), []
+    window, done = MetricsWindow(batch_size=8), []
     assert window.idle()
     window.add(1, {"loss": SimpleNamespace(is_ready=lambda: bool(done))})
     assert not window.idle()
@@ -110,7 +110,7 @@ def test_the_device_is_idle_when_the_last_step_is_done():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_named_by_its_first_step(bad):
-    window = Window(batch_size=8)
+    window = MetricsWindow(batch_size=8)
     for step, loss in ((4, 1.0), (5, bad), (6, float("nan"))):
         window.add(step, values(loss))
     with pytest.raises(FloatingPointError, match=rf"^the training loss is {bad} at step 5$"):
