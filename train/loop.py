@@ -66,14 +66,10 @@ def train(config: Config, workdir: Path) -> int:
         ) as checkpoints,
         Signals() as signals,
     ):
-        resumes = checkpoints.latest() is not None
         state, notes = start.placeholder(), []
-        if resumes:
+        if resumes := checkpoints.latest() is not None:
             state = checkpoints.restore(start.shapes(), move_damaged=True)
-            if checkpoints.devices != devices:
-                notes = [
-                    f"The run began on {checkpoints.devices} devices and resumes on {devices}: results agree to rounding, not bit for bit."
-                ]
+            notes = resume_notes(config, checkpoints.devices)
         elif is_host_0:
             state, notes = start.create()
         state = from_host_0(state)
@@ -84,12 +80,7 @@ def train(config: Config, workdir: Path) -> int:
         print(
             f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
             f"{config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images. Writing to {workdir}"
-            + (f", resuming from step {step} of {plan.total_steps}" if resumes else "")
-            + (
-                f" with the checkpoint's weights; model.init {config.model.init!r} is ignored"
-                if resumes and config.model.init
-                else ""
-            ),
+            + (f", resuming from step {step} of {plan.total_steps}" if resumes else ""),
             *notes,
             sep="\n",
             flush=True,
@@ -197,6 +188,18 @@ def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
         + (f"top-5 {result['eval/top5']:.2%}, " if "eval/top5" in result else "")
         + f"loss {result['eval/loss']:.4f}"
     )
+
+
+def resume_notes(config: Config, devices_before: int) -> list[str]:
+    """Return what the user should know about a resumed run."""
+    devices, notes = jax.device_count(), []
+    if devices_before != devices:
+        notes.append(
+            f"The run began on {devices_before} devices and resumes on {devices}: results agree to rounding, not bit for bit."
+        )
+    if config.model.init:
+        notes.append(f"The weights are those of the checkpoint; model.init {config.model.init!r} is not loaded again.")
+    return notes
 
 
 def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:

@@ -146,7 +146,10 @@ def test_from_the_command_line(small, weights, capsys):
     assert main(["--resume", "--config", small, "--init", "another.pth", "--epochs", "2"]) == 0
     out = capsys.readouterr().out
     assert f"changed since the run began: model.init: '{path}' → 'another.pth'" in out
-    assert "resuming from step 5 of 10 with the checkpoint's weights; model.init 'another.pth' is ignored" in out
+    assert (
+        "resuming from step 5 of 10\nThe weights are those of the checkpoint; model.init 'another.pth' is not loaded again."
+        in out
+    )
 
 
 def test_a_run_does_not_begin_with_weights_that_will_not_do(small, capsys):
