@@ -213,9 +213,9 @@ def test_a_run_is_never_overwritten(small, capsys):
     for flags, message in (
         (
             ["--optim.lr", "0.3"],
-            "mine holds a run already, with epochs 1, not 3; optim.lr 0.1, not 0.3: add --resume to go on with it",
+            "mine already holds a run, with epochs 1, not 3; optim.lr 0.1, not 0.3: add --resume to continue it",
         ),
-        (["--epochs", "1"], "mine holds a run already: add --resume to go on with it, or choose another --workdir"),
+        (["--epochs", "1"], "mine already holds a run: add --resume to continue it, or choose another --workdir"),
         (
             ["--resume", "--model.name", "resnet20_small"],
             "mine holds a run with model.name 'scnet20_small', not 'resnet20_small'",
@@ -246,7 +246,7 @@ def test_a_run_that_lost_its_config_is_not_taken_for_a_fresh_folder(small, capsy
     good = final_state("mine")
     for content, message in (
         (b"\xff\0", "mine/config.json is not the config of a run: "),
-        (None, "mine holds checkpoints, but no config.json: put it back, or choose another --workdir"),
+        (None, "mine holds checkpoints but no config.json: restore the file, or choose another --workdir"),
     ):
         Path("mine/config.json").unlink() if content is None else Path("mine/config.json").write_bytes(content)
         for flags in (["--config", small, "--workdir", "mine"], ["--resume", "mine"]):

@@ -1,9 +1,9 @@
-"""Training states on disk: Orbax behind a few operations. The only file that knows Orbax.
+"""Checkpoints of the training state, written and read by Orbax.
 
 A checkpoint is `checkpoints/STEP/` with three items: `state`, the arrays; `about`, the config, the number of devices and of
-training images, and of each array its shape, dtype and CRC-32; `metrics`, the test metrics, where there are any. Its step is
-also the position in the data and, with the config's seed, all there is to know of the random numbers. Orbax writes a step
-whole or not at all; what happens to the files afterwards is found by the checksums, and the step before takes its place.
+training images, and the shape, dtype and CRC-32 of each array; `metrics`, the test metrics, if there are any. The step also gives
+the position in the data and, with the config's seed, all random numbers. Orbax writes a step completely or not at all. Checksums
+find later damage; the previous step then replaces the damaged one.
 """
 
 import errno
@@ -24,27 +24,27 @@ from train.config import CheckpointError, ConfigError
 
 
 class DamagedError(Exception):
-    """A checkpoint whose files are not what was written."""
+    """The files of a checkpoint are not those that were written."""
 
 
 class Checkpoints:
-    """The checkpoints of a run: the latest `keep` steps and the one of the best `eval/top1`.
+    """The checkpoints of a run: the latest `keep` steps and the step with the best `eval/top1`.
 
-    Written by a thread of its own, while training goes on. Only one process may have a folder open.
+    A thread writes them while training continues. Only one process may have a folder open.
     """
 
     def __init__(self, workdir: Path | None, keep: int, config: dict[str, Any] | None = None, images: int | None = None) -> None:
-        """Open the folder; None stands for one that nothing is found in nor written to: another host has it.
+        """Open the checkpoints of a run.
 
         Args:
-            workdir: the folder of the run.
-            keep: latest steps to keep.
-            config: to be stored with each checkpoint, as JSON.
-            images: in the training set, in whose order a step is a position.
+            workdir: Folder of the run. If None, there are no checkpoints and `save` does nothing: another host writes them.
+            keep: Number of latest steps to keep.
+            config: Stored with each checkpoint, as JSON.
+            images: Number of training images, which gives a step its position in the data.
         """
         self._config, self._images, self._keep = config or {}, images, keep
         self.devices = jax.device_count()
-        """On how many the state that was restored had been computed."""
+        """Number of devices that computed the restored state."""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._manager: ocp.CheckpointManager | None = None
@@ -62,14 +62,14 @@ class Checkpoints:
                 self.wait()
                 failed = False
         finally:
-            self._writer.shutdown()  # what is being written is written to the end
+            self._writer.shutdown()  # waits for the current write
             if self._manager is not None:
                 self._manager.close()
-            if not failed:  # else those threads may go on talking until the process ends
+            if not failed:  # after an error, the noise may continue until the process ends
                 sys.unraisablehook = self._hook
 
     def _without_noise(self, unraisable: Any) -> None:
-        """Keep back what TensorStore's threads say when Orbax, after an error, no longer waits for them."""
+        """Suppress the messages of TensorStore's threads, for which Orbax does not wait after an error."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self._hook(unraisable)
 
@@ -89,41 +89,41 @@ class Checkpoints:
         return max(tested, key=lambda step: (tested[step], step), default=None)
 
     def save(self, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Copy `state` to the host and begin to write it under its step, unless that step is there already.
+        """Copy `state` to the host and start to write it, unless a checkpoint of its step exists.
 
-        An error of the writing is raised by the next `save`, `check` or `wait`:
+        The next `save`, `check` or `wait` raises the error of a failed write:
 
         Raises:
-            FloatingPointError: a value of the state is not finite. Nothing was written.
-            CheckpointError: the files could not be written.
+            FloatingPointError: A value of the state is not finite. Nothing was written.
+            CheckpointError: The files could not be written.
         """
         self.wait()
         if hasattr(self, "directory") and int(state.step) not in self.steps():
-            # Copied for sure: on CPU the host's array may be the device's memory, which the next step overwrites.
+            # An explicit copy: on CPU, device_get may return the device's memory, which the next step overwrites.
             state = jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(state))
             self._writing = self._writer.submit(self._write, state, metrics)
 
     def check(self) -> None:
-        """Raise the error of a write that has ended."""
+        """Raise the error of a finished write."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the write to end, and raise its error."""
+        """Wait for the current write and raise its error."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def restore(self, like: Any, step: int | None = None, move_damaged: bool = False) -> Any:
-        """A state, as NumPy arrays: the latest that is whole. A damaged one is told on stderr.
+        """Return the latest undamaged state, as NumPy arrays, and report damaged checkpoints on stderr.
 
         Args:
-            like: a state of the same structure, or its shapes.
-            step: this one and no other.
-            move_damaged: to `damaged/` in the run's folder, out of the way of the steps to come. Nothing is ever deleted.
+            like: A state of the same structure, or its shapes.
+            step: If given, restore this step alone.
+            move_damaged: Move damaged checkpoints to `damaged/` in the run's folder. Nothing is ever deleted.
 
         Raises:
-            ConfigError: there is no checkpoint, none is whole (with `step`: it is not), or it holds other arrays than `like`.
+            ConfigError: There is no checkpoint, all (or the given step) are damaged, or the arrays differ from `like`.
         """
         self.wait()
         damaged: dict[int, str] = {}
@@ -134,19 +134,21 @@ class Checkpoints:
                 damaged[candidate] = str(error)
                 continue
             for bad, reason in damaged.items():
-                note = f"warning: the checkpoint of step {bad} is damaged ({reason}); step {candidate} takes its place"
+                note = f"warning: the checkpoint of step {bad} is damaged ({reason}); using step {candidate} instead"
                 if move_damaged:
-                    note += f". It is kept in {self._set_aside(bad)}"
+                    note += f". It was moved to {self._set_aside(bad)}"
                 print(note, file=sys.stderr)
             return state
         if not damaged:
             raise ConfigError(f"no checkpoint in {self.directory}")
         if step is not None:
             raise ConfigError(
-                f"the checkpoint of step {step} in {self.directory} is damaged: {damaged[step]}; others may be whole"
+                f"the checkpoint of step {step} in {self.directory} is damaged: {damaged[step]}. Other steps may be intact"
             )
         found = "; ".join(f"step {bad}: {reason}" for bad, reason in damaged.items())
-        raise ConfigError(f"no checkpoint in {self.directory} is whole ({found}): restore one from a copy, or start another run")
+        raise ConfigError(
+            f"all checkpoints in {self.directory} are damaged ({found}): restore one from a backup, or start a new run"
+        )
 
     def _write(self, state: Any, metrics: dict[str, float] | None) -> None:
         step = int(state.step)
@@ -162,12 +164,13 @@ class Checkpoints:
             raise CheckpointError(f"the checkpoint of step {step} cannot be written: {_reason(error)}") from error
 
     def _open(self) -> ocp.CheckpointManager:
-        """Orbax, in this process alone; opened for the first write, for it reads the metrics of all steps and removes rests."""
+        """Return the Orbax manager, opened at the first write: to open it reads all metrics and removes leftovers."""
         if self._manager is None:
             for step in self.steps():
                 if (self.directory / str(step) / "metrics").is_dir() and _top1(self.directory / str(step)) is None:
                     print(
-                        f"warning: the metrics of step {step} are damaged; it is kept in {self._set_aside(step)}", file=sys.stderr
+                        f"warning: the metrics of step {step} are damaged; the checkpoint was moved to {self._set_aside(step)}",
+                        file=sys.stderr,
                     )
             self.directory.mkdir(parents=True, exist_ok=True)
             alone = _this_process_alone()
@@ -175,10 +178,10 @@ class Checkpoints:
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy([LatestN(self._keep), _BEST]),
-                    best_fn=_BEST.get_metric_fn,  # has the metrics written; what is kept is decided by the policy alone
+                    best_fn=_BEST.get_metric_fn,  # makes Orbax write the metrics; the policy decides what is kept
                     enable_async_checkpointing=False,
                     create=False,
-                    cleanup_tmp_directories=True,  # of writes that were killed
+                    cleanup_tmp_directories=True,  # left by killed writes
                     multiprocessing_options=alone,
                 ),
                 item_handlers={
@@ -193,12 +196,12 @@ class Checkpoints:
         try:
             json.loads((folder / "_CHECKPOINT_METADATA").read_text())
             if not ocp.utils.is_checkpoint_finalized(folder):
-                raise DamagedError("a file that Orbax writes at the end is missing")
+                raise DamagedError("the file that Orbax writes last is missing")
             about = json.loads((folder / "about" / "metadata").read_text())
             crc = about.pop("crc32")
             arrays = about["arrays"]
             if crc != _crc_of(about):
-                raise DamagedError("about/metadata does not fit its checksum")
+                raise DamagedError("the checksum of about/metadata does not match")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise DamagedError(_first_line(error)) from error
         if (folder / "metrics").is_dir() and _top1(folder) is None:
@@ -210,13 +213,14 @@ class Checkpoints:
             name = differing[0]
             there, here = (_described(side.get(name)) for side in (found, wanted))
             same_model = all(other.startswith(("opt_state/", "ema/")) for other in differing)
-            other = "optimizer: keep optim.name, and whether there is optim.ema, as they were" if same_model else "model"
-            raise ConfigError(f"the checkpoint {folder} is of another {other}; {name} is {there} there, {here} here")
+            cause = "optimizer: keep optim.name and the use of optim.ema unchanged" if same_model else "model"
+            raise ConfigError(f"the checkpoint {folder} has another {cause}; {name} is {there} in it, {here} here")
         images = about.get("images", self._images)
         if self._images not in (None, images):
             raise ConfigError(
-                f"the checkpoint {folder} was written with {images} training images, and now there are {self._images}: its step "
-                "is no position in these. Bring back the images of then, or begin another run with its weights (--init)"
+                f"the checkpoint {folder} was written with {images} training images, but there are {self._images} now. The "
+                "dataset has changed, so the step no longer identifies a position in it. Restore the original dataset, or start "
+                "a new run from these weights (--init)"
             )
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         try:
@@ -228,12 +232,12 @@ class Checkpoints:
             raise DamagedError(f"state: {_first_line(error)}") from error
         for name, fingerprint in _fingerprints(state).items():
             if fingerprint != arrays[name]:
-                raise DamagedError(f"{name} does not fit its checksum")
+                raise DamagedError(f"the checksum of {name} does not match")
         self.devices = about["devices"]
         return state
 
     def _set_aside(self, step: int) -> Path:
-        """Move a step out of the way of Orbax, which writes only steps later than the last."""
+        """Move a step to `damaged/`: Orbax writes only steps after the last one."""
         folder = self.directory.parent / "damaged"
         folder.mkdir(exist_ok=True)
         place = next(place for n in range(1000) if not (place := folder / (f"{step}-{n}" if n else str(step))).exists())
@@ -246,7 +250,7 @@ _hashing = ThreadPoolExecutor(4, "crc32")
 
 
 def _this_process_alone() -> ocp.options.MultiprocessingOptions:
-    """Orbax would wait for the other hosts, which have no part in this."""
+    """Return options for this process alone; by default Orbax waits for the other hosts, which take no part."""
     process = jax.process_index()
     return ocp.options.MultiprocessingOptions(process, active_processes={process})
 
@@ -259,7 +263,7 @@ def _top1(step: Path) -> float | None:
 
 
 def _fingerprints(tree: Any) -> dict[str, dict[str, Any]]:
-    """Name → shape, dtype and CRC-32 of each array."""
+    """Return the shape, dtype and CRC-32 of each array by name."""
     leaves = {name: np.ascontiguousarray(leaf) for name, leaf in _named_leaves(tree).items()}
     sums = _hashing.map(lambda leaf: zlib.crc32(leaf.reshape(-1).view(np.uint8)), leaves.values())
     return {
@@ -277,17 +281,17 @@ def _described(array: tuple[list[int], str] | None) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, where the message quotes it; else its first line."""
+    """Return the system's reason if the message quotes one, else the first line of the message."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
     return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong, in a line: the message of the innermost error that has one."""
+    """Return the first line of the message, or the name of the error's class."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:300]
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """`params/conv1/kernel` → leaf."""
+    """Return the leaves by name (`params/conv1/kernel`)."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

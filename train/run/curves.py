@@ -1,14 +1,15 @@
-"""`curves.png`: loss and accuracy against epochs."""
+"""`curves.png`: loss and accuracy over epochs."""
 
 from pathlib import Path
 
 import numpy as np
 
+import scconv_jax
 from train.run.metrics import best_line, read_metrics
 
 
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
-    """Draw loss and accuracy against epochs, training and test, the best test accuracy marked."""
+    """Plot training and test loss and accuracy over epochs, with the best test accuracy marked."""
     try:
         import matplotlib.figure as mpl
         from matplotlib.ticker import LogLocator, MaxNLocator
@@ -16,15 +17,15 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         raise ModuleNotFoundError("curves need matplotlib: pip install 'scconv-jax[train]'") from error
 
     def points(key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
-        having = [line for line in lines if key in line]
-        return [line["epoch"] for line in having], [scale * line[key] for line in having]
+        found = [line for line in lines if key in line]
+        return [line["epoch"] for line in found], [scale * line[key] for line in found]
 
     lines = read_metrics(metrics)
     figure = mpl.Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
     loss_axes, top1_axes = figure.subplots(1, 2)
     training = {"color": "tab:blue", "alpha": 0.6, "linewidth": 1.2}
     testing = {"color": "tab:orange", "linewidth": 1.8, "marker": "o", "markersize": 3.5}
-    # The objective may hold smoothed targets, so that the training loss may lie above the test loss.
+    # With label smoothing, the training loss can lie above the test loss.
     loss_axes.plot(*points("train/loss"), label="training batches (the objective)", **training)
     loss_axes.plot(*points("eval/loss"), label="test images", **testing)
     loss_axes.set(ylabel="cross-entropy", yscale="log")
@@ -38,7 +39,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         best, last = best_line(tested), tested[-1]
         label = f"best: {best['eval/top1']:.2%}, epoch {best['epoch']}; last: {last['eval/top1']:.2%}"
         top1_axes.plot(best["epoch"], 100 * best["eval/top1"], "*", color="tab:red", markersize=13, label=label)
-    # Stretched towards 100 %, where runs differ.
+    # The axis is stretched towards 100 %, where runs differ.
     top1_axes.set_yscale("function", functions=(lambda y: -np.log(102 - y), lambda z: 102 - np.exp(-z)))
     top1_axes.set(ylabel="accuracy, %", ylim=(0, 100.5), yticks=(0, 50, 70, 80, 90, 95, 98, 99, 100))
 
@@ -49,6 +50,5 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.suptitle(title)
-    partial = picture.with_suffix(".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(picture)
+    with scconv_jax.files.replacing(picture) as file:
+        figure.savefig(file, format="png")

@@ -1,10 +1,12 @@
-"""What a run tells programs: `metrics.jsonl`.
+"""`metrics.jsonl`: one JSON object per line, each with `step` and `epoch`.
 
-Each line of `metrics.jsonl` has `step` and `epoch`. Training lines add, as means since the line before, `train/loss`
-(the objective: label smoothing is part of it), `train/top1` and, of more than five classes, `train/top5` (shares, 0 to 1), `lr`,
-and, without compilation and tests, `images_per_second`, `waiting_for_data` (share of the time that the devices had nothing to
-do for want of images), `multiply_adds_per_second` and, where the devices' peak is known, `peak_share`. Test lines, one per epoch,
-add `eval/loss`, `eval/top1` and `eval/top5` over all test images, and `eval/images`, their number.
+Training lines hold means since the previous training line:
+
+- `train/loss` (the objective, label smoothing included), `train/top1` and, with more than five classes, `train/top5`; `lr`;
+- without compilation and tests: `images_per_second`, `waiting_for_data` (share of the time in which the devices were idle because
+  no batch was ready), `multiply_adds_per_second` and, if the devices' peak is known, `peak_share`.
+
+Test lines, one per epoch, hold `eval/loss`, `eval/top1`, `eval/top5` and `eval/images`, the number of test images.
 """
 
 import contextlib
@@ -18,29 +20,29 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+import scconv_jax
 from train.run.trackers import Tracker
 
 RUN_AHEAD = 2
-"""Steps that may be under way on the device while the host prepares the next."""
+"""Steps that may run on the device while the host prepares the next."""
 SLOW_INPUT = 0.1
-"""Share of the time, in a window of a second or more, above which waiting for data is worth a warning."""
+"""Share of the time spent waiting for data, over a second or more, above which the run warns."""
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object per line, each with `step` and `epoch`, written out at once; and to trackers."""
+    """Writes metrics to `metrics.jsonl`, flushed after every line, and to trackers."""
 
     def __init__(self, path: Path | None, first_step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
-        """Append to `path`; lines past `first_step`, of work that a resumed run does again, go. None: write nowhere."""
+        """Append to `path`, if given. Lines after `first_step`, which a resumed run repeats, are removed."""
         self._trackers = trackers
         self._file = None
         if path is None:
             return
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
         if path.exists() and (damaged := path.read_bytes().count(b"\n") - len(read_metrics(path))):
-            print(f"warning: {damaged} lines of {path} are damaged and left out", file=sys.stderr)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+            print(f"warning: {damaged} damaged lines of {path} were left out", file=sys.stderr)
+        with scconv_jax.files.replacing(path) as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def __enter__(self) -> Self:
@@ -53,7 +55,7 @@ class Metrics:
             tracker.close()
 
     def write(self, step: int, **values: float) -> None:
-        """Write one line. Keys may hold a slash: `write(3, **{"train/loss": 0.1})`."""
+        """Write one line. Keys may contain a slash: `write(3, **{"train/loss": 0.1})`."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._file.flush()
@@ -62,7 +64,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; one cut off in mid-write, or damaged on disk, is left out."""
+    """Return the lines of `metrics.jsonl`, without incomplete or damaged ones."""
     found = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         with contextlib.suppress(ValueError):
@@ -71,9 +73,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWindow:
-    """Training metrics since the last look at them. They stay on the device until then.
+    """Training metrics since the last line; they stay on the device until then.
 
-    The host runs two steps ahead of the device and no further, so that no more batches than that are on the device.
+    The host runs at most `RUN_AHEAD` steps ahead of the device, which bounds the number of batches on the device.
     """
 
     def __init__(
@@ -84,40 +86,40 @@ class MetricsWindow:
         multiply_adds: int = 0,
         peak: float | None = None,
     ) -> None:
-        """The number of images in a step and what they cost.
+        """Start a window.
 
         Args:
-            batch_size: images in a step, all devices together.
-            waited: seconds that the run has lost for want of data so far.
-            multiply_adds: of training on one image; 0 where they are not known.
-            peak: multiply-adds a second of all devices together, where it is known.
+            batch_size: Images per step, over all devices.
+            waited: Returns the seconds that the devices have waited for data so far.
+            multiply_adds: Multiply-adds of training on one image, or 0 if unknown.
+            peak: Peak multiply-adds per second of all devices together, or None if unknown.
         """
         self._batch_size, self._waited, self._multiply_adds, self._peak = batch_size, waited, multiply_adds, peak
         self._steps: list[tuple[int, dict[str, jax.Array]]] = []
         self.slow_input = False
-        """Whether more of the last window, a second or longer, was spent waiting for data than is well."""
+        """Whether the last window waited for data for more than `SLOW_INPUT` of its time."""
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what has passed so far (a compilation, a test) out of images/s."""
+        """Exclude the time so far (a compilation, a test) from images/s."""
         self._since, self._waited_before, self._timed_steps = time.perf_counter(), self._waited(), 0
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Take in what step number `step` returned."""
+        """Add the metrics that step number `step` returned."""
         self._steps.append((step, values))
         self._timed_steps += 1
         if len(self._steps) > RUN_AHEAD:
             jax.block_until_ready(self._steps[-RUN_AHEAD - 1])
 
     def idle(self) -> bool:
-        """Whether the device has done all that it was given."""
+        """Return whether the device has finished all its steps."""
         return not self._steps or all(value.is_ready() for value in self._steps[-1][1].values())  # type: ignore[attr-defined]
 
     def close(self) -> dict[str, float]:
-        """Means over the window as `train/loss`, …, and its speed; the next window begins.
+        """Return the means over the window (`train/loss`, …) and its speed, and start the next window.
 
         Raises:
-            FloatingPointError: a loss is not finite; the first such step is named.
+            FloatingPointError: A loss is not finite; the message names the first such step.
         """
         steps = jax.device_get(self._steps)
         for step, values in steps:
@@ -142,5 +144,5 @@ class MetricsWindow:
 
 
 def best_line(tested: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of lines with `eval/top1`, the best; the latest among equals."""
+    """Return the line with the best `eval/top1`; of equals, the latest."""
     return max(reversed(tested), key=lambda line: line["eval/top1"])

@@ -1,7 +1,7 @@
-"""What a training step computes and what the devices could: counts from shapes, peaks from data sheets; and a look inside.
+"""Multiply-adds of a training step, peak rates of devices, and a profiler for single steps.
 
-A step's multiply-adds are counted as three times those of the forward pass, the custom of the field: one for the outputs, one for
-the gradient to the inputs, one for that to the kernels. Rematerialised work is not counted again.
+A training step counts as three forward passes, as is usual: outputs, gradients of the inputs, gradients of the kernels.
+Rematerialised operations are not counted again.
 """
 
 from collections.abc import Sequence
@@ -23,25 +23,26 @@ PEAKS = {
     "TPU v5": 459e12,
     "TPU v4": 275e12,
 }
-"""Part of a device's name (`jax.Device.device_kind`), the first that fits → its operations a second, a multiply-add being two.
+"""Part of `jax.Device.device_kind` (the first match counts) → peak operations per second; a multiply-add is two operations.
 
-In bfloat16, without sparsity. From NVIDIA's data sheets (H200, H100, A100) and cloud.google.com/tpu/docs (v6e, v5e, v5p, v4).
+Values are for bfloat16 without sparsity, from NVIDIA's data sheets (H200, H100, A100) and cloud.google.com/tpu/docs (v6e, v5e,
+v5p, v4).
 """
 
 
 def training_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
-    """Multiply-adds of training on one image of shape (h, w, 3)."""
+    """Return the multiply-adds of training on one image of shape (h, w, 3)."""
     return 3 * scconv_jax.multiply_adds(model, (image_shape[0], image_shape[1]))
 
 
 def peak_multiply_adds(devices: Sequence[Any]) -> float | None:
-    """Multiply-adds a second that the devices could do at most, all together; None where that is not known."""
+    """Return the peak multiply-adds per second of all devices together, or None if a device is unknown."""
     peaks = [next((peak for part, peak in PEAKS.items() if part in device.device_kind), None) for device in devices]
     return None if None in peaks else sum(peak / 2 for peak in peaks if peak is not None)
 
 
 class Profiler:
-    """Records the steps `(first, last)` into a folder, for TensorBoard's profile plugin and for ui.perfetto.dev; `()`: none."""
+    """Profiles the steps `(first, last)` into a folder, for TensorBoard's profile plugin and ui.perfetto.dev. `()`: none."""
 
     def __init__(self, steps: tuple[int, ...], folder: Path) -> None:
         self._steps, self._folder, self._running = steps, folder, False
@@ -53,13 +54,13 @@ class Profiler:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Call before anything of a step is done."""
+        """Call before a step starts."""
         if self._steps and step == self._steps[0]:
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._running = True
 
     def after(self, step: int, results: Any) -> bool:
-        """Call with what a step returned. Whether the recording is complete now."""
+        """Call with the results of a step. Return whether the profile is now complete."""
         if not (self._running and step == self._steps[1]):
             return False
         jax.block_until_ready(results)

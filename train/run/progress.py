@@ -1,4 +1,4 @@
-"""A progress bar and lines for people."""
+"""The progress bar and the lines above it."""
 
 import sys
 from typing import Self
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar over all images of the run with images/s and time left; on anything but a terminal, lines alone."""
+    """A progress bar over all images of the run, with images/s and remaining time. Without a terminal, only lines are printed."""
 
     def __init__(self, total_steps: int, first_step: int, batch_size: int, *, shown: bool = True) -> None:
         self._batch_size = batch_size
@@ -30,16 +30,16 @@ class Progress:
         self._bar.close()
 
     def restart_clock(self) -> None:
-        """Leave what has passed so far (a compilation) out of images/s and time left."""
+        """Exclude the time so far (a compilation) from images/s and the remaining time."""
         self._bar.unpause()
 
     def advance(self, where: str) -> None:
-        """Count one step; `where` the run is stands before the bar."""
+        """Count one step and show `where` the run is before the bar."""
         self._bar.set_description_str(where, refresh=False)
         self._bar.update(self._batch_size)
 
     def say(self, line: str, *, once: bool = False) -> None:
-        """Print a line above the bar; with `once`, unless it was printed before."""
+        """Print a line above the bar. With `once`, a repeated line is printed only the first time."""
         if once and line in self._said:
             return
         self._said.add(line)

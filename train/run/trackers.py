@@ -1,4 +1,4 @@
-"""Metrics for others' viewers, beside `metrics.jsonl`: TensorBoard's event files, Weights & Biases."""
+"""Metrics for TensorBoard and Weights & Biases, beside `metrics.jsonl`."""
 
 import importlib.util
 import uuid
@@ -10,22 +10,22 @@ from train.config import ConfigError, Log
 
 
 class Tracker(Protocol):
-    """Takes in the lines of `metrics.jsonl`."""
+    """Receives the lines of `metrics.jsonl`."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep the values of a line, beside its step."""
+        """Record the values of one step."""
         ...
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and close."""
         ...
 
 
 def check_trackers(log: Log) -> None:
-    """See to it that what the config asks for is installed.
+    """Check that the packages of the config's trackers are installed.
 
     Raises:
-        ModuleNotFoundError: it is not; the extra to install is named.
+        ModuleNotFoundError: A package is missing; the message names the extra to install.
     """
     wanted = {"tensorboardX": (log.tensorboard, "log.tensorboard"), "wandb": (log.wandb, "log.wandb")}
     for package, (asked, field) in wanted.items():
@@ -35,7 +35,7 @@ def check_trackers(log: Log) -> None:
 
 
 def open_trackers(log: Log, workdir: Path, first_step: int, config: Mapping[str, Any]) -> list[Tracker]:
-    """Those that the config asks for; `config` is what is shown of the run, `first_step` the step it goes on from."""
+    """Open the trackers of the config. `config` is shown with the run; `first_step` is the step that a run resumes from."""
     trackers: list[Tracker] = []
     if log.tensorboard:
         trackers.append(TensorBoard(workdir / "tensorboard", first_step))
@@ -45,7 +45,7 @@ def open_trackers(log: Log, workdir: Path, first_step: int, config: Mapping[str,
 
 
 class TensorBoard:
-    """Event files in `folder`; those of steps that a resumed run does again are marked as void."""
+    """Event files in `folder`. Events of steps that a resumed run repeats are purged."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from tensorboardX import SummaryWriter
@@ -53,24 +53,24 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a scalar for each value."""
+        """Write one scalar per value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the event file."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run named as the workdir, which holds its files and its id: resumed, it is the same run."""
+    """A run of Weights & Biases with the name of the workdir. The workdir holds its id, so that a resumed run continues it."""
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]) -> None:
-        """Begin the run, or go on with it.
+        """Start or continue the run.
 
         Raises:
-            ConfigError: it refuses, say for want of a login.
+            ConfigError: Weights & Biases refuses, for example because nobody is logged in.
         """
         import wandb
 
@@ -91,12 +91,12 @@ class WeightsAndBiases:
         except wandb.Error as error:
             first = str(error).strip().splitlines()[0].rstrip(".")
             raise ConfigError(f"Weights & Biases: {first}; WANDB_MODE=offline keeps the metrics in the workdir") from error
-        self._run.define_metric("*", step_metric="step")  # a resumed run may do steps again: its own count is not ours
+        self._run.define_metric("*", step_metric="step")  # a resumed run may repeat steps, which its own counter does not know
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a line."""
+        """Log the values of one step."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values and finish the run."""
         self._run.finish()

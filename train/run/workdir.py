@@ -1,6 +1,6 @@
-"""The folder of a run: which one it is, and that nothing in it is overwritten by mistake.
+"""The folder of a run: its name, its lock and its config; nothing in it is overwritten by mistake.
 
-A folder holds a run when it holds `config.json`, which is written before any metrics or checkpoint.
+A folder holds a run if it holds `config.json`, which is written before any metrics or checkpoint.
 """
 
 import fcntl
@@ -18,21 +18,21 @@ from train.config.files import differences, from_json, to_json
 
 RUNS = Path("runs")
 FIXED = ("model.name", "data.name", "data.batch_size", "data.synthetic_train", "data.synthetic_classes")
-"""Fields that a run keeps for life: what its parameters fit, and what its step number means."""
+"""Fields that cannot change within a run: the parameters and the meaning of a step depend on them."""
 
 
 def holds_run(workdir: Path) -> bool:
-    """Whether a run has begun there: one that lost its config is a run, too, and not to be overwritten."""
+    """Return whether a run has begun here. A run that lost its config counts too, so that it is not overwritten."""
     return (workdir / "config.json").is_file() or (workdir / "checkpoints").is_dir()
 
 
 def fresh_workdir(name: str) -> Path:
-    """`runs/NAME`, or `runs/NAME-2`, `-3`, … where that holds a run."""
+    """Return the first of `runs/NAME`, `runs/NAME-2`, `runs/NAME-3`, … that holds no run."""
     return next(workdir for workdir in _numbered(name) if not holds_run(workdir))
 
 
 def latest_workdir(name: str) -> Path:
-    """The last of `runs/NAME`, `runs/NAME-2`, … that holds a run; `runs/NAME` where none does."""
+    """Return the last of `runs/NAME`, `runs/NAME-2`, … that holds a run, or `runs/NAME` if none does."""
     latest = RUNS / name
     for workdir in _numbered(name):
         if not holds_run(workdir):
@@ -42,51 +42,53 @@ def latest_workdir(name: str) -> Path:
 
 
 def load_run(workdir: Path) -> Config:
-    """The config of the run in `workdir`.
+    """Return the config of the run in `workdir`.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: There is no run, or its config cannot be read.
     """
     if not (workdir / "config.json").is_file():
         if holds_run(workdir):
-            raise ConfigError(f"{workdir} holds checkpoints, but no config.json: put it back, or choose another --workdir")
+            raise ConfigError(f"{workdir} holds checkpoints but no config.json: restore the file, or choose another --workdir")
         runs = [str(path.parent) for path in sorted(workdir.parent.glob("*/config.json"))]
         raise ConfigError(f"no run in {workdir}: it has no config.json{nearest(str(workdir), runs)}")
     return from_json((workdir / "config.json").read_text(errors="replace"), str(workdir / "config.json"))
 
 
 def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
-    """What `new` changes in the run in `workdir`, a line per field.
+    """Return what `new` changes in the run in `workdir`, one line per field.
 
     Raises:
-        ConfigError: it changes what a run keeps for life.
+        ConfigError: It changes a field of `FIXED`.
     """
     changes = differences(old, new)
     fixed = [f"{name} {changes[name][0]!r}, not {changes[name][1]!r}" for name in FIXED if name in changes]
     if fixed:
-        raise ConfigError(f"{workdir} holds a run with {'; '.join(fixed)}: keep that, or start another run in another --workdir")
+        raise ConfigError(
+            f"{workdir} holds a run with {'; '.join(fixed)}: keep these values, or start a new run in another --workdir"
+        )
     return [f"{name}: {before!r} → {after!r}" for name, (before, after) in changes.items()]
 
 
 def refuse_held(workdir: Path, new: Config) -> NoReturn:
-    """Say that a run is in `workdir` already, and how its config differs from `new`.
+    """Raise an error: `workdir` already holds a run, whose config differs from `new` in these fields.
 
     Raises:
-        ConfigError: always.
+        ConfigError: Always.
     """
     changes = [f"{name} {old!r}, not {new!r}" for name, (old, new) in differences(load_run(workdir), new).items()]
     with_ = f", with {'; '.join(changes)}" if changes else ""
-    raise ConfigError(f"{workdir} holds a run already{with_}: add --resume to go on with it, or choose another --workdir")
+    raise ConfigError(f"{workdir} already holds a run{with_}: add --resume to continue it, or choose another --workdir")
 
 
 @contextmanager
 def locked_workdir(workdir: Path | None) -> Iterator[None]:
-    """Make the folder, see that it can be written, and keep every other process out of it; None: nothing to do.
+    """Create the folder and lock it against other processes. Do nothing if `workdir` is None.
 
-    The kernel lifts the lock when this process ends, however it ends.
+    The kernel releases the lock when this process ends, however it ends.
 
     Raises:
-        ConfigError: it cannot be written, or another process holds it.
+        ConfigError: The folder cannot be written, or another process holds the lock.
     """
     if workdir is None:
         yield
@@ -106,10 +108,10 @@ def locked_workdir(workdir: Path | None) -> Iterator[None]:
 
 
 def open_workdir(workdir: Path) -> TextIO:
-    """Make the folder, if it is not there, and open its lock.
+    """Create the folder if needed, and open its lock file.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: The folder cannot be created or written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -119,10 +121,11 @@ def open_workdir(workdir: Path) -> TextIO:
 
 
 def save_config(workdir: Path, config: Config) -> None:
-    """Write the config of the run into its folder, whole or not at all."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(to_json(config))
-    partial.replace(workdir / "config.json")
+    """Write the config of the run into its folder, atomically."""
+    import scconv_jax  # late: it imports jax, and this module is needed to print the help
+
+    with scconv_jax.files.replacing(workdir / "config.json") as file:
+        file.write_text(to_json(config))
 
 
 def _numbered(name: str):

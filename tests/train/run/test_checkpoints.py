@@ -88,15 +88,13 @@ def test_another_model_is_an_error_that_names_the_difference(tmp_path, state):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(at(state, 3))
         other = init_state(Tiny(num_classes=7), OPTIMIZER, (8, 8, 3), seed=0)
-        with pytest.raises(ConfigError, match=r"is of another model; .*fc/bias is \(10,\) float32 there, \(7,\) float32 here$"):
+        with pytest.raises(ConfigError, match=r"has another model; .*fc/bias is \(10,\) float32 in it, \(7,\) float32 here$"):
             checkpoints.restore(other)
         other = state.replace(ema={"params": state.params, "batch_stats": state.batch_stats})
-        with pytest.raises(
-            ConfigError, match=r"is of another optimizer: keep optim.name, .* as they were; ema/.* is absent there"
-        ):
+        with pytest.raises(ConfigError, match=r"has another optimizer: keep optim.name .* unchanged; ema/.* is absent in it"):
             checkpoints.restore(other)
         other = state.replace(params={"conv": state.params["conv"]})
-        with pytest.raises(ConfigError, match=r"is of another model; params/bn/bias is \(8,\) float32 there, absent here$"):
+        with pytest.raises(ConfigError, match=r"has another model; params/bn/bias is \(8,\) float32 in it, absent here$"):
             checkpoints.restore(other)
 
 
@@ -131,7 +129,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, state, capsy
             else:
                 assert step == 2
                 assert told.startswith("warning: the checkpoint of step 3 is damaged (")
-                assert told.endswith("); step 2 takes its place\n")
+                assert told.endswith("); using step 2 instead\n")
                 assert told.count("\n") == 1
             found[name] = found.get(name, 0) + (step == 2)
     assert steps_in(tmp_path) == [1, 2, 3]
@@ -158,8 +156,8 @@ def test_bits_flipped_in_an_array_are_found(tmp_path, state, capsys):
         assert int(restored.step) == 2
         kept = tmp_path / "damaged" / "3"
         assert capsys.readouterr().err == (
-            "warning: the checkpoint of step 3 is damaged (step does not fit its checksum); step 2 takes its place. "
-            f"It is kept in {kept}\n"
+            "warning: the checkpoint of step 3 is damaged (the checksum of step does not match); using step 2 instead. "
+            f"It was moved to {kept}\n"
         )
         assert (kept / "state").is_dir()
         checkpoints.save(at(state, 3))  # the run comes to that step again
@@ -176,7 +174,7 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, state):
     with Checkpoints(tmp_path, keep=2) as checkpoints, pytest.raises(ConfigError) as raised:
         checkpoints.restore(state, move_damaged=True)
     message = str(raised.value)
-    assert message.startswith(f"no checkpoint in {tmp_path / 'checkpoints'} is whole (step 2: ")
+    assert message.startswith(f"all checkpoints in {tmp_path / 'checkpoints'} are damaged (step 2: ")
     assert "; step 1: " in message
     assert message.endswith("): restore one from a copy, or start another run")
     assert "\n" not in message
@@ -225,7 +223,7 @@ def test_a_damaged_step_that_was_asked_for_is_not_replaced(tmp_path, state):
         checkpoints.save(at(state, 2))
         checkpoints.wait()
         (checkpoints.directory / "1" / "about" / "metadata").unlink()
-        with pytest.raises(ConfigError, match=r"^the checkpoint of step 1 in .* is damaged: .*; others may be whole$"):
+        with pytest.raises(ConfigError, match=r"^the checkpoint of step 1 in .* is damaged: .*\. Other steps may be intact$"):
             checkpoints.restore(state, step=1)
 
 

@@ -46,7 +46,7 @@ def test_damaged_lines_are_left_out_and_told(tmp_path, capsys):
         pass
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
     assert path.read_bytes().count(b"\n") == 2
-    assert capsys.readouterr().err == f"warning: 6 lines of {path} are damaged and left out\n"
+    assert capsys.readouterr().err == f"warning: 6 damaged lines of {path} were left out\n"
 
 
 def values(loss, top1=0.5):
