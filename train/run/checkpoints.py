@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+import scconv_jax
 from train.config import CheckpointError, ConfigError
 
 
@@ -74,19 +75,16 @@ class Checkpoints:
             self._hook(unraisable)
 
     def steps(self) -> list[int]:
-        """The steps saved, rising."""
-        if not hasattr(self, "directory") or not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())  # others: not finished
+        """Return the saved steps, ascending."""
+        return scconv_jax.runs.steps(self.directory) if hasattr(self, "directory") else []
 
     def latest(self) -> int | None:
-        """The last step saved; None before the first."""
+        """Return the last saved step, or None."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step of the best `eval/top1`, of equals the last; None where none was tested."""
-        tested = {step: top1 for step in self.steps() if (top1 := _top1(self.directory / str(step))) is not None}
-        return max(tested, key=lambda step: (tested[step], step), default=None)
+        """Return the step with the best `eval/top1`; of equals, the latest. None if no step was tested."""
+        return scconv_jax.runs.best_step(self.directory) if hasattr(self, "directory") else None
 
     def save(self, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Copy `state` to the host and start to write it, unless a checkpoint of its step exists.
@@ -167,7 +165,7 @@ class Checkpoints:
         """Return the Orbax manager, opened at the first write: to open it reads all metrics and removes leftovers."""
         if self._manager is None:
             for step in self.steps():
-                if (self.directory / str(step) / "metrics").is_dir() and _top1(self.directory / str(step)) is None:
+                if (self.directory / str(step) / "metrics").is_dir() and scconv_jax.runs.eval_top1(self.directory, step) is None:
                     print(
                         f"warning: the metrics of step {step} are damaged; the checkpoint was moved to {self._set_aside(step)}",
                         file=sys.stderr,
@@ -204,7 +202,7 @@ class Checkpoints:
                 raise DamagedError("the checksum of about/metadata does not match")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise DamagedError(_first_line(error)) from error
-        if (folder / "metrics").is_dir() and _top1(folder) is None:
+        if (folder / "metrics").is_dir() and scconv_jax.runs.eval_top1(self.directory, step) is None:
             raise DamagedError("metrics/metrics cannot be read")
         wanted = {name: (list(leaf.shape), leaf.dtype.name) for name, leaf in _named_leaves(like).items()}
         found = {name: (array["shape"], array["dtype"]) for name, array in arrays.items()}
@@ -222,12 +220,8 @@ class Checkpoints:
                 "dataset has changed, so the step no longer identifies a position in it. Restore the original dataset, or start "
                 "a new run from these weights (--init)"
             )
-        like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         try:
-            alone = _this_process_alone()
-            handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-            with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-                state = reader.restore(folder / "state", args=ocp.args.StandardRestore(like))
+            state = scconv_jax.runs.restore(folder / "state", like)
         except Exception as error:
             raise DamagedError(f"state: {_first_line(error)}") from error
         for name, fingerprint in _fingerprints(state).items():
@@ -253,13 +247,6 @@ def _this_process_alone() -> ocp.options.MultiprocessingOptions:
     """Return options for this process alone; by default Orbax waits for the other hosts, which take no part."""
     process = jax.process_index()
     return ocp.options.MultiprocessingOptions(process, active_processes={process})
-
-
-def _top1(step: Path) -> float | None:
-    try:
-        return float(json.loads((step / "metrics" / "metrics").read_text())["eval/top1"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _fingerprints(tree: Any) -> dict[str, dict[str, Any]]:

@@ -176,7 +176,7 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, state):
     message = str(raised.value)
     assert message.startswith(f"all checkpoints in {tmp_path / 'checkpoints'} are damaged (step 2: ")
     assert "; step 1: " in message
-    assert message.endswith("): restore one from a copy, or start another run")
+    assert message.endswith("): restore one from a backup, or start a new run")
     assert "\n" not in message
     assert steps_in(tmp_path) == [1, 2]
 
