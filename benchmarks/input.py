@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks.timing import alternate, ratio, record, table
 from train.config import Data
-from train.data.batches import Staged, train_batches
+from train.data.batches import DevicePrefetcher, train_batches
 from train.data.datasets import load_dataset
 from train.data.images import crop_box
 from train.run.metrics import MetricsWindow
@@ -203,11 +203,11 @@ def overlap(steps: int = 150, step_seconds: float = 0.05) -> str:
                 time.sleep(seconds)
                 yield batch
 
-        with Staged(batches(), jax.device_put) as staged:
-            values = jax.block_until_ready(step(jnp.float32(0), next(staged)))
-            window = MetricsWindow(BATCH, waited=lambda: staged.waited)
+        with DevicePrefetcher(batches(), jax.device_put) as prefetcher:
+            values = jax.block_until_ready(step(jnp.float32(0), next(prefetcher)))
+            window = MetricsWindow(BATCH, waited=lambda: prefetcher.waited)
             for number in range(steps):
-                values = step(values["loss"], staged.take(window.idle))
+                values = step(values["loss"], prefetcher.take(window.idle))
                 window.add(number, values)
             found = window.close()
         return BATCH / found["images_per_second"], found["waiting_for_data"]
@@ -218,7 +218,7 @@ def overlap(steps: int = 150, step_seconds: float = 0.05) -> str:
         rows.append((f"{share:.1f}", f"{1e3 * seconds:.1f}", f"{waiting:.1%}"))
     return (
         f"{steps} steps of {1e3 * step_seconds:.0f} ms; to make a batch takes a share of that. Both sleep, as a host does while "
-        "accelerator and disk work. As in training, two batches are staged ahead, and the host runs two steps ahead.\n\n"
+        "accelerator and disk work. As in training, two batches are transferred ahead, and the host runs two steps ahead.\n\n"
         + table(("data / step", "ms/step", "waiting for data"), rows)
     )
 

@@ -56,10 +56,9 @@ class Preparation:
 
 def prepare(images: OneImage | Iterable[OneImage], preparation: Preparation, *, exif: bool = False) -> np.ndarray:
     """Return the batch that a network expects; see `scconv_jax.prepare_images`, which also takes a network's name."""
-    one = isinstance(images, str | os.PathLike | bytes | bytearray) or not isinstance(images, Iterable)
-    if one or getattr(images, "ndim", 4) != 4:
-        images = [images]
-    pixels = [_cropped(image, f"images[{number}]", preparation, exif) for number, image in enumerate(images)]
+    one = isinstance(images, str | os.PathLike | bytes | bytearray) or getattr(images, "ndim", 4) != 4
+    batch = images if isinstance(images, Iterable) and not one else [images]
+    pixels = [_cropped(image, f"images[{number}]", preparation, exif) for number, image in enumerate(batch)]
     if not pixels:
         raise ValueError("images is empty: there is nothing to prepare.")
     # Compiled code rounds differently (XLA multiplies by reciprocals), so the trainer's function, compiled, makes the 256 values

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from train.config import Config, ConfigError, make_plan
-from train.data.batches import Staged, train_batches
+from train.data.batches import DevicePrefetcher, train_batches
 from train.distributed import Signals
 from train.initial_state import InitialState
 from train.optim import make_optimizer, make_schedule
@@ -96,14 +96,14 @@ def train(config: Config, workdir: Path) -> int:
             process_count=jax.process_count(),
         )
         with (
-            Staged(batches, setup.parallel.put_batch) as staged,
+            DevicePrefetcher(batches, setup.parallel.put_batch) as prefetcher,
             Metrics(workdir / "metrics.jsonl" if is_host_0 else None, first_step, trackers) as metrics,
             Profiler(config.log.profile_steps if is_host_0 else (), workdir / "profile") as profiler,
             Progress(plan.total_steps, first_step, batch_size, shown=is_host_0) as progress,
         ):
             window = MetricsWindow(
                 batch_size,
-                waited=lambda: staged.waited,
+                waited=lambda: prefetcher.waited,
                 multiply_adds=training_multiply_adds(setup.model, setup.dataset.image_shape),
                 peak=peak_multiply_adds(jax.devices()),
             )
@@ -111,7 +111,7 @@ def train(config: Config, workdir: Path) -> int:
             stop = signals.stop_after(step)
             while step < plan.total_steps and not stop:
                 profiler.before(step + 1)
-                state, values = next_state(state, staged.take(window.idle))
+                state, values = next_state(state, prefetcher.take(window.idle))
                 step += 1
                 stop = signals.stop_after(step)
                 if profiler.after(step, values):

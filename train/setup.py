@@ -13,7 +13,7 @@ import optax
 import scconv_jax
 from train.config import Config, ConfigError
 from train.data.augment import make_augment, make_mix
-from train.data.batches import Staged, eval_batches
+from train.data.batches import DevicePrefetcher, eval_batches
 from train.data.datasets import Dataset, load_dataset
 from train.parallel import Parallel, Step, make_parallel, of_all_hosts
 from train.run.metrics import RUN_AHEAD
@@ -105,9 +105,9 @@ def make_test(setup: TrainingSetup, config: Config) -> Callable[[TrainState], di
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        with Staged(batches, setup.parallel.put_batch) as staged:
+        with DevicePrefetcher(batches, setup.parallel.put_batch) as prefetcher:
             sums = []
-            for batch in staged:
+            for batch in prefetcher:
                 sums.append(sums_of(state, batch))
                 jax.block_until_ready(sums[-RUN_AHEAD:][0])  # otherwise all test images would be on the device at once
         sums = jax.device_get(sums)

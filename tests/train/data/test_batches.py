@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from train.config import ConfigError
-from train.data.batches import Staged, UnreadableImageError, eval_batches, train_batches
+from train.data.batches import DevicePrefetcher, UnreadableImageError, eval_batches, train_batches
 
 
 class Numbered:
-    """Images that tell which one they are, and the key they were asked with; some cannot be read."""
+    """A source whose label is the index and whose pixels tell the key; some images cannot be read."""
 
     image_shape = (2, 2, 3)
 
@@ -65,7 +65,7 @@ def test_the_order_is_that_of_grain_itself():
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_together_read_the_batch_of_one(hosts):
-    """The same images at the same positions with the same randomness; 40 images a host are several pieces."""
+    """The same images at the same positions with the same randomness; 40 images of a host are several tasks."""
     source = Numbered(401)
     whole = take(training(source, 160, threads=2), 5)
     shares = [take(training(source, 160, threads=2, process_index=h, process_count=hosts), 5) for h in range(hosts)]
@@ -96,7 +96,7 @@ def test_the_next_readable_image_stands_in_for_an_unreadable_one(threads):
         assert batch["label"].tolist() == [stand_ins.get(label, label) for label in expected.tolist()]
 
 
-def test_not_one_readable_image_is_an_error():
+def test_a_source_without_a_readable_image_is_an_error():
     with pytest.raises(ConfigError, match="not one image of the training set can be read"):
         next(training(Numbered(7, unreadable=range(7))))
 
@@ -108,7 +108,7 @@ def test_evaluation_shows_each_image_once(count, hosts, threads):
     batches = [
         list(eval_batches(Numbered(count), 4, threads=threads, process_index=h, process_count=hosts)) for h in range(hosts)
     ]
-    assert {len(own) for own in batches} == {-(-count // 4)}, "as many on every host"
+    assert {len(own) for own in batches} == {-(-count // 4)}, "every host has the same number of batches"
     shares = {tuple(len(x) for x in batch.values()) for own in batches for batch in own}
     assert shares == {(4 // hosts,) * 3}
     counted = [label for own in batches for batch in own for label in batch["label"][batch["weight"] == 1]]
@@ -126,39 +126,76 @@ def test_a_batch_that_does_not_divide_over_the_hosts_is_an_error():
         training(Numbered(23), 5, process_count=2)
 
 
-def test_staged_batches_are_made_ahead_and_in_order():
+@pytest.mark.parametrize(("batch_size", "threads", "ahead"), [(40, 2, 2), (4, 3, 6)])
+def test_threads_read_only_so_far_ahead(batch_size, threads, ahead):
+    """Two batches, or two tasks for each thread if batches are small."""
+    read = []
+
+    class Counting(Numbered):
+        def load(self, index, key, out):
+            read.append(key[1])
+            return super().load(index, key, out)
+
+    batches = training(Counting(400), batch_size, threads=threads)
+    for step in range(3):
+        next(batches)
+        deadline = time.monotonic() + 10
+        while len(read) < (step + ahead) * batch_size and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert len(read) == (step + ahead) * batch_size
+        assert set(read) == set(range(step + ahead))
+    batches.close()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_of_a_thread_reaches_the_reader_and_ends_the_batches(threads):
+    class Broken(Numbered):
+        def load(self, index, key, out):
+            if key[1] == 2:
+                raise OSError("the disk is gone")
+            return super().load(index, key, out)
+
+    batches = training(Broken(400), 40, threads=threads)
+    assert len(take(batches, 2)) == 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert list(batches) == []
+
+
+def test_batches_are_transferred_ahead_and_in_order():
     made = []
 
     def put(batch):
         made.append(batch)
         return batch * 10
 
-    with Staged(iter(range(9)), put) as staged:
-        assert next(staged) == 0
+    with DevicePrefetcher(iter(range(9)), put) as batches:
+        assert next(batches) == 0
         deadline = time.monotonic() + 10
         while len(made) < 4 and time.monotonic() < deadline:
             time.sleep(0.001)
-        assert made[:4] == [0, 1, 2, 3], "two in the queue, and one in the making, beside the one taken"
-        assert list(staged) == [10 * i for i in range(1, 9)]
+        assert made[:4] == [0, 1, 2, 3], "two in the queue and one in the making, beside the one taken"
+        assert list(batches) == [10 * i for i in range(1, 9)]
 
 
-def test_staged_tells_the_time_waited():
+def test_the_prefetcher_measures_the_time_waited():
     def slow():
         for i in range(5):
             time.sleep(0.05)
             yield i
 
-    with Staged(slow(), lambda batch: batch) as staged:
-        assert list(staged) == list(range(5))
-        assert 0.2 < staged.waited < 2
-    with Staged(iter(range(3)), lambda batch: batch) as staged:
+    with DevicePrefetcher(slow(), lambda batch: batch) as batches:
+        assert list(batches) == list(range(5))
+        assert 0.2 < batches.waited < 2
+    with DevicePrefetcher(iter(range(3)), lambda batch: batch) as batches:
         time.sleep(0.2)
-        assert list(staged) == [0, 1, 2]
-        assert staged.waited < 0.1, "what was made ahead is there at once"
+        assert list(batches) == [0, 1, 2]
+        assert batches.waited < 0.1, "batches made ahead are there at once"
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_waiting_is_time_lost_only_while_the_device_is_idle(idle):
+def test_waiting_counts_only_while_the_device_is_idle(idle):
     wanted, looks = threading.Event(), []
 
     def slow():
@@ -171,29 +208,29 @@ def test_waiting_is_time_lost_only_while_the_device_is_idle(idle):
         looks.append(idle)
         return idle
 
-    with Staged(slow(), lambda batch: batch) as staged:
-        assert staged.take(look) == "batch"
-        assert staged.waited >= 0.05 if idle else staged.waited == 0
+    with DevicePrefetcher(slow(), lambda batch: batch) as batches:
+        assert batches.take(look) == "batch"
+        assert batches.waited >= 0.05 if idle else batches.waited == 0
         assert len(looks) == 1 if idle else len(looks) > 1
 
 
-def test_an_error_reaches_the_reader_of_staged_batches():
+def test_an_error_reaches_the_reader_of_transferred_batches():
     def broken():
         yield 1
         raise UnreadableImageError("gone")
 
-    with Staged(broken(), lambda batch: batch) as staged:
-        assert next(staged) == 1
+    with DevicePrefetcher(broken(), lambda batch: batch) as batches:
+        assert next(batches) == 1
         for _ in range(2):
             with pytest.raises(UnreadableImageError, match="gone"):
-                next(staged)
+                next(batches)
 
 
 def test_closing_ends_all_threads():
     before = threading.active_count()
     for _ in range(3):
-        with Staged(training(Numbered(400), 64, threads=3), lambda batch: batch) as staged:
-            next(staged)
+        with DevicePrefetcher(training(Numbered(400), 64, threads=3), lambda batch: batch) as batches:
+            next(batches)
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
