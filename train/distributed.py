@@ -1,8 +1,15 @@
-"""The processes that train one network together: how they find each other, and how all end when one does.
+"""The processes that train one network together: how they meet, and how all end when one ends.
 
-`jax.distributed` connects their devices. Beside it each keeps one TCP connection to host 0 for as long as the run lasts:
-over it host 0 learns who has come, the others learn what to run, and a host that fails says why. The kernel closes the
-connection of a process that is killed, so that the others know it at once, where an operation between devices would wait.
+`jax.distributed` connects their devices. Beside it, each host keeps one TCP connection to host 0 while the run lasts. Over it
+host 0 learns who has come, the others learn what to run, and a failing host gives its reason. JAX's coordination service
+has a key-value store and heartbeats of its own, but cannot replace this connection:
+
+- If a host is missing or an index is taken, `jax.distributed.initialize` aborts the process with a C++ stack trace that
+  does not name the host. Before all hosts have come, the key-value store cannot be used.
+- If a host is dead or stopped, JAX aborts the others in the same way, after up to 100 s. If host 0 is dead, its service is
+  gone and JAX aborts the others at once, often before a pending read of the key-value store returns.
+
+The kernel closes the connection of a process that is killed, so the other hosts know at once and can still say why they end.
 """
 
 import contextlib
@@ -21,26 +28,30 @@ from typing import Any, NoReturn, Self
 
 from train.config import ConfigError, Hosts
 
-KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-"""A host whose power or network is gone is given up after 30 s without an answer; the system's own rule is two hours."""
-TWICE = 0.5
-"""Seconds within which a second signal is taken for the first."""
-REASON_WAIT = 3.0
-"""Seconds in which another host may say why, after an operation between hosts failed here."""
+BEAT_SECONDS = 5.0
+"""Each host sends a sign of life this often."""
+SILENCE_SECONDS = 45.0
+"""A host without a sign of life for this long is given up. JAX does so after 50 to 100 s, by an abort."""
+REASON_SECONDS = 3.0
+"""Time for another host to give the reason, after an operation between hosts has failed here."""
+DOUBLE_SIGNAL_SECONDS = 0.5
+"""A second signal within this time counts as the first one."""
 
 
-class Link:
-    """This process's connections to the others; where it is the only one, there are none and nothing happens."""
+class HostLink:
+    """This process's connections to the other hosts: host 0 has one to each, any other host one to host 0."""
 
-    def __init__(self, hosts: Hosts, flags: Any) -> None:
-        """Meet the others, and connect the devices of all. To be called before JAX computes anything.
+    def __init__(self, hosts: Hosts, flags: list[str]) -> None:
+        """Meet the other hosts and connect the devices of all. With one host, do nothing.
+
+        Must run before JAX computes anything.
 
         Args:
-            hosts: who they are; see `find`.
-            flags: what this process was told to do, as JSON: must be the same on all.
+            hosts: Who they are; see `find_hosts`.
+            flags: Command line of this process, without its index. Must be the same on all hosts.
 
         Raises:
-            ConfigError: some did not come in time, or do not fit together.
+            ConfigError: Some hosts did not come in time, or do not fit together.
         """
         self.count, self.index = hosts.count or 1, hosts.index or 0
         self._peers: dict[int, _Peer] = {}
@@ -55,16 +66,17 @@ class Link:
             self._report(name.strip("[]"), int(port), hosts.timeout, flags)
         for index in self._peers:
             threading.Thread(target=self._watch, args=(index,), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
         import jax
 
-        # What JAX would find in a cluster is left out: it gives each process one of the host's GPUs, and here one drives all.
+        # No cluster detection: it would give this process one of the host's GPUs, and here one process drives all.
         jax.distributed.initialize(hosts.address, self.count, self.index, cluster_detection_method="deactivate")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        """Leave together with the others; after an error, `fail` is what ends them."""
+        """Wait for all hosts and disconnect. After an error do nothing: `fail` ends the process."""
         if kind is None and self._peers:
             import jax
 
@@ -73,17 +85,19 @@ class Link:
             self._close()
 
     def share(self, value: Any = None) -> Any:
-        """What host 0 calls it with (JSON), on all hosts."""
+        """Return the `value` (JSON) of host 0 on all hosts."""
         if self.index == 0:
             self._tell({"shared": value})
             return value
         return self._shared.get()
 
     def check_name(self) -> None:
-        """See that CPUs of other hosts can reach those of this one, which they do by what its name means to itself.
+        """Check that CPUs of other hosts can reach this host: they use the address to which it resolves its own name.
+
+        GPUs and TPUs find each other in another way.
 
         Raises:
-            ConfigError: it means this very machine, as some systems' /etc/hosts has it. GPUs and TPUs find each other otherwise.
+            ConfigError: The name means this very machine (127.0.0.1), as in /etc/hosts of some systems.
         """
         import jax
 
@@ -95,28 +109,25 @@ class Link:
         except OSError:
             meant = set()
         if not seen.is_loopback and all(address.is_loopback for address in meant):
-            what = ", ".join(map(str, meant)) or "nothing"
             raise ConfigError(
-                f"host {self.index} is called {name}, which to itself means {what}, where no other host can reach its CPUs: "
-                f"let it mean {seen}, in /etc/hosts"
+                f"host {self.index} resolves its own name {name} to {', '.join(map(str, meant)) or 'nothing'}, where other hosts "
+                f"cannot reach its CPUs: map {name} to {seen} in /etc/hosts"
             )
 
     def fail(self, reason: str, code: int) -> None:
-        """Tell the others why this host ends, and end the process; where there are no others, return."""
+        """Tell the other hosts why this one ends, and end the process. With one host, return."""
         if self._peers:
-            with self._ending:
-                self._tell({"failed": f"host {self.index} of {self.count} failed: {reason}", "code": code})
-                _exit(code)
+            self._end({"failed": f"host {self.index} of {self.count} failed: {reason}", "code": code})
 
     def wait_for_reason(self) -> None:
-        """After an operation between hosts failed: give the host that is the cause time to say so, and end with it."""
+        """After an operation between hosts has failed: let the host that is the cause say so, and end with it."""
         if self._peers:
-            time.sleep(REASON_WAIT)
+            time.sleep(REASON_SECONDS)
 
-    def _gather(self, port: int, timeout: float, flags: Any) -> None:
-        """Host 0: wait for all others, and see that they fit."""
+    def _gather(self, port: int, timeout: float, flags: list[str]) -> None:
+        """Host 0: wait for all other hosts and check that they fit."""
         try:
-            _listen(port).close()  # jax.distributed will want it
+            _listen(port).close()  # jax.distributed will listen here
             server = _listen(port + 1)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
@@ -134,8 +145,8 @@ class Link:
                     problem = f"{names} of {self.count} did not come to port {port + 1} within {timeout:g} s"
                     break
                 hello = peer.receive(timeout=10)
-                if hello is None or not {"index", "count", "flags"} <= hello.keys():
-                    peer.close()  # none of ours
+                if not {"index", "count", "flags"} <= hello.keys():
+                    peer.close()  # another program
                     continue
                 index = hello["index"]
                 if hello["count"] != self.count:
@@ -147,102 +158,109 @@ class Link:
                     problem = f"host {index} was started with other flags than host 0: {theirs} there, {ours} here"
                 self._peers[-1 if problem else index] = peer
                 missing.discard(index)
+        self._tell({"problem": problem})
         if problem:
-            self._tell({"failed": problem, "code": 2})
             self._close()
             raise ConfigError(f"{problem}; nothing was started")
-        self._tell({"welcome": True})
 
-    def _report(self, name: str, port: int, timeout: float, flags: Any) -> None:
-        """Any other host: go to host 0, and wait until all have come."""
+    def _report(self, name: str, port: int, timeout: float, flags: list[str]) -> None:
+        """Any other host: come to host 0, and wait until all have come."""
         deadline = time.monotonic() + timeout
-        while True:
+        while not self._peers:
             try:
-                peer = _Peer(socket.create_connection((name, port + 1), timeout=2))
-                break
+                self._peers[0] = _Peer(socket.create_connection((name, port + 1), timeout=2))
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise ConfigError(
                         f"host {self.index} of {self.count} did not find host 0 at {name}, port {port + 1}, within {timeout:g} s "
-                        f"({error.strerror or error}): is it running, and the port open?"
+                        f"({error.strerror or error}): is it running, and is the port open?"
                     ) from error
                 time.sleep(0.1)
-        peer.send({"index": self.index, "count": self.count, "flags": flags})
-        message = peer.receive(timeout=timeout + 10)
-        if message is None or "welcome" not in message:
-            peer.close()
-            reason = message["failed"] if message else "host 0 ended before all had come"
-            raise ConfigError(f"{reason}; nothing was started")
-        self._peers[0] = peer
+        self._tell({"index": self.index, "count": self.count, "flags": flags})
+        problem = self._peers[0].receive(timeout=timeout + 10).get("problem", "host 0 ended before all had come")
+        if problem:
+            self._close()
+            raise ConfigError(f"{problem}; nothing was started")
 
     def _watch(self, index: int) -> None:
-        """Wait for what host `index` has to say, and end as it ends unless it says farewell."""
+        """Thread: act on the messages of host `index`. End with it if it fails, dies or is silent."""
         peer = self._peers[index]
-        while (message := peer.receive()) is not None and "shared" in message:
-            self._shared.put(message["shared"])
-        if not self._peers:
-            return  # this host has left
-        if message is None:
-            gone = (
-                f"host {index} of {self.count} is gone without a word (killed, out of memory, cut off); the checkpoints are kept"
-            )
-            message = {"failed": gone, "code": 1}
-        if "failed" in message:
-            with self._ending:
+        while True:
+            message = peer.receive(SILENCE_SECONDS)
+            if "shared" in message:
+                self._shared.put(message["shared"])
+            if "bye" in message or not self._peers:
+                return
+            if "gone" in message:
+                reason = f"host {index} of {self.count} {message['gone']}; the checkpoints are kept"
+                message = {"failed": reason, "code": 1}
+            if "failed" in message:
+                self._end(message, say=True)
+
+    def _beat(self) -> None:
+        """Thread: show the other hosts that this one lives."""
+        while self._peers:
+            self._tell({"alive": True})
+            time.sleep(BEAT_SECONDS)
+
+    def _end(self, message: dict[str, Any], say: bool = False) -> NoReturn:
+        """End this process, and the others with the same reason."""
+        with self._ending:
+            if say:
                 print(f"error: {message['failed']}", file=sys.stderr)
-                self._tell(message)
-                _exit(message["code"])
+            self._tell(message)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            _exit(message["code"])
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for peer in list(self._peers.values()):
+            peer.send(message)
 
     def _close(self) -> None:
         peers, self._peers = self._peers, {}
         for peer in peers.values():
             peer.close()
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        for peer in list(self._peers.values()):
-            peer.send(message)
-
 
 class _Peer:
-    """One connection: a JSON object per line, either way."""
+    """Connection to another host. Each message is a JSON object on a line of its own."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE.items():
-            if hasattr(socket, option):  # macOS has other names
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self._connection, self._lines = connection, connection.makefile("r", encoding="utf-8")
+        self._connection, self._lines = connection, connection.makefile("rb")
+        self._sending = threading.Lock()
 
     def send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it is gone, which `receive` tells
-            self._connection.sendall((json.dumps(message) + "\n").encode())
+        with self._sending, contextlib.suppress(OSError):  # `receive` notices that the other side is gone
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """Return the next message, or `{"gone": why}` if there will be none or none came in time."""
+        self._connection.settimeout(timeout)
+        try:
+            message = json.loads(self._lines.readline())
+        except TimeoutError:
+            return {"gone": f"has given no sign of life for {timeout:g} s (stopped, cut off)"}
+        except (OSError, ValueError):
+            message = None
+        return message if isinstance(message, dict) else {"gone": "is gone without a word (killed, out of memory, cut off)"}
 
     def own_address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-        """By which the other side knows this host."""
+        """Return the address by which the other side knows this host."""
         address = ipaddress.ip_address(self._connection.getsockname()[0].partition("%")[0])
         return getattr(address, "ipv4_mapped", None) or address
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the other side may have done so
             self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()  # and with the last reader's `_lines`, it is gone
-
-    def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
-        """The next message; None where there will be none, or it is none of ours."""
-        self._connection.settimeout(timeout)
-        try:
-            message = json.loads(self._lines.readline())
-        except (OSError, ValueError):
-            return None
-        finally:
-            self._connection.settimeout(None)
-        return message if isinstance(message, dict) else None
+        self._connection.close()
 
 
 class Signals:
-    """Notes a Ctrl-C or SIGTERM, for all hosts to stop after the same step; another Ctrl-C, later, acts as ever.
+    """Notes Ctrl-C or SIGTERM, so that all hosts stop after the same step. A later Ctrl-C interrupts at once, as usual.
 
-    What comes within `TWICE` seconds is the same signal: `timeout`, for one, sends its own to a process and then to its group.
+    A signal within `DOUBLE_SIGNAL_SECONDS` of the first is the same one: `timeout`, for example, signals a process and then
+    its group.
     """
 
     def __init__(self) -> None:
@@ -252,7 +270,7 @@ class Signals:
         import jax
 
         self._hosts = jax.process_count()
-        # Of several hosts, JAX itself takes the SIGTERM, and brings all to agree on a step.
+        # With several hosts, JAX itself takes SIGTERM and makes all hosts agree on a step.
         mine = (signal.SIGINT, signal.SIGTERM) if self._hosts == 1 else (signal.SIGINT,)
         self._before = {signum: signal.signal(signum, self._note) for signum in mine}
         return self
@@ -262,7 +280,7 @@ class Signals:
             signal.signal(signum, handler)
 
     def stop_after(self, step: int) -> bool:
-        """Whether `step` is the last; to be asked after each step, with the same answer on all hosts."""
+        """Whether `step` is the last one. Must be called after each step; all hosts get the same answer."""
         if self._hosts == 1:
             return bool(self.received)
         from jax.experimental import multihost_utils
@@ -277,21 +295,21 @@ class Signals:
             self.received, self._when = signum, time.monotonic()
             if self._hosts > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-        elif signum == signal.SIGINT and time.monotonic() - self._when > TWICE:
+        elif signum == signal.SIGINT and time.monotonic() - self._when > DOUBLE_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
 
-def find(hosts: Hosts) -> Hosts:
-    """What was not given, as the cluster says it: SLURM, Open MPI, Kubernetes, Cloud TPU. Elsewhere this is the only host.
+def find_hosts(hosts: Hosts) -> Hosts:
+    """Return `hosts`; if they name no count, what the cluster says (SLURM, Open MPI, Kubernetes, Cloud TPU).
 
-    The clusters are those of `jax.distributed.initialize`; JAX has no public name for finding them alone.
+    Uses the cluster detection of `jax.distributed.initialize`, which has no public name of its own.
     """
     if hosts.count is not None:
         return hosts
     from jax._src.clusters import ClusterEnv
 
     with warnings.catch_warnings():
-        if "JOB_COMPLETION_INDEX" not in os.environ:  # one pod by itself needs no package to find the others
+        if "JOB_COMPLETION_INDEX" not in os.environ:  # a single pod needs no package to find other pods
             warnings.filterwarnings("ignore", message=r"\s*Kubernetes environment detected")
         found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(hosts.timeout))
     address, count, index, _ = found
@@ -310,8 +328,5 @@ def _only_in(flags: list[str], others: list[str]) -> str:
     return " ".join(flag for flag in flags if flag not in others) or "nothing"
 
 
-def _exit(code: int) -> NoReturn:
-    """End at once: Python's own way out would wait for hosts that are gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+_exit = os._exit
+"""Ends at once: Python's own exit would wait for hosts that are gone."""

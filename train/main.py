@@ -19,7 +19,7 @@ except ModuleNotFoundError:
 
 from train.config import CheckpointError, Config, ConfigError, DivergedError
 from train.config.files import DEFAULT, IMAGENET, from_json, load_config, override, to_json
-from train.distributed import Link, find
+from train.distributed import HostLink, find_hosts
 from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_held
 
 
@@ -78,7 +78,7 @@ def _with_images(experiment: Config, flags: Flags) -> Config:
     return replace(experiment, data=data)
 
 
-def join(flags: Flags, given: dict[str, Any]) -> Link:
+def join(flags: Flags, given: dict[str, Any]) -> HostLink:
     """Choose the devices of this process and connect to the other hosts, if there are any.
 
     Raises:
@@ -91,10 +91,10 @@ def join(flags: Flags, given: dict[str, Any]) -> Link:
     if flags.gpu is not None:
         jax.config.update("jax_cuda_visible_devices", str(flags.gpu))
     hosts = replace(flags.hosts, address=flags.hosts.address and flags.hosts.address.removeprefix("tcp://"))
-    return Link(find(hosts), [f"{name} {value}" for name, value in given.items() if name not in ("hosts.index", "gpu")])
+    return HostLink(find_hosts(hosts), [f"{name} {value}" for name, value in given.items() if name not in ("hosts.index", "gpu")])
 
 
-def run(flags: Flags, given: dict[str, Any], link: Link) -> int:
+def run(flags: Flags, given: dict[str, Any], link: HostLink) -> int:
     """Train or test. Host 0 reads the config and tells the other hosts, which print nothing."""
     plan = None
     if link.index == 0:

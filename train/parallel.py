@@ -108,8 +108,8 @@ def from_host_0(tree: Any) -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
-def of_all_hosts(values: list[int]) -> list[list[int]]:
-    """The `values` (int32, as many on all) of each host, on all hosts."""
+def all_gather_ints(values: list[int]) -> list[list[int]]:
+    """All-gather: the `values` (int32, as many on each host) of every host, on all hosts."""
     if jax.process_count() == 1:
         return [values]
     return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32))).tolist()

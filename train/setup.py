@@ -15,7 +15,7 @@ from train.config import Config, ConfigError
 from train.data.augment import make_augment, make_mix
 from train.data.batches import DevicePrefetcher, eval_batches
 from train.data.datasets import Dataset, load_dataset
-from train.parallel import Parallel, Step, make_parallel, of_all_hosts
+from train.parallel import Parallel, Step, all_gather_ints, make_parallel
 from train.run.metrics import RUN_AHEAD
 from train.step import AXIS, TrainState, eval_step, train_step
 
@@ -62,7 +62,7 @@ def check_same_images(dataset: Dataset) -> None:
         ConfigError: They differ. All hosts raise it.
     """
     crc = zlib.crc32("\0".join(dataset.classes).encode(errors="surrogateescape")) >> 1
-    hosts = of_all_hosts([len(dataset.train), len(dataset.test), dataset.num_classes, crc])
+    hosts = all_gather_ints([len(dataset.train), len(dataset.test), dataset.num_classes, crc])
     other = next((host for host, found in enumerate(hosts) if found != hosts[0]), 0)
     if other:
         there, here = (

@@ -1,6 +1,7 @@
-"""Several hosts: here they are processes of this machine, four simulated devices each, that talk over 127.0.0.1."""
+"""Several hosts. Here they are processes of this machine with four simulated devices each; they talk over 127.0.0.1."""
 
 import contextlib
+import inspect
 import ipaddress
 import os
 import signal
@@ -20,11 +21,12 @@ from PIL import Image
 from tests.train.tiny import final_arrays
 from train import distributed as hosts_module
 from train.config import ConfigError, DivergedError, Hosts
-from train.distributed import Link, find
+from train.distributed import HostLink, find_hosts
 from train.parallel import make_parallel
 from train.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+SET_SILENCE = "import runpy; from train import distributed; distributed.SILENCE_SECONDS = "
 CONFIG = """
 from train.config import Config, Data, Model, Optim
 
@@ -39,7 +41,7 @@ config = Config(
 
 
 def free_port():
-    """The first of two ports in a row that nobody uses."""
+    """Return the first of two successive free ports."""
     while True:
         with contextlib.suppress(OSError), socket.create_server(("", 0)) as first:
             port = first.getsockname()[1]
@@ -49,7 +51,7 @@ def free_port():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tmp_path_factory):
-    """An empty folder with `small.py`: 4 epochs of 5 steps of a tiny network in float64."""
+    """Folder with `small.py`, a config of 4 epochs of 5 steps of a tiny network in float64."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache-of-hosts"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -58,17 +60,21 @@ def folder(tmp_path, monkeypatch, tmp_path_factory):
     return tmp_path
 
 
-def start(*flags, devices):
+def start(*flags, devices, silence=None):
+    """Start a host. If `silence` is given, it gives up hosts after that many seconds without a sign of life."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "tests.train.tiny", "--config", "small.py", *flags]
+    program = ["-m", "tests.train.tiny"]
+    if silence:
+        program = ["-c", f"{SET_SILENCE}{silence}; runpy.run_module('tests.train.tiny', run_name='__main__')"]
+    command = [sys.executable, *program, "--config", "small.py", *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_hosts(*flags):
-    """Two processes that train together."""
+def start_hosts(*flags, silence=None):
+    """Start two processes that train together."""
     address = f"127.0.0.1:{free_port()}"
     numbers = [["--hosts.count", "2", "--hosts.index", str(index), "--hosts.address", address] for index in range(2)]
-    return [start(*number, *flags, devices=4) for number in numbers]
+    return [start(*number, *flags, devices=4, silence=silence) for number in numbers]
 
 
 def finish(process):
@@ -80,12 +86,12 @@ def finish(process):
 
 
 def errors(err):
-    """What the program itself said, beside the notes of JAX's C++ parts."""
+    """Return the lines of the program itself, without those of JAX's C++ parts."""
     return [line for line in err.splitlines() if line.startswith(("error: ", "warning: ", "Traceback"))]
 
 
 def assert_equal(actual, expected):
-    """Every array in float64, and equal to 1e-9 of its largest value."""
+    """Check that every array is in float64 and equal to 1e-9 of its largest value."""
     assert actual.keys() == expected.keys()
     for name, array in expected.items():
         assert array.dtype.kind != "f" or array.dtype == np.float64
@@ -95,12 +101,11 @@ def assert_equal(actual, expected):
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_two_hosts_of_four_devices_equal_one_device():
-    """By both engines; and stopped by a signal to one of the hosts, and gone on with by one device."""
+    """Both engines give the result of one device. A signal to one host stops both, and one device can go on with the run."""
     alone = start("--workdir", "alone", devices=1)
     for workdir, flags in (("hosts", []), ("hosts-pmap", ["--parallel", "pmap"])):
-        for code, out, err in map(finish, start_hosts("--workdir", workdir, *flags)):
+        for code, _, err in map(finish, start_hosts("--workdir", workdir, *flags)):
             assert (code, errors(err)) == (0, []), err
-            del out
     assert finish(alone)[0] == 0
     expected = final_arrays("alone")
     assert expected["step"] == 20
@@ -111,7 +116,7 @@ def test_two_hosts_of_four_devices_equal_one_device():
     assert [line["step"] for line in lines] == [line["step"] for line in theirs]
     for ours, others in zip(lines, theirs, strict=True):
         for key in ours.keys() & {"train/loss", "eval/loss", "train/top1", "eval/top1", "lr"}:
-            assert ours[key] == pytest.approx(others[key], rel=1e-6), "batches and tests are summed in float32"
+            assert ours[key] == pytest.approx(others[key], rel=1e-6), "losses and accuracies are summed in float32"
 
     both = start_hosts("--workdir", "stopped", "--epochs", "400")
     wait_for_step("stopped", 30, both)
@@ -145,37 +150,60 @@ def wait_for_step(workdir, step, processes):
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_host_that_is_killed_ends_the_other_at_once(victim):
+def test_a_killed_host_ends_the_other_at_once(victim):
     both = start_hosts("--workdir", "run", "--epochs", "4000")
     wait_for_step("run", 6, both)
     both[victim].kill()
     killed = time.monotonic()
     code, _, err = finish(both[1 - victim])
     assert time.monotonic() - killed < 20
-    assert code in (1, -signal.SIGABRT), "JAX may be first to see that host 0 is gone, and aborts"
-    assert (
-        f"error: host {victim} of 2 is gone without a word (killed, out of memory, cut off); the checkpoints are kept"
-        in errors(err)
-    )
+    assert code in (1, -signal.SIGABRT), "JAX may be first to notice that host 0 is gone, and abort"
+    reason = f"error: host {victim} of 2 is gone without a word (killed, out of memory, cut off); the checkpoints are kept"
+    assert reason in errors(err)
     finish(both[victim])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
-def test_a_host_that_fails_says_why_to_the_other():
-    both = start_hosts("--workdir", "run", "--optim.lr", "1e200")
-    (code, _, err), (other_code, other_out, other_err) = map(finish, both)
-    assert (code, other_code) == (1, 1)
-    reason = "the training loss is nan at step 2; the checkpoints before it are kept. A lower --optim.lr may help"
-    assert reason in err + other_err
-    assert "Traceback" not in err + other_err
-    del other_out
+def test_a_stopped_host_ends_the_other():
+    """Host 0 is the harder case: JAX's coordination service stands still with it."""
+    both = start_hosts("--workdir", "run", "--epochs", "4000", silence=15)
+    wait_for_step("run", 6, both)
+    both[0].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        code, _, err = finish(both[1])
+        assert time.monotonic() - stopped < 40
+        reason = "error: host 0 of 2 has given no sign of life for 15 s (stopped, cut off); the checkpoints are kept"
+        assert (code, errors(err)) == (1, [reason])
+    finally:
+        both[0].kill()
+        finish(both[0])
+
+
+def test_a_silent_host_is_given_up_before_jax_aborts():
+    """JAX sends a heartbeat after each half of its time-out, so it may abort that long after a host has stopped."""
+    timeout = inspect.signature(jax.distributed.initialize).parameters["heartbeat_timeout_seconds"].default
+    assert 5 * hosts_module.BEAT_SECONDS < hosts_module.SILENCE_SECONDS < timeout / 2
+    assert hosts_module.SILENCE_SECONDS + hosts_module.BEAT_SECONDS < 60
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
-def test_hosts_with_other_images_are_told_so(monkeypatch):
-    """Each finds its own folder in the same place: as if every machine had a disk of its own."""
+def test_a_failing_host_tells_the_other_why():
+    both = start_hosts("--workdir", "run", "--optim.lr", "1e200")
+    (code, _, err), (other_code, _, other_err) = map(finish, both)
+    assert (code, other_code) == (1, 1)
+    reason = "the training loss is nan at step 2; the checkpoints before it are kept. A lower --optim.lr may help"
+    assert reason in err
+    assert reason in other_err
+    assert "Traceback" not in err + other_err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_hosts_with_other_images_are_refused(monkeypatch):
+    """Each host finds another folder at the same path, as if every machine had its own disk."""
     rng = np.random.default_rng(0)
     for host, tests in ((0, 4), (1, 5)):
         for split, count in (("train", 16), ("val", tests)):
@@ -199,7 +227,10 @@ def test_hosts_with_other_images_are_told_so(monkeypatch):
 
 @pytest.fixture
 def team(monkeypatch, capsys):
-    """`team(hosts of 0, flags), (hosts of 1, flags), ...` → what came of each: a `Link`, or the message of its error."""
+    """`team((hosts of 0, flags), (hosts of 1, flags), ...)` makes a `HostLink` in a thread for each.
+
+    It returns the links; for a link that raised, its message. `team.ended` holds the exit codes of those that ended.
+    """
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     ended, links = [], []
 
@@ -214,7 +245,7 @@ def team(monkeypatch, capsys):
 
         def join(place, hosts, flags):
             try:
-                results[place] = Link(hosts, flags)
+                results[place] = HostLink(hosts, flags)
                 links.append(results[place])
             except ConfigError as error:
                 results[place] = str(error)
@@ -230,7 +261,7 @@ def team(monkeypatch, capsys):
     meet.ended = ended
     meet.said = lambda: capsys.readouterr().err
     yield meet
-    # All have left before the first connection closes: a host that sees another go without a word would end this process.
+    # All must have left before the first connection closes: a host that sees another go without a word ends its process.
     peers = [peer for link in links for peer in link._peers.values()]
     for link in links:
         link._peers = {}
@@ -247,18 +278,31 @@ def eventually(condition):
         if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("it did not come")
+    raise AssertionError("it did not happen within 20 s")
 
 
-def test_hosts_meet_and_share_what_host_0_says(team):
-    port = free_port()
+def test_hosts_meet_and_share_the_value_of_host_0(team):
+    """Another program that comes to the port is ignored."""
+    port, met = free_port(), threading.Event()
+
+    def come_first():
+        while not met.wait(0.001):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port + 1)) as connection:
+                connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                assert connection.recv(1) == b""
+                return
+
+    other = threading.Thread(target=come_first)
+    other.start()
     links = team(*[(of(index, port, count=3), ["--seed", "1"]) for index in range(3)])
+    met.set()
+    other.join()
     assert [link.index for link in links] == [0, 1, 2]
     assert links[0].share({"epochs": 3}) == {"epochs": 3}
     assert [link.share() for link in links[1:]] == [{"epochs": 3}] * 2
 
 
-def test_the_reason_of_one_ends_all(team):
+def test_the_reason_of_one_host_ends_all(team):
     port = free_port()
     links = team(*[(of(index, port, count=3), []) for index in range(3)])
     threading.Thread(target=links[1].fail, args=("the disk is full", 7), daemon=True).start()
@@ -267,7 +311,21 @@ def test_the_reason_of_one_ends_all(team):
     assert team.said() == "error: host 1 of 3 failed: the disk is full\n" * 2
 
 
-def test_a_peer_that_never_comes_is_named(team):
+def test_a_silent_host_ends_all(team, monkeypatch):
+    monkeypatch.setattr(hosts_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(hosts_module, "SILENCE_SECONDS", 2.0)
+    port = free_port()
+    links = team(*[(of(index, port, count=3), []) for index in range(3)])
+    time.sleep(3)
+    assert team.ended == [], "signs of life keep all going"
+    monkeypatch.setattr(links[1], "_tell", lambda _: None)
+    eventually(lambda: len(team.ended) == 3)
+    assert team.ended == [1, 1, 1]
+    reason = "host 1 of 3 has given no sign of life for 2 s (stopped, cut off); the checkpoints are kept"
+    assert team.said() == f"error: {reason}\n" * 3
+
+
+def test_a_host_that_never_comes_is_named(team):
     port = free_port()
     zero, one = team((of(0, port, count=4, timeout=1), []), (of(1, port, count=4, timeout=1), []))
     assert zero == f"hosts 2, 3 of 4 did not come to port {port + 1} within 1 s; nothing was started"
@@ -276,7 +334,7 @@ def test_a_peer_that_never_comes_is_named(team):
     assert alone.startswith(f"host 1 of 2 did not find host 0 at 127.0.0.1, port {port + 1}, within 0.5 s (")
 
 
-def test_hosts_that_do_not_fit_together(team):
+def test_hosts_that_do_not_fit_are_refused(team):
     for other, flags, message in (
         (of(1, port := free_port(), count=3), [], "host 1 was told of 3 hosts, host 0 of 2; nothing was started"),
         (
@@ -297,7 +355,7 @@ def test_a_port_in_use_is_named(team):
     assert message.startswith(f"host 0 cannot listen at ports {port} and {port + 1}: Address already in use; choose another port")
 
 
-def test_a_name_that_other_hosts_cannot_use_is_an_error(team, monkeypatch):
+def test_a_host_name_that_means_localhost_is_refused(team, monkeypatch):
     def name_means(*addresses):
         found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in addresses]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
@@ -307,7 +365,7 @@ def test_a_name_that_other_hosts_cannot_use_is_an_error(team, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "node7")
     name_means("127.0.1.1")
     for link in links:
-        link.check_name()  # both are this machine
+        link.check_name()  # both hosts are this machine
     monkeypatch.setattr(hosts_module._Peer, "own_address", lambda _: ipaddress.ip_address("10.9.0.2"))
     name_means("10.9.0.2")
     links[1].check_name()
@@ -315,18 +373,18 @@ def test_a_name_that_other_hosts_cannot_use_is_an_error(team, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         links[1].check_name()
     assert str(caught.value) == (
-        "host 1 is called node7, which to itself means 127.0.1.1, where no other host can reach its CPUs: let it mean 10.9.0.2, "
-        "in /etc/hosts"
+        "host 1 resolves its own name node7 to 127.0.1.1, where other hosts cannot reach its CPUs: "
+        "map node7 to 10.9.0.2 in /etc/hosts"
     )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     links[1].check_name()
 
 
-def test_one_process_needs_nobody(monkeypatch):
+def test_one_process_needs_no_other(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
         monkeypatch.delenv(name)
-    assert find(Hosts()) == Hosts()
-    with Link(Hosts(), ["--seed"]) as link:
+    assert find_hosts(Hosts()) == Hosts()
+    with HostLink(Hosts(), ["--seed"]) as link:
         assert (link.index, link.count, link.share(3)) == (0, 1, 3)
         link.wait_for_reason()
         link.fail("no matter", 1)  # returns: the caller ends by itself
@@ -372,14 +430,14 @@ def test_one_process_needs_nobody(monkeypatch):
 def test_a_cluster_is_found(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert find(Hosts()) == expected
+    assert find_hosts(Hosts()) == expected
     given = Hosts(count=3, index=2, address="here:1")
-    assert find(given) == given, "what is given comes first"
+    assert find_hosts(given) == given, "values that are given take precedence"
 
 
 @pytest.mark.parametrize("engine", ["shard_map", "pmap"])
 def test_devices_that_differ_are_found(engine):
-    """Of two arrays on eight devices, one differs on the last device, in the sign of a zero."""
+    """Two arrays are on eight devices. One of them differs on the last device, in the sign of a zero."""
     parallel = make_parallel(engine, jax.devices())
     state = {"a": np.arange(6, dtype=np.int32), "b": np.zeros((2, 3), np.float32)}
     same = parallel.put_state(state)

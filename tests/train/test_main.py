@@ -276,7 +276,7 @@ def test_a_signal_sent_twice_is_one(monkeypatch):
         assert signals.stop_after(1)
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGINT
-        monkeypatch.setattr(hosts, "TWICE", 0.0)
+        monkeypatch.setattr(hosts, "DOUBLE_SIGNAL_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

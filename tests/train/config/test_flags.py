@@ -278,7 +278,7 @@ def test_a_flag_without_effect_says_so(capsys, argv):
 )
 def test_the_hosts_by_either_name(monkeypatch, argv):
     found = []
-    monkeypatch.setattr(main, "Link", lambda hosts, flags: found.append((hosts, flags)))
+    monkeypatch.setattr(main, "HostLink", lambda hosts, flags: found.append((hosts, flags)))
     join(*parse([*argv, "--gpu", "1", "--seed", "3"]))
     (hosts, flags) = found[0]
     assert hosts == Hosts(count=4, index=2, address="10.0.0.1:8476")
