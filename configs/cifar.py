@@ -1,18 +1,18 @@
-"""The networks of the 2023 paper on CIFAR-10 or CIFAR-100, by its recipe.
+"""CIFAR-10 and CIFAR-100 by the recipe of the 2023 paper.
 
-From Li, Wen, He, CVPR 2023: SGD with momentum 0.9, learning rate 0.05 divided by 10 at epochs 100 and 150 of 200, weight decay
-5e-4, batch 128. The crop after 4 px of padding and mirroring are the custom for CIFAR; the paper does not say. Pixels are
-normalised by the mean and deviation of the training images of CIFAR-10.
+Recipe (Li, Wen, He, CVPR 2023): SGD with momentum 0.9, learning rate 0.05 divided by 10 at epochs 100 and 150 of 200, weight
+decay 5e-4, batch size 128. The paper does not describe the augmentation; 4 px of padding, random crop and mirroring are usual
+for CIFAR. Pixels are normalized by the mean and standard deviation of CIFAR-10's training images.
 
-The images: a folder of 32 px PNG files, DIR/train/CLASS/*.png and DIR/val/CLASS/*.png; or, prepared by TensorFlow Datasets as
-array_record, `--data.name tfds --data.tfds-name cifar10` (or cifar100) and `--data.dir` the folder of all its data sets.
-The network: `-a` and one of resnet56_small, resnet50_small, resnext29_small, wrn28_10_small, densenet121_small, with or without
-scconv_ before it.
+Images: a folder of 32 px PNG files, DIR/train/CLASS/*.png and DIR/val/CLASS/*.png. For a data set prepared by TensorFlow
+Datasets in array_record: `--data.name tfds --data.tfds-name cifar10` (or cifar100), and `--data.dir` with the folder of all
+data sets. Network: `-a` with resnet56_small, resnet50_small, resnext29_small, wrn28_10_small or densenet121_small, or one of
+these names after scconv_.
 
 Command    python -m train.main DIR --config configs/cifar.py -a scconv_resnet50_small
 Hardware   not measured
 Time       not measured
-Result     not measured here; published, CIFAR-10 and CIFAR-100, without → with ScConv:
+Result     not measured. Published for CIFAR-10 and CIFAR-100, without → with ScConv:
            ResNet-56 93.27 71.50 → 94.12 72.56 %, ResNet-50 95.09 78.60 → 95.92 79.89 %, ResNeXt-29 95.68 81.54 → 96.20 82.56 %,
            WRN-28-10 95.21 79.40 → 95.64 80.83 %, DenseNet-121 95.09 79.43 → 95.37 80.24 %
 """

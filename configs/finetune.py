@@ -1,8 +1,7 @@
-"""SCNet-50 with the authors' ImageNet weights on images of your own: a start for settings, not the last word on them.
+"""SCNet-50 with the authors' ImageNet weights, fine-tuned on your own images. The settings are a starting point.
 
-Everything is trained, from a tenth of the learning rate of SCNet-50's own training on; the head is drawn anew where the number
-of classes differs.
-Other weights and their network: `--init FILE -a NAME`.
+All layers are trained, with a tenth of the learning rate that SCNet-50 was trained with. The head is initialized again if the
+number of classes differs. For other weights and their network: `--init FILE -a NAME`.
 
 Command    python -m train.main DIR --config configs/finetune.py        DIR/train/CLASS/*, DIR/val/CLASS/*
 Hardware   not measured

@@ -1,12 +1,13 @@
-"""ResNet-50 of ScConv (2023) on ImageNet by the recipe of its paper, as far as that gives one.
+"""ScConv-ResNet-50 (2023) on ImageNet by the recipe of its paper, which is incomplete.
 
-From Li, Wen, He, CVPR 2023: learning rate 0.1 divided by 10 every 30 of 100 epochs, weight decay 1e-4. Momentum 0.9, batch 256,
-crops and mirroring are those of PyTorch's ImageNet example; the paper does not say.
+Recipe (Li, Wen, He, CVPR 2023): learning rate 0.1 divided by 10 every 30 of 100 epochs, weight decay 1e-4. The paper does not
+state momentum, batch size and augmentation; momentum 0.9, batch size 256, crops and mirroring come from PyTorch's ImageNet
+example.
 
 Command    python -m train.main DIR --config configs/scconv_resnet50.py        DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG
 Hardware   not measured
 Time       not measured
-Result     not measured here; published (a = 1/2): top-1 76.41 %, and 76.15 % for the plain ResNet-50 (-a resnet50)
+Result     not measured. Published for a = 1/2: top-1 76.41 %, and 76.15 % for the plain ResNet-50 (-a resnet50)
 """
 
 from train.config import Config, Data, Model, Optim

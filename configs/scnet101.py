@@ -1,9 +1,9 @@
-"""SCNet-101 on ImageNet by the recipe of its authors, which is that of SCNet-50 (configs/scnet50.py says where it comes from).
+"""SCNet-101 on ImageNet by its authors' recipe, the same as for SCNet-50; configs/scnet50.py describes it.
 
 Command    python -m train.main DIR --config configs/scnet101.py        DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG
 Hardware   not measured
 Time       not measured
-Result     not measured here; published by the authors: top-1 78.94 %, top-5 94.25 %
+Result     not measured. Published by the authors: top-1 78.94 %, top-5 94.25 %
 """
 
 from train.config import Config, Data, Model, Optim

@@ -1,13 +1,13 @@
-"""SCNet-50 on ImageNet by the recipe of its authors: that of PyTorch's ImageNet example, with label smoothing and 100 epochs.
+"""SCNet-50 on ImageNet by its authors' recipe: PyTorch's ImageNet example with label smoothing and 100 epochs.
 
-The recipe is as the authors state it (https://github.com/MCG-NKU/SCNet): SGD with momentum 0.9, weight decay 1e-4 on every
-parameter, batch 256, learning rate 0.1 divided by 10 every 30 of 100 epochs, label smoothing 0.1; random crops of 8 to 100 % of
-the area at 224 px and mirroring; tested on the central 224 px of images whose shorter side is 256.
+Recipe (https://github.com/MCG-NKU/SCNet): SGD with momentum 0.9, weight decay 1e-4 on every parameter, batch size 256, learning
+rate 0.1 divided by 10 every 30 of 100 epochs, label smoothing 0.1. Training images: random crops of 8 to 100 % of the area,
+resized to 224 px, and mirroring. Test images: shorter side 256 px, center crop of 224 px.
 
 Command    python -m train.main DIR --config configs/scnet50.py        DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG
 Hardware   not measured
 Time       not measured
-Result     not measured here; published by the authors: top-1 77.81 %, top-5 93.92 %
+Result     not measured. Published by the authors: top-1 77.81 %, top-5 93.92 %
 """
 
 from train.config import Config, Data, Model, Optim

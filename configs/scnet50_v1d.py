@@ -1,14 +1,14 @@
-"""SCNet-50 v1d on ImageNet by a recipe of our own choice: its authors published the weights, but not how they trained them.
+"""SCNet-50 v1d on ImageNet by our own recipe: the authors published the weights, but not how they trained them.
 
-Taken from He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019, whose ResNet-D this
-network follows: learning rate 0.1 for a batch of 256 and in proportion for others, 5 epochs of warm-up, cosine, 120 epochs (200
-there where there is mixup), label smoothing 0.1, mixup with a = 0.2, decay of kernels alone. The average of weights (decay
-0.9999) and bfloat16 are additions.
+Recipe (He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019, which introduced the
+ResNet-D that this network follows): learning rate 0.1 for a batch size of 256 and in proportion for others, 5 epochs of
+warm-up, cosine decay, 120 epochs (there 200 with mixup), label smoothing 0.1, mixup with a = 0.2, weight decay on kernels only.
+The moving average of the weights (decay 0.9999) and bfloat16 are our additions.
 
 Command    python -m train.main DIR --config configs/scnet50_v1d.py        DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG
-Hardware   not measured; for several devices: 1,024 images a step
+Hardware   not measured; meant for several devices, 1,024 images per step
 Time       not measured
-Result     not measured here; published by the authors, by a recipe that they did not publish: top-1 80.47 %, top-5 95.32 %
+Result     not measured. Published by the authors, with their own recipe: top-1 80.47 %, top-5 95.32 %
 """
 
 from train.config import Augment, Config, Data, Model, Optim

@@ -1,9 +1,9 @@
-"""A smoke test: two epochs of a small network on noise, to see that everything works on a new machine.
+"""Smoke test: two epochs of a small network on random images, to check an installation.
 
 Command    python -m train.main --config configs/synthetic.py
 Hardware   any
 Time       not measured
-Result     of no meaning
+Result     none; the images are noise
 """
 
 from train.config import Config, Data, Model, Optim
