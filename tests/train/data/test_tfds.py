@@ -268,7 +268,9 @@ def test_preparing_goes_on_where_it_was_stopped(folder, tmp_path):
     image.mkdir()  # listed by name in the index of the time when it was a file
     image.rmdir()
     image.symlink_to("nowhere")
-    with pytest.raises(ConfigError, match=r"No such file or directory.* What is done is kept in .*/out.partial; start again"):
+    with pytest.raises(
+        ConfigError, match=r"No such file or directory.* Finished files are kept in .*/out.partial; the same command"
+    ):
         prepare_folder(str(source), out, workers=1, shard=10)
     assert not out.exists()
     (first,) = (tmp_path / "out.partial").glob("*train*-00000-of-00003")
@@ -317,13 +319,13 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_files(folder, made, t
 
 def test_nothing_that_is_there_is_touched(folder, made, tmp_path, capsys):
     assert prepare.main([str(folder), str(made)]) == 2
-    assert "is there already: choose another place, or remove it" in capsys.readouterr().err
+    assert "exists already: choose another place, or remove it" in capsys.readouterr().err
     assert prepare.main([str(folder), "."]) == 2
-    assert "error: . is there already" in capsys.readouterr().err
+    assert "error: . exists already" in capsys.readouterr().err
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").touch()
     assert prepare.main([str(folder), str(tmp_path / "out")]) == 2
-    assert "out.partial is there already, begun with other images: remove it" in capsys.readouterr().err
+    assert "out.partial exists already, started with other images: remove it" in capsys.readouterr().err
     assert (tmp_path / "out.partial" / "mine").exists()
 
 
@@ -344,7 +346,7 @@ def test_a_class_whose_name_a_set_cannot_keep_is_an_error(tmp_path, capsys, name
         Image.new("RGB", (8, 8)).save(path)
     assert prepare.main([str(tmp_path), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: SRC: a set cannot keep the class name {os.fsdecode(name)!r}, only UTF-8")
+    assert error.startswith(f"error: SRC: a data set cannot keep the class name {os.fsdecode(name)!r}, only one line of UTF-8")
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -361,5 +363,18 @@ def test_the_digits_as_files_are_the_digits(tmp_path, capsys):
         image = np.empty((32, 32, 3), np.uint8)
         assert files.test.load(index, (), image) == 0
         assert np.abs(image.astype(int) - expected).mean() < 3
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         prepare.write_digits(tmp_path / "digits")
+
+
+def test_writing_the_digits_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", stop)
+        assert prepare.main(["--digits", str(tmp_path / "digits")]) == 130
+    assert capsys.readouterr().err == "Stopped. The same command continues.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.partial"]
+    assert prepare.main(["--digits", str(tmp_path / "digits")]) == 0
+    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["train", "val"]
