@@ -7,7 +7,7 @@ has a key-value store and heartbeats of its own, but cannot replace this connect
 - If a host is missing or an index is taken, `jax.distributed.initialize` aborts the process with a C++ stack trace that
   does not name the host. Before all hosts have come, the key-value store cannot be used.
 - If a host is dead or stopped, JAX aborts the others in the same way, after up to 100 s. If host 0 is dead, its service is
-  gone and JAX aborts the others at once, often before a pending read of the key-value store returns.
+  gone and JAX aborts the others at once, sometimes before a pending read of the key-value store returns.
 
 The kernel closes the connection of a process that is killed, so the other hosts know at once and can still say why they end.
 """
