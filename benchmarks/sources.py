@@ -1,7 +1,7 @@
-"""How near converted networks come to PyTorch's, for each source of weights: the table of the page "Bring your weights".
+"""Difference between converted networks and PyTorch's for each source of weights: the table of the page "Bring your weights".
 
-Each file is written by PyTorch modules with the names that the source's have, weights and running statistics drawn at random,
-and read back from disk. It is compared with those same modules, stage by stage, as `python -m scconv_jax verify` does.
+PyTorch modules with the source's keys write each file, with random weights and running statistics. The file is read from disk and
+compared with those same modules, stage by stage, as `python -m scconv_jax verify` does.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import record, table
-from scconv_jax.interop.loading import choose, fill_model, open_entries
+from scconv_jax.interop.loading import choose_model, convert_for_model, open_checkpoint
 from scconv_jax.interop.verification import SIZES, compare
 from scconv_jax.models.registry import create_model
 from tests.reference.namings import MMPose, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import randomise
 
-# What makes each network in PyTorch; this file is its own `--reference`.
+# Functions that make the networks in PyTorch; this file is its own `--reference`.
 scnet50 = partial(build, "scnet50")
 scnet50_dilated = partial(build, "scnet50", output_stride=8)
 scnet50_v1d = partial(build, "scnet50_v1d")
@@ -56,24 +56,24 @@ def main() -> None:
     for source in SOURCES:
         rows.append(measure(*source))
         print(*rows[-1], flush=True)
-    headings = ["source", "file", "names", "network", "images, px", "float64", "float32"]
-    text = "Largest difference at any stage, of any kind of image, relative to the largest value of that map.\n\n"
+    headings = ["source", "file", "key convention", "network", "images, px", "float64", "float32"]
+    text = "Largest difference at any stage and for any kind of image, relative to the largest value of that map.\n\n"
     record("sources", "Sources of weights against PyTorch", text + table(headings, rows))
 
 
 def measure(source: str, network: str, output_stride: int, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """Write a network's file, read it, and compare: a row of the table."""
+    """Write a network's file, read it, compare, and return a row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{network}.pth"
         torch.save(randomise(globals()[network](), 0).state_dict(), path)
-        found = open_entries(path)
-    name, options = choose(found, None, {} if output_stride == 32 else {"output_stride": output_stride})
-    filled = fill_model(found, name, create_model(name, **options))
+        checkpoint = open_checkpoint(path)
+    name, options = choose_model(checkpoint, None, {} if output_stride == 32 else {"output_stride": output_stride})
+    loaded = convert_for_model(checkpoint, name, create_model(name, **options))
     largest = {"float64": 0.0, "float32": 0.0}
-    for difference in compare(found, name, options, filled.variables, reference=f"{__file__}:{network}", sizes=sizes):
+    for difference in compare(checkpoint, name, options, loaded.variables, reference=f"{__file__}:{network}", sizes=sizes):
         largest[difference.dtype] = max(largest[difference.dtype], difference.value)
     pixels = ", ".join("×".join(map(str, size)) for size in sizes)
-    return [source, path.name, found.naming.name, name, pixels, *(f"{value:.1e}" for value in largest.values())]
+    return [source, path.name, checkpoint.convention.name, name, pixels, *(f"{value:.1e}" for value in largest.values())]
 
 
 if __name__ == "__main__":

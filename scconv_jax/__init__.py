@@ -13,12 +13,13 @@ from any checkpoint to a network: `load_model`, `load_weights`; a training run's
 from scconv_jax import files, functional, images, layers, messages, models
 from scconv_jax.interop.conversion import ConversionError, from_torch, to_torch
 from scconv_jax.interop.loading import load_model, load_weights
+from scconv_jax.interop.variables import load, save
 from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
 from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
 from scconv_jax.models.complexity import multiply_adds
 from scconv_jax.models.registry import create_model, list_models, list_pretrained, prepare_images
-from scconv_jax.weights import WeightsError, load, runs, save
+from scconv_jax.weights import WeightsError, runs
 
 __version__ = "0.1.0"
 

@@ -27,13 +27,6 @@ if importlib.util.find_spec("torch") is not None:
     torch.set_num_threads(2)  # a test run shares its machine
 
 
-@pytest.fixture(autouse=True)
-def pytorch_is_no_second_reader(request, monkeypatch):
-    """A process that imports PyTorch takes a second and a half, for each file: only the tests of just that have it."""
-    if request.path.name != "test_second_reader_equivalence.py":
-        monkeypatch.setattr("scconv_jax.weights.second_reader._version", lambda: "")
-
-
 @pytest.fixture
 def x64():
     """64-bit JAX for one test. Compilation caches are keyed on the flag, so nothing leaks into the next test."""

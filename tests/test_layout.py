@@ -16,7 +16,7 @@ LIBRARY = {
     "functional": set(),
     "layers": {"functional"},
     "models": {"functional", "layers"},
-    "weights": {"interop"},
+    "weights": set(),
     "interop": {"functional", "layers", "models", "weights"},
     "cli": {"", "layers", "models", "weights", "interop"},
 }
@@ -25,7 +25,6 @@ TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}}
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors"}  # ml_dtypes is jax's, rich flax's
 LATE_OF = {  # what a file may import where it uses it
     "images.py": {"PIL"},
-    "weights/torch_process.py": {"torch"},
     "interop/torch_networks.py": {"torch"},
     "interop/verification.py": {"torch"},
     "shapes.py": {"jaxtyping"},
@@ -138,7 +137,7 @@ def test_the_check_sees_what_it_should(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
         "import train.run.workdir\nfrom train import loop\nfrom scconv_jax import models\n"
-        "def f():\n    from scconv_jax.interop.loading import fill\n    import torch.nn\n"
+        "def f():\n    from scconv_jax.interop.loading import load_model\n    import torch.nn\n"
     )
     assert folders(path, "train") == {"run", ""}
     assert folders(path, "scconv_jax") == {"models", "interop"}

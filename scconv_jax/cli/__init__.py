@@ -12,10 +12,10 @@ from scconv_jax.cli import convert, summary, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 where `verify` finds a difference, or 2 with a message for bad input."""
+    """Run a command and return its exit code: 0, 1 if `verify` finds a difference, or 2 with a message for bad input."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # the frames and arrows of a table are not in every encoding
+            stream.reconfigure(errors="replace")  # not every encoding has the frames and arrows of a table
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0

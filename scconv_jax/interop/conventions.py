@@ -1,46 +1,47 @@
-"""What the entries of public checkpoints are called, and how those names become ours: names alone, no arrays' values.
+"""Key conventions of public checkpoints, and how their keys become ours: by keys alone, whatever the arrays hold.
 
-A network's own names here are its reference's (see `convert.py`), so files of the reference code, of torchvision and of timm need
-no renaming. The others' names were read off their sources:
+Our keys are those of a network's reference (see `conversion.py`), so files of the reference code, of torchvision and of timm need
+no renaming. The other conventions were read in these sources:
 
     pytorchcv   https://github.com/osmr/imgclsmob, pytorch/pytorchcv/models: scnet.py, resnet.py, senet.py, ghostnet.py,
                 common.py
-    mmpose      https://github.com/open-mmlab/mmpose, mmpose/models/backbones/scnet.py; also in the two other ways in which that
-                family of libraries calls a convolution and its norm: conv1.conv with norm1, conv1.conv with conv1.bn
-    scconv      https://github.com/cheng-haha/ScConv, by the shapes and names that tell its three versions apart
+    mmpose      https://github.com/open-mmlab/mmpose, mmpose/models/backbones/scnet.py; also the two other spellings of a
+    convolution
+                and its norm in that family of libraries: conv1.conv with norm1, conv1.conv with conv1.bn
+    scconv      https://github.com/cheng-haha/ScConv: shapes and keys distinguish its three versions
 
-Equal names do not mean equal computation. What is known to compute something else than any network here, under names and shapes
-that could be taken for one of ours, is in `REFUSED`; what files cannot tell at all is in `Naming.caution`.
+Equal keys do not mean equal computation. `REFUSED` lists networks that look like ours and compute something else;
+`KeyConvention.caution` says what a file cannot show.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from scconv_jax.interop.conversion import ConversionError, Rename
+from scconv_jax.messages import did_you_mean
 
 
-class Naming(NamedTuple):
-    """One convention: how to tell it, and what turns its names into ours."""
+class KeyConvention(NamedTuple):
+    """How one library names the entries of its state dicts."""
 
     name: str
     description: str
-    marks: tuple[str, ...]  # regular expressions; a file has this naming if each matches the beginning of some entry
+    patterns: tuple[str, ...]  # regular expressions; a file has this convention if each matches the beginning of some key
     rename: tuple[Rename, ...] = ()
     ignore: tuple[str, ...] = ()  # patterns, after renaming, of entries that belong to another task
     linear: tuple[str, ...] = ()  # entries, after renaming, of 1×1 convolutions that are linear layers here
-    caution: str = ""  # what the names do not tell
+    caution: str = ""  # what the keys cannot show
 
 
 def _layers(parts: Mapping[str, str]) -> tuple[Rename, ...]:
-    """Rules for modules within a block: old name to new."""
+    """Return rules that rename modules within a block, old name to new."""
     return tuple((rf"^(layer\d+\.\d+\.){re.escape(old)}\.", rf"\g<1>{new}.") for old, new in parts.items())
 
 
-_CONV_NORM = {  # a convolution and its norm, in pytorchcv's blocks
+_CONV_NORM = {  # pytorchcv's name for a convolution with its norm, and our names for the two
     "body.conv1a": ("conv1_a", "bn1_a"),
     "body.conv2a": ("k1.0", "k1.1"),
     "body.conv1b": ("conv1_b", "bn1_b"),
@@ -51,7 +52,7 @@ _CONV_NORM = {  # a convolution and its norm, in pytorchcv's blocks
     "body.conv2": ("conv2", "bn2"),
     "body.conv3": ("conv3", "bn3"),
     "identity_conv": ("downsample.0", "downsample.1"),
-    "identity_block.conv": ("downsample.1", "downsample.2"),  # after an average pool; must stand before the next
+    "identity_block.conv": ("downsample.1", "downsample.2"),  # after an average pool; must come before the next rule
     "identity_block": ("downsample.0", "downsample.1"),
 }
 _STEM = {"conv1": ("conv1.0", "conv1.1"), "conv2": ("conv1.3", "conv1.4"), "conv3": ("conv1.6", "bn1"), "conv": ("conv1", "bn1")}
@@ -69,7 +70,7 @@ _PYTORCHCV = (
 
 
 def _ghost_block(found: re.Match[str]) -> str:
-    """Number of a block: pytorchcv counts within maps of a size, GhostNet's authors begin anew after the first of a size."""
+    """Return the prefix of a block: pytorchcv counts the blocks of one map size, GhostNet's authors restart after the first."""
     stage, unit = int(found[1]), int(found[2])
     number, block = (2 * stage - 3, 0) if unit == 1 else (2 * stage - 2, unit - 2)
     return f"blocks.{max(number, 0)}.{block}."
@@ -102,26 +103,26 @@ _PYTORCHCV_GHOSTNET = (
     (r"^output\.conv2\.", "classifier."),
 )
 
-NAMINGS = (
-    Naming(
+CONVENTIONS = (
+    KeyConvention(
         "reference",
         "SCNet of MCG-NKU/SCNet",
         (r"layer1\.0\.conv1_a\.weight$", r"layer1\.0\.scconv\.k2\.1\.weight$"),
     ),
-    Naming(
+    KeyConvention(
         "pytorchcv",
         "SCNet (scneta is v1d) and ResNet-b of osmr/imgclsmob",
         (r"features\.init_block\.", r"features\.stage1\.unit1\.body\.conv1a?\.conv\.weight$"),
         _PYTORCHCV,
     ),
-    Naming(
+    KeyConvention(
         "pytorchcv-ghostnet",
-        "ghostnet of osmr/imgclsmob, which is ghostnet_100_pytorchcv here",
+        "ghostnet of osmr/imgclsmob, here ghostnet_100_pytorchcv",
         (r"features\.init_block\.", r"features\.stage1\.unit1\.body\.exp_conv\.main_conv\."),
         _PYTORCHCV_GHOSTNET,
         linear=("classifier.weight",),
     ),
-    Naming(
+    KeyConvention(
         "mmpose",
         "SCNet of open-mmlab/mmpose, a backbone",
         (r"(backbone\.)?layer1\.0\.k1\.0\.weight$", r"(backbone\.)?layer1\.0\.conv1\.(conv\.)?weight$"),
@@ -134,90 +135,86 @@ NAMINGS = (
         ),
         ("keypoint_head.*", "head.*"),
     ),
-    Naming(
+    KeyConvention(
         "torchvision",
         "torchvision's and timm's ResNet",
         (r"conv1\.weight$", r"layer1\.0\.conv1\.weight$", r"layer1\.0\.bn1\.weight$"),
     ),
-    Naming(
+    KeyConvention(
         "timm-ghostnet",
         "GhostNet of its authors and of timm",
         (r"conv_stem\.weight$", r"blocks\.0\.0\.ghost1\.primary_conv\.0\.weight$"),
     ),
 )  # fmt: skip
 
-OWN = Naming("own", "of no convention that is known here", ())
-FLAX = Naming("flax", "Flax's, as this project writes them", ())
+OWN = KeyConvention("own", "no known convention", ())
+FLAX = KeyConvention("flax", "Flax, as this project writes them", ())
 
 _CAFFE = (
-    "pytorchcv's resnet50b strides in the 3×3 convolution, as the network here does; its resnet50 strides in the first 1×1, has "
-    "the same entries, and would give wrong results. Check which of the two the file is."
+    "pytorchcv's resnet50b has its stride in the 3×3 convolution, as resnet50 here; pytorchcv's resnet50 has it in the first "
+    "1×1, with the same keys, and would give wrong results. Check which of the two the file is."
 )
 
-# Kinds that look like ours: marks, what it looks like, and why it is none of ours.
+# Networks that look like ours and compute something else: patterns of keys, the network, and the difference.
 REFUSED = (
     (
         (r"conv1\.0\.weight$", r"layer1\.0\.conv1\.weight$"),
-        "a ResNet-C or -D (timm's resnet50d, say)",
-        "It has a stem of three 3×3 convolutions; resnet50 and resnet101 here have the 7×7 of the paper.",
+        "a ResNet-C or -D (for example timm's resnet50d)",
+        "Its stem has three 3×3 convolutions; resnet50 and resnet101 here have the paper's 7×7.",
     ),
 )
 
 
-def recognise(names: Iterable[str]) -> Naming:
-    """Say whose names a checkpoint's are.
+def identify(keys: Iterable[str]) -> KeyConvention:
+    """Return the key convention of a checkpoint, one of `CONVENTIONS`, or `OWN` if none fits: then keys are taken as they are.
 
     Args:
-        names: of its entries, without `module.`.
-
-    Returns:
-        One of `NAMINGS`, or `OWN` where none fits: then the names are taken as they are.
+        keys: of its entries, without prefixes such as `module.`.
 
     Raises:
-        ConversionError: for a kind of checkpoint that looks like one of ours and computes something else.
+        ConversionError: the checkpoint looks like one of our networks and computes something else.
     """
-    names = list(names)
-    for marks, what, why in REFUSED:
-        if _has(names, marks):
-            raise ConversionError(f"This looks like {what}. {why}")
-    found = next((naming for naming in NAMINGS if _has(names, naming.marks)), OWN)
-    if found.name == "pytorchcv" and not _has(names, (r"features\.stage1\.unit1\.body\.conv1a\.",)):
+    keys = list(keys)
+    for patterns, network, difference in REFUSED:
+        if _has(keys, patterns):
+            raise ConversionError(f"This looks like {network}. {difference}")
+    found = next((convention for convention in CONVENTIONS if _has(keys, convention.patterns)), OWN)
+    if found.name == "pytorchcv" and not _has(keys, (r"features\.stage1\.unit1\.body\.conv1a\.",)):
         found = found._replace(caution=_CAFFE)
     return found
 
 
-def naming(name: str) -> Naming:
-    """Return the naming called `name`; a `ConversionError` names the nearest where there is none."""
-    known = {naming.name: naming for naming in (*NAMINGS, OWN)}
+def by_name(name: str) -> KeyConvention:
+    """Return the convention with this name; a `ConversionError` suggests the nearest one."""
+    known = {convention.name: convention for convention in (*CONVENTIONS, OWN)}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConversionError(f"There is no naming {name!r}.{hint} There are: {', '.join(known)}.")
+        hint = did_you_mean(name, known, most=1, cutoff=0.4)
+        raise ConversionError(f"There is no key convention {name!r}.{hint} Known conventions: {', '.join(known)}.")
     return known[name]
 
 
-def _has(names: Iterable[str], marks: Iterable[str]) -> bool:
-    return all(any(re.match(mark, name) for name in names) for mark in marks)
+def _has(keys: Iterable[str], patterns: Iterable[str]) -> bool:
+    return all(any(re.match(pattern, key) for key in keys) for pattern in patterns)
 
 
 def scconv_options(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Read α and the version of ScConv off a checkpoint's names and shapes, wherever in it the layers stand.
+    """Return α and the version of ScConv that a checkpoint's keys and shapes show, wherever in it the layers are.
 
     Args:
-        entries: name to array, or to what has its shape.
+        entries: key to array, or to anything with its shape.
 
     Returns:
-        `{"variant": ..., "alpha": ...}`, each where the entries tell; empty for a checkpoint without ScConv. The paper's form
-        has the entries of the code of 2023-10 and cannot be told from it; taken is the code, which public files come from.
+        `{"variant": ..., "alpha": ...}`, each only if the entries show it. The paper's form has the same entries as the code of
+        2023-10; the result is the code's, because public files come from it.
     """
     options: dict[str, Any] = {}
-    for name, value in entries.items():
-        if re.search(r"(^|\.)SRU\.gn\.gamma$", name):
+    for key, value in entries.items():
+        if re.search(r"(^|\.)SRU\.gn\.gamma$", key):
             options["variant"] = "2023-07"
-        elif re.search(r"(^|\.)SRU\.gn\.weight$", name):
+        elif re.search(r"(^|\.)SRU\.gn\.weight$", key):
             options["variant"] = "2023-09" if len(value.shape) == 3 else "2023-10"
-        elif re.search(r"(^|\.)CRU\.squeeze1\.weight$", name):
-            other = entries.get(name.replace("squeeze1", "squeeze2"))
+        elif re.search(r"(^|\.)CRU\.squeeze1\.weight$", key):
+            other = entries.get(key.replace("squeeze1", "squeeze2"))
             if other is not None and len(value.shape) == len(other.shape) == 4:
                 options["alpha"] = value.shape[1] / (value.shape[1] + other.shape[1])
     return options

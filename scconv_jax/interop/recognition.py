@@ -51,7 +51,7 @@ def head(template: Mapping[str, Any]) -> str | None:
     return dense[0] if len(dense) == 1 else None
 
 
-def kinds(entries: Mapping[str, Any], ignore: Sequence[str] = ()) -> dict[str, Any]:
+def template_from_entries(entries: Mapping[str, Any], ignore: Sequence[str] = ()) -> dict[str, Any]:
     """Return the variables' shapes of a Flax network that has modules of the checkpoint's names, whatever it computes.
 
     Args:

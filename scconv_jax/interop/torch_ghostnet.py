@@ -1,4 +1,4 @@
-"""GhostNet in PyTorch, of its authors and of pytorchcv, driven by a checkpoint's own entries; see `torch_side.py`."""
+"""GhostNet in PyTorch, its authors' and pytorchcv's, computed from a checkpoint's own entries; see `torch_networks.py`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scconv_jax.interop.torch_networks import Operators, Pair, Tensor
+from scconv_jax.interop.torch_networks import Pair, Tensor, TorchOperators
 
 
-class Names(NamedTuple):
-    """Where a naming has what; names of parts are within a block."""
+class KeyTable(NamedTuple):
+    """Keys of GhostNet's modules in one convention; those of a block's parts without the block's prefix."""
 
-    block: str  # regular expression of what a block's names begin with, and of the two numbers that order blocks
+    block: str  # regular expression for the prefix of a block, with the two numbers that order blocks
     stem: Pair
     expand: tuple[Pair, Pair]
     depthwise: Pair
@@ -22,7 +22,7 @@ class Names(NamedTuple):
     project: tuple[Pair, Pair]
     shortcut: tuple[Pair, Pair]
     last: Pair
-    head: Pair  # its norm is there in pytorchcv's alone
+    head: Pair  # only pytorchcv's has a norm
     classifier: str
 
 
@@ -31,7 +31,7 @@ def _pairs(*names: str) -> tuple[Pair, Pair]:
     return first, second
 
 
-AUTHORS = Names(
+AUTHORS = KeyTable(
     block=r"(blocks\.(\d+)\.(\d+)\.)ghost1",
     stem=("conv_stem", "bn1"),
     expand=(("ghost1.primary_conv.0", "ghost1.primary_conv.1"), ("ghost1.cheap_operation.0", "ghost1.cheap_operation.1")),
@@ -43,7 +43,7 @@ AUTHORS = Names(
     head=("conv_head", ""),
     classifier="classifier",
 )
-PYTORCHCV = Names(
+PYTORCHCV = KeyTable(
     block=r"(features\.stage(\d+)\.unit(\d+)\.)body\.exp_conv",
     stem=("features.init_block.conv", "features.init_block.bn"),
     expand=_pairs("body.exp_conv.main_conv", "body.exp_conv.cheap_conv"),
@@ -57,58 +57,58 @@ PYTORCHCV = Names(
 )
 
 
-class GhostNetwork(Operators):
+class TorchGhostNet(TorchOperators):
     """GhostNet: images `(n, 3, h, w)` to the stem before its ReLU, the last map of each size, and the logits.
 
     Args:
-        entries: name to array, a checkpoint's own.
-        naming: whose names.
+        entries: a checkpoint's own, key to array.
+        convention: name of its key convention.
         dtype: "float32" or "float64".
     """
 
-    def __init__(self, entries: Mapping[str, np.ndarray], naming: str, dtype: str):
+    def __init__(self, entries: Mapping[str, np.ndarray], convention: str, dtype: str):
         super().__init__(entries, "", dtype)
-        self.pytorchcv = naming == "pytorchcv-ghostnet"
-        self.names = PYTORCHCV if self.pytorchcv else AUTHORS
+        self.pytorchcv = convention == "pytorchcv-ghostnet"
+        self.keys = PYTORCHCV if self.pytorchcv else AUTHORS
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return the maps and the logits."""
-        x = self.conv_norm(self.names.stem, images, stride=2)
+        x = self.conv_norm(self.keys.stem, images, stride=2)
         maps = {"stem": x}
         x = x.relu()
         for at in self._blocks():
-            strided = self.has(at + self.names.depthwise[0])
+            strided = self.has(at + self.keys.depthwise[0])
             if strided:
                 maps[f"layer{len(maps)}"] = x
             x = self._block(at, x, stride=2 if strided else 1)
-        maps[f"layer{len(maps)}"] = x = self.conv_norm(self.names.last, x).relu()
+        maps[f"layer{len(maps)}"] = x = self.conv_norm(self.keys.last, x).relu()
         x = x.mean(dim=(2, 3), keepdim=True)
-        x = self.conv_norm(self.names.head, x) if self.names.head[1] else self.conv(self.names.head[0], x)
-        weight, bias = (self.entries[f"{self.names.classifier}.{kind}"] for kind in ("weight", "bias"))
+        x = self.conv_norm(self.keys.head, x) if self.keys.head[1] else self.conv(self.keys.head[0], x)
+        weight, bias = (self.entries[f"{self.keys.classifier}.{kind}"] for kind in ("weight", "bias"))
         return {**maps, "logits": self.F.linear(x.relu().flatten(1), weight.flatten(1), bias)}
 
     def _blocks(self) -> list[str]:
-        """What the names of each block's parts begin with, in the blocks' order."""
-        found = {(int(match[2]), int(match[3])): match[1] for name in self.entries if (match := re.match(self.names.block, name))}
+        """Return the prefix of each block's keys, in the order of the blocks."""
+        found = {(int(match[2]), int(match[3])): match[1] for name in self.entries if (match := re.match(self.keys.block, name))}
         return [found[numbers] for numbers in sorted(found)]
 
     def _block(self, at: str, x: Tensor, stride: int) -> Tensor:
-        y = self._ghost(self.names.expand, at, x, relu=True)
+        y = self._ghost(self.keys.expand, at, x, relu=True)
         if stride > 1:
-            y = self.conv_norm(self.names.depthwise, y, at=at, stride=stride)
-        if self.has(at + self.names.gate[0]):
-            squeezed = self.conv(at + self.names.gate[0], y.mean(dim=(2, 3), keepdim=True)).relu()
-            gate = self.conv(at + self.names.gate[1], squeezed)
+            y = self.conv_norm(self.keys.depthwise, y, at=at, stride=stride)
+        if self.has(at + self.keys.gate[0]):
+            squeezed = self.conv(at + self.keys.gate[0], y.mean(dim=(2, 3), keepdim=True)).relu()
+            gate = self.conv(at + self.keys.gate[1], squeezed)
             y = y * (gate.clamp(0, 1) if self.pytorchcv else (gate + 3).clamp(0, 6) / 6)
-        y = self._ghost(self.names.project, at, y, relu=False)
-        first, second = self.names.shortcut
+        y = self._ghost(self.keys.project, at, y, relu=False)
+        first, second = self.keys.shortcut
         if self.has(at + first[0]):
             x = self.conv_norm(first, x, at=at, stride=stride)
             x = self.conv_norm(second, x.relu() if self.pytorchcv else x, at=at)
         return y + x
 
     def _ghost(self, pairs: tuple[Pair, Pair], at: str, x: Tensor, *, relu: bool) -> Tensor:
-        """Half of the channels, and the other half from those, each with its norm."""
+        """Compute half of the channels, and from them the other half, each with its norm."""
         first = self.conv_norm(pairs[0], x, at=at)
         first = first.relu() if relu else first
         second = self.conv_norm(pairs[1], first, at=at)

@@ -1,7 +1,7 @@
-"""The networks once more, in PyTorch, driven by a checkpoint's own entries: what `verify` compares ours with.
+"""Residual networks in PyTorch, computed from a checkpoint's own entries: the counterpart in `verify`.
 
-Nothing here knows our modules, nor how we rename entries: each naming has its own table of what stands where, and strides, groups
-and kinds of block are read off names and shapes. PyTorch is imported where it is used.
+Nothing here knows our modules or how we rename keys. Each key convention has its own table of keys; strides, groups and kinds of
+blocks follow from keys and shapes. PyTorch is imported where it is used.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Tensor = Any  # PyTorch's
-Pair = tuple[str, str]  # a convolution and its norm
+Tensor = Any  # torch.Tensor
+Pair = tuple[str, str]  # keys of a convolution and its norm
 
 
-class Names(NamedTuple):
-    """Where a naming has what; `{}` are the stage, from 1, and the block, from 0 or 1."""
+class KeyTable(NamedTuple):
+    """Keys of a residual network's modules in one convention."""
 
-    block: str
+    block: str  # `{}` are the stage, from 1, and the block, from `first`
     first: int  # number of a stage's first block
     stem: Pair
     deep_stem: tuple[Pair, Pair, Pair]
-    plain: tuple[Pair, ...]  # the convolutions of a plain block
-    a: tuple[Pair, Pair]  # of a self-calibrated block: the branch beside, ...
-    b: Pair  # ... the first of the calibrated one, ...
-    k: tuple[Pair, Pair, Pair]  # ... its K2, K3 and K4 ...
-    out: Pair  # ... and the last of the block
+    plain: tuple[Pair, ...]  # convolutions of a plain block
+    a: tuple[Pair, Pair]  # self-calibrated block: 1×1 and K1 of the branch without calibration
+    b: Pair  # 1×1 of the calibrated branch
+    k: tuple[Pair, Pair, Pair]  # K2, K3 and K4
+    out: Pair  # last convolution of a self-calibrated block
     shortcut: Pair
     pooled_shortcut: Pair
     head: str
@@ -38,7 +38,7 @@ def _conv_bn(*names: str) -> tuple[Any, ...]:
     return tuple((f"{name}.conv", f"{name}.bn") for name in names)
 
 
-_OURS = Names(
+_OURS = KeyTable(
     block="layer{}.{}",
     first=0,
     stem=("conv1", "bn1"),
@@ -53,10 +53,10 @@ _OURS = Names(
     head="fc",
 )
 _INIT = "features.init_block."
-NAMES = {
+KEY_TABLES = {
     "reference": _OURS,
     "mmpose": _OURS._replace(a=(("conv1", "bn1"), ("k1.0", "k1.1")), b=("conv2", "bn2")),
-    "pytorchcv": Names(
+    "pytorchcv": KeyTable(
         block="features.stage{}.unit{}",
         first=1,
         stem=_conv_bn(f"{_INIT}conv")[0],
@@ -73,12 +73,12 @@ NAMES = {
 }
 
 
-class Operators:
-    """The operators of a network, each on the entries of its name.
+class TorchOperators:
+    """The operators of a network, each applied with the entries under a given key.
 
     Args:
-        entries: name to array, a checkpoint's own.
-        variant: of its ScConv, if it has any.
+        entries: a checkpoint's own, key to array.
+        variant: version of ScConv, if the network has any.
         dtype: "float32" or "float64".
     """
 
@@ -95,11 +95,11 @@ class Operators:
         }
 
     def has(self, name: str) -> bool:
-        """Whether there is a convolution or norm of this name."""
+        """Return whether there is a convolution or norm with this key."""
         return f"{name}.weight" in self.entries
 
     def conv_norm(self, pair: Pair, x: Tensor, *, at: str = "", stride: int = 1, dilation: int = 1) -> Tensor:
-        """A convolution, or what stands in for it, and its norm."""
+        """Apply a convolution, or the operator in its place, and its norm."""
         y = self.operator(at + pair[0], x, stride, dilation)
         mean, var, weight, bias = (
             self.entries[f"{at}{pair[1]}.{kind}"] for kind in ("running_mean", "running_var", "weight", "bias")
@@ -107,7 +107,7 @@ class Operators:
         return self.F.batch_norm(y, mean, var, weight, bias, eps=1e-5)
 
     def operator(self, name: str, x: Tensor, stride: int, dilation: int) -> Tensor:
-        """A convolution, a ghost convolution or an ScConv, by what entries there are."""
+        """Apply a convolution, a ghost convolution or an ScConv, whichever has entries."""
         if self.has(name):
             return self.conv(name, x, stride, dilation)
         if self.has(f"{name}.primary_conv.0"):
@@ -118,7 +118,7 @@ class Operators:
         return self.conv(f"{name}.projection", y) if self.has(f"{name}.projection") else y
 
     def conv(self, name: str, x: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
-        """A convolution that keeps the size, at stride 1; its groups are read off its shape."""
+        """Apply a convolution, same-size at stride 1; its shape shows its groups."""
         weight = self.entries[f"{name}.weight"]
         size = weight.shape[-1]
         dilation = dilation if size > 1 else 1
@@ -126,7 +126,7 @@ class Operators:
         return self.F.conv2d(x, weight, self.entries.get(f"{name}.bias"), stride, dilation * (size // 2), dilation, groups)
 
     def spatial_reconstruction(self, at: str, x: Tensor) -> Tensor:
-        """The SRU of the network's version, whose γ and β are called `at` + their names."""
+        """Apply the SRU of the network's version; `at` is the prefix of its γ and β."""
         old = self.variant in ("2023-07", "2023-09")
         names = ("gamma", "beta") if self.variant == "2023-07" else ("weight", "bias")
         gamma, beta = (self.entries[at + name].reshape(1, -1, 1, 1) for name in names)
@@ -144,14 +144,14 @@ class Operators:
         return self.torch.cat([a1 + b2, a2 + b1], dim=1)
 
     def channel_reconstruction(self, at: str, x: Tensor) -> Tensor:
-        """The CRU of the network's version, whose entries begin with `at`."""
+        """Apply the CRU of the network's version; `at` is the prefix of its entries."""
         upper, lower = x.split([self.entries[f"{at}squeeze{i}.weight"].shape[1] for i in (1, 2)], dim=1)
         upper, lower = self.conv(f"{at}squeeze1", upper), self.conv(f"{at}squeeze2", lower)
         first = self.conv(f"{at}GWC", upper) + self.conv(f"{at}PWC1", upper)
         second = self.torch.cat([self.conv(f"{at}PWC2", lower), lower], dim=1) if self.has(f"{at}PWC2") else lower
         both = self.torch.cat([first, second], dim=1)
         means = both.mean(dim=(2, 3), keepdim=True)
-        if self.variant == "paper":  # a softmax over the two, for each channel
+        if self.variant == "paper":  # a softmax over the two parts, for each channel
             shares = means.reshape(len(x), 2, -1).softmax(dim=1).reshape(means.shape)
         else:
             shares = means.softmax(dim=1)
@@ -159,37 +159,39 @@ class Operators:
         return first + second
 
 
-def _mm_name(found: re.Match[str]) -> str:
+def _mmpose_key(found: re.Match[str]) -> str:
     return f"conv{found[1]}." if found[2] else f"bn{found[1] or found[3]}."
 
 
-class Network(Operators):
+class TorchResNet(TorchOperators):
     """A residual network: images `(n, 3, h, w)` to its maps.
 
     Args:
-        entries: name to array, a checkpoint's own.
-        naming: whose names; the networks' own for a naming that is not in `NAMES`.
+        entries: a checkpoint's own, key to array.
+        convention: name of its key convention; a name without a table in `KEY_TABLES` means our keys.
         output_stride: size of the images over size of the last map.
-        variant: of its ScConv, if it has any.
+        variant: version of ScConv, if the network has any.
         dtype: "float32" or "float64".
     """
 
-    def __init__(self, entries: Mapping[str, np.ndarray], naming: str, output_stride: int, variant: str, dtype: str):
+    def __init__(self, entries: Mapping[str, np.ndarray], convention: str, output_stride: int, variant: str, dtype: str):
         super().__init__(entries, variant, dtype)
-        self.names = NAMES.get(naming, _OURS)
-        if naming == "mmpose":  # conv1.conv is conv1; norm1 and conv1.bn are bn1
-            same = partial(re.sub, r"\b(?:conv(\d)\.(?:(conv)|bn|norm)|norm(\d))\.", _mm_name)
-            self.entries = {same(name): value for name, value in self.entries.items()}
-        if self.has(f"{self.block_name(1, 0)}.identity_conv.conv"):  # pytorchcv's ResNets
-            self.names = self.names._replace(shortcut=("identity_conv.conv", "identity_conv.bn"))
+        self.keys = KEY_TABLES.get(convention, _OURS)
+        if convention == "mmpose":  # conv1.conv is conv1; norm1 and conv1.bn are bn1
+            rename = partial(re.sub, r"\b(?:conv(\d)\.(?:(conv)|bn|norm)|norm(\d))\.", _mmpose_key)
+            self.entries = {rename(key): value for key, value in self.entries.items()}
+        if self.has(f"{self.block_key(1, 0)}.identity_conv.conv"):  # pytorchcv's ResNets
+            self.keys = self.keys._replace(shortcut=("identity_conv.conv", "identity_conv.bn"))
         self.output_stride = output_stride
-        self.v1d = self._is_pooled(2)  # by its shortcuts; its blocks pool as well
+        self.v1d = self._is_pooled(2)  # shown by its shortcuts; its blocks pool as well
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the stem's map before its ReLU, each stage's, and, where there is a head, the logits."""
-        deep = self.has(self.names.deep_stem[0][0])
-        pairs = self.names.deep_stem if deep else (self.names.stem,)
-        small = not deep and self.entries[f"{pairs[0][0]}.weight"].shape[-1] == 3  # for small images: 3×3, no stride, no pool
+        """Return the stem's map before its ReLU, each stage's map and, if there is a head, the logits."""
+        deep = self.has(self.keys.deep_stem[0][0])
+        pairs = self.keys.deep_stem if deep else (self.keys.stem,)
+        small = (
+            not deep and self.entries[f"{pairs[0][0]}.weight"].shape[-1] == 3
+        )  # small images: 3×3 stem without stride or pooling
         x = images
         for i, pair in enumerate(pairs):
             x = self.conv_norm(pair, x if i == 0 else x.relu(), stride=2 if i == 0 and not small else 1)
@@ -204,38 +206,38 @@ class Network(Operators):
                 dilation *= 2
             for block in range(self._blocks(stage)):
                 if block == 0:
-                    x = self.block(self.block_name(stage, 0), x, strides, first, begins=stage > 1)
+                    x = self.block(self.block_key(stage, 0), x, strides, first, begins=stage > 1)
                 else:
-                    x = self.block(self.block_name(stage, block), x, 1, dilation, begins=False)
+                    x = self.block(self.block_key(stage, block), x, 1, dilation, begins=False)
             maps[f"layer{stage}"] = x
             stage += 1
-        if self.has(self.names.head):
-            head = [self.entries[f"{self.names.head}.{kind}"] for kind in ("weight", "bias")]
+        if self.has(self.keys.head):
+            head = [self.entries[f"{self.keys.head}.{kind}"] for kind in ("weight", "bias")]
             maps["logits"] = self.F.linear(x.mean(dim=(2, 3)), *head)
         return maps
 
-    def block_name(self, stage: int, block: int) -> str:
-        """Name of a block, counted from 0, of a stage, counted from 1."""
-        return self.names.block.format(stage, block + self.names.first)
+    def block_key(self, stage: int, block: int) -> str:
+        """Return the key of a block, counted from 0, of a stage, counted from 1."""
+        return self.keys.block.format(stage, block + self.keys.first)
 
     def block(self, name: str, x: Tensor, stride: int, dilation: int, *, begins: bool) -> Tensor:
-        """A block of either kind; `begins` a stage that halves the map, or would, were it not dilated."""
+        """Apply a block of either kind; `begins`: it is the first of a stage that halves the map, or dilates instead."""
         at = name + "."
-        if self.has(f"{at}{self.names.k[0][0]}"):
+        if self.has(f"{at}{self.keys.k[0][0]}"):
             pools = self.v1d and begins
             inner = {"stride": 1 if pools else stride, "dilation": dilation}
-            a, b = (self.conv_norm(pair, x, at=at).relu() for pair in (self.names.a[0], self.names.b))
-            a = self.conv_norm(self.names.a[1], a, at=at, **inner).relu()
-            k2, k3, k4 = self.names.k
+            a, b = (self.conv_norm(pair, x, at=at).relu() for pair in (self.keys.a[0], self.keys.b))
+            a = self.conv_norm(self.keys.a[1], a, at=at, **inner).relu()
+            k2, k3, k4 = self.keys.k
             context = self.conv_norm(k2, self.F.avg_pool2d(b, 4), at=at, dilation=dilation)
             gate = self.torch.sigmoid(b + self.F.interpolate(context, size=b.shape[2:], mode="nearest"))
             b = self.conv_norm(k4, self.conv_norm(k3, b, at=at, dilation=dilation) * gate, at=at, **inner).relu()
             if pools:
                 a, b = (self.F.avg_pool2d(y, 3, stride, padding=1) for y in (a, b))
-            y = self.conv_norm(self.names.out, self.torch.cat([a, b], dim=1), at=at)
+            y = self.conv_norm(self.keys.out, self.torch.cat([a, b], dim=1), at=at)
         else:
-            pairs = [pair for pair in self.names.plain if any(key.startswith(f"{at}{pair[0]}.") for key in self.entries)]
-            strided = len(pairs) - 2  # the 3×3 of three, the first of two
+            pairs = [pair for pair in self.keys.plain if any(key.startswith(f"{at}{pair[0]}.") for key in self.entries)]
+            strided = len(pairs) - 2  # the 3×3 of three convolutions, the first of two
             y = x
             for i, pair in enumerate(pairs):
                 spatial = len(pairs) == 2 or i == 1
@@ -247,18 +249,18 @@ class Network(Operators):
         return (y + self.shortcut(at, x, stride)).relu()
 
     def shortcut(self, at: str, x: Tensor, stride: int) -> Tensor:
-        """The block's input in the shape of its output."""
-        if self.v1d and self.has(f"{at}{self.names.pooled_shortcut[0]}"):
+        """Return the block's input in the shape of its output."""
+        if self.v1d and self.has(f"{at}{self.keys.pooled_shortcut[0]}"):
             pooled = self.F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
-            return self.conv_norm(self.names.pooled_shortcut, pooled, at=at)
-        if self.has(f"{at}{self.names.shortcut[0]}"):
-            return self.conv_norm(self.names.shortcut, x, at=at, stride=stride)
+            return self.conv_norm(self.keys.pooled_shortcut, pooled, at=at)
+        if self.has(f"{at}{self.keys.shortcut[0]}"):
+            return self.conv_norm(self.keys.shortcut, x, at=at, stride=stride)
         return x
 
     def _is_pooled(self, stage: int) -> bool:
-        entry = f"{self.block_name(stage, 0)}.{self.names.pooled_shortcut[0]}.weight"
+        entry = f"{self.block_key(stage, 0)}.{self.keys.pooled_shortcut[0]}.weight"
         return entry in self.entries and self.entries[entry].ndim == 4
 
     def _blocks(self, stage: int) -> int:
-        pattern = re.escape(self.names.block.format(stage, "N")).replace("N", r"(\d+)\.")
+        pattern = re.escape(self.keys.block.format(stage, "N")).replace("N", r"(\d+)\.")
         return len({found[1] for name in self.entries if (found := re.match(pattern, name))})

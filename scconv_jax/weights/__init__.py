@@ -1,13 +1,10 @@
-"""Files of weights, read safely and written whole: PyTorch's `.pth`, `.safetensors`, and the checkpoints of our training runs.
+"""Files of weights: PyTorch's `.pth`, `.safetensors` and the checkpoints of training runs, read to named NumPy arrays.
 
-    variables, metadata = load("scnet50.safetensors")
-
-`formats` tells them apart and has what is exported here; `torch_files`, `safetensors_files` and `runs` read one kind each;
-`pickles` and `state_dicts` are what PyTorch's files are made of; `download` fetches published ones; `files` has what all need.
-Nothing here knows a network.
+`formats.read` recognises the format; `torch_files`, `safetensors_files` and `runs` each read one. `pickles` and `state_dicts`
+read the pickle inside PyTorch's files. `download` fetches published weights. Nothing here knows a network.
 """
 
 from scconv_jax.weights.files import WeightsError
-from scconv_jax.weights.formats import Loaded, Source, load, read, save
+from scconv_jax.weights.formats import Source, read
 
-__all__ = ["Loaded", "Source", "WeightsError", "load", "read", "save"]
+__all__ = ["Source", "WeightsError", "read"]

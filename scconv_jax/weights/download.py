@@ -1,9 +1,8 @@
-"""Weights by name or address: downloaded once into a cache, whole and with the right hash or not at all."""
+"""Downloads published weights, by name or address, once into a cache: complete and with the right hash, or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import http.client
 import json
@@ -21,12 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from scconv_jax.messages import did_you_mean
 from scconv_jax.weights.files import WeightsError, sha256
 
 TIMEOUT = 30.0
-"""Seconds without a byte after which a transfer is given up."""
+"""Seconds without a byte after which a download is given up."""
 
-MOST_BYTES = 16 << 30
+MAX_BYTES = 16 << 30
 
 _CHUNK = 1 << 20
 
@@ -38,95 +38,93 @@ def fetch(
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Download weights, unless they are in the cache already.
+    """Download weights unless they are in the cache.
 
-    An interrupted transfer is kept beside, and taken up by the next call where the server still has the same file. Where
-    two processes fetch the same file, one waits for the other (but on Windows, which lacks `fcntl`).
+    The part of an interrupted download is kept, and the next call continues it if the server still has the same file. If two
+    processes fetch the same file, one waits for the other (except on Windows, which lacks `fcntl`).
 
     Args:
-        source: A name in `published`, or an http or https address.
-        published: Address of each file that can be asked for by name.
-        cache: folder for the files; by default `SCCONV_JAX_CACHE`, else `scconv_jax` in the user's cache folder
+        source: a name in `published`, or an http or https address.
+        published: addresses of the files that have a name, by name.
+        cache: folder for the files. If None, `SCCONV_JAX_CACHE`, else `scconv_jax` in the user's cache folder
             (`XDG_CACHE_HOME`, else `~/.cache`).
-        progress: show a progress bar, where standard error is a terminal.
+        progress: show a progress bar if standard error is a terminal.
 
     Returns:
-        The file on this machine. Where its name ends in eight hex digits (`scnet50-dc6a7e87.pth`), its SHA-256 begins
-        with them. Any other file, once there, is not compared with the server's again.
+        The file on this machine. If its name ends in eight hex digits (`scnet50-dc6a7e87.pth`), its SHA-256 begins with them.
+        Any other file in the cache is not compared with the server's again.
 
     Raises:
-        WeightsError: no such name or address, an interrupted transfer, or a file with another hash, which is removed.
+        WeightsError: no such name or address, an interrupted download, or a file with another hash, which is deleted.
     """
     address = published.get(source, source)
-    path = _place(address, Path(cache) if cache is not None else _cache(), published)
-    shown = address.partition("?")[0]  # what comes after may be a key
+    path = _cache_path(address, Path(cache) if cache is not None else _cache_folder(), published)
+    shown = address.partition("?")[0]  # the query may be a secret key
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
-            if not (path.exists() and _has_its_hash(path, path.name)):
+        with _locked(path):
+            if not (path.exists() and _hash_matches(path, path.name)):
                 part = path.with_name(path.name + ".part")
-                _transfer(address, part, path.name, progress)
-                if not _has_its_hash(part, path.name):
-                    found = sha256(part)
-                    _forget(part)
-                    raise WeightsError(f"its SHA-256 begins with {found[:8]}, not as its name says; what came was removed")
+                _download(address, part, path.name, progress)
+                if not _hash_matches(part, path.name):
+                    expected, found = _hash_in_name(path.name), sha256(part)[:8]
+                    _delete_part(part)
+                    raise WeightsError(f"SHA-256 mismatch: expected {expected}…, got {found}…; the download was deleted")
                 part.replace(path)
-                _forget(part)
+                _delete_part(part)
     except WeightsError as error:
         raise WeightsError(f"{shown} cannot be downloaded: {error}.") from error
     except urllib.error.HTTPError as error:
         error.close()
-        raise WeightsError(f"{shown} cannot be downloaded: the server says {error.code} {_line(error.reason)}.") from error
+        raise WeightsError(f"{shown} cannot be downloaded: the server says {error.code} {_one_line(error.reason)}.") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        reason = _line(getattr(error, "reason", None) or error or type(error).__name__)
+        reason = _one_line(getattr(error, "reason", None) or error or type(error).__name__)
         raise WeightsError(
-            f"{shown} cannot be downloaded: {reason}. Try again (what has come is kept), "
+            f"{shown} cannot be downloaded: {reason}. Try again (the part that has arrived is kept), "
             f"or put the file into {path.parent} by hand."
         ) from error
     except OSError as error:
-        raise WeightsError(f"{shown} cannot be kept in {path.parent}: {error.strerror or error}.") from error
+        raise WeightsError(f"{shown} cannot be stored in {path.parent}: {error.strerror or error}.") from error
     return path
 
 
-def _place(address: str, cache: Path, published: Mapping[str, str]) -> Path:
-    """Return the path in the cache of the file at an address."""
+def _cache_path(address: str, cache: Path, published: Mapping[str, str]) -> Path:
+    """Return the path in the cache for the file at an address."""
     try:
         parts = urllib.parse.urlsplit(address)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and address.isascii() and not re.search(r"\s", address)
     except ValueError:
         parts, valid = urllib.parse.SplitResult("", "", "", "", ""), False
     if not valid:
-        nearest = difflib.get_close_matches(address, published, n=1)
-        hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise WeightsError(
             f"{address!r:.200} is neither a published checkpoint ({', '.join(published)}) nor an http or https address, "
-            f"and no file or folder here.{hint}"
+            f"and there is no such file or folder.{did_you_mean(address, published, most=1, cutoff=0.6)}"
         )
     name = urllib.parse.unquote(parts.path.rpartition("/")[2])
     name = re.sub(r"[^A-Za-z0-9._+-]", "_", name).lstrip(".")[-120:] or "weights"
-    if _hash_in(name):
+    if _hash_in_name(name):
         return cache / name
-    return cache / hashlib.sha256(address.encode()).hexdigest()[:12] / name  # names like model.pth are many servers'
+    return cache / hashlib.sha256(address.encode()).hexdigest()[:12] / name  # many servers have a file called model.pth
 
 
-def _cache() -> Path:
+def _cache_folder() -> Path:
     if own := os.environ.get("SCCONV_JAX_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scconv_jax"
 
 
-def _hash_in(name: str) -> str | None:
+def _hash_in_name(name: str) -> str | None:
     found = re.search(r"-([0-9a-f]{8})$", name.partition(".")[0])
     return found[1] if found else None
 
 
-def _has_its_hash(path: Path, name: str) -> bool:
-    start = _hash_in(name)
+def _hash_matches(path: Path, name: str) -> bool:
+    start = _hash_in_name(name)
     return start is None or sha256(path).startswith(start)
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Wait until no other process fetches the same file."""
     try:
         import fcntl
@@ -138,59 +136,59 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _transfer(address: str, part: Path, name: str, progress: bool) -> None:
-    """Bring the partial file to its full length: by what it lacks, if the server still has the file that it is a part of."""
+def _download(address: str, part: Path, name: str, progress: bool) -> None:
+    """Complete the partial file: continue it if the server still has the same version, else start again."""
     version_path = _version_path(part)
-    kept = version_path.read_text() if part.exists() and version_path.exists() else ""
-    have = part.stat().st_size if kept else 0
-    with _open(address, have) as response:
-        version, total = _version(response), _total(response)
+    part_version = version_path.read_text() if part.exists() and version_path.exists() else ""
+    have = part.stat().st_size if part_version else 0
+    with _request(address, have) as response:
+        version, total = _version(response), _total_bytes(response)
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise WeightsError("it is sent compressed, which was not asked for")
-        if response.status == 206 and have and version == kept and _first(response) == have:
+            raise WeightsError("the server sends it compressed, which was not requested")
+        if response.status == 206 and have and version == part_version and _first_byte(response) == have:
             return _receive(response, part, have, total, name, progress)
         if response.status == 200:
-            _forget(part)
-            # With neither of these, only a hash in its name could tell later that the rest is of the same file.
-            if response.headers["ETag"] or response.headers["Last-Modified"] or _hash_in(name):
+            _delete_part(part)
+            # Without these headers, only a hash in the name could show later that the rest belongs to the same file.
+            if response.headers["ETag"] or response.headers["Last-Modified"] or _hash_in_name(name):
                 version_path.write_text(version)
             return _receive(response, part, 0, total, name, progress)
         if not have:
-            raise WeightsError(f"the server answers {response.status} {_line(response.reason)}")
-    _forget(part)
-    return _transfer(address, part, name, progress)
+            raise WeightsError(f"the server answers {response.status} {_one_line(response.reason)}")
+    _delete_part(part)
+    return _download(address, part, name, progress)
 
 
 def _receive(response: Any, part: Path, have: int, total: int | None, name: str, progress: bool) -> None:
-    if total is None and not _hash_in(name):
-        raise WeightsError("the server does not say how long it is, so that a part of it would look like the whole")
-    most = MOST_BYTES if total is None else total
-    if most > MOST_BYTES:
-        raise WeightsError(f"it has {total:,} bytes; at most {MOST_BYTES:,} are fetched")
-    with part.open("ab") as file, _bar(progress) as bar:
+    if total is None and not _hash_in_name(name):
+        raise WeightsError("the server does not say how long it is, so an incomplete file could not be recognised")
+    limit = MAX_BYTES if total is None else total
+    if limit > MAX_BYTES:
+        raise WeightsError(f"it has {total:,} bytes; the limit is {MAX_BYTES:,}")
+    with part.open("ab") as file, _progress_bar(progress) as bar:
         task = bar.add_task(name, total=total, completed=have)
-        while chunk := response.read1(_CHUNK):  # what is there already, so that a stall loses nothing
+        while chunk := response.read1(_CHUNK):  # returns what has arrived, so that a stall loses nothing
             have += len(chunk)
-            if have > most:
-                raise WeightsError(f"the server sends more than {most:,} bytes")
+            if have > limit:
+                raise WeightsError(f"the server sends more than {limit:,} bytes")
             file.write(chunk)
             bar.advance(task, len(chunk))
         file.flush()
         os.fsync(file.fileno())
     if total is not None and have < total:
-        raise http.client.HTTPException(f"the transfer ended at {have:,} of {total:,} bytes")
+        raise http.client.HTTPException(f"the download ended at {have:,} of {total:,} bytes")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if urllib.parse.urlsplit(newurl).scheme not in ("https", req.type):
             fp.close()
-            raise WeightsError(f"it is redirected to {newurl:.100}, which is neither https nor as it was asked for")
+            raise WeightsError(f"it is redirected to {newurl:.100}, which is neither https nor the requested scheme")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _open(address: str, have: int) -> Any:
-    """Ask for a file from byte `have` on. There are no handlers but those of http and https."""
+def _request(address: str, start: int) -> Any:
+    """Request a file from byte `start` on. Only http and https have handlers."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(), _Redirects(),
@@ -198,30 +196,30 @@ def _open(address: str, have: int) -> Any:
     ):  # fmt: skip
         opener.add_handler(handler)
     headers = {"User-Agent": "scconv_jax", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    if start:
+        headers["Range"] = f"bytes={start}-"
     try:
         return opener.open(urllib.request.Request(address, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # it ends before `have`: another file
+        if error.code == 416 and start:  # the server's file ends before `start`, so it is another one
             return error
         raise
 
 
 def _version(response: Any) -> str:
-    """What tells one state of a file on the server from another."""
-    return json.dumps([response.headers["ETag"], response.headers["Last-Modified"], _total(response)])
+    """Return what identifies one version of a file on the server."""
+    return json.dumps([response.headers["ETag"], response.headers["Last-Modified"], _total_bytes(response)])
 
 
-def _total(response: Any) -> int | None:
-    """Bytes of the whole file, if the server says so."""
+def _total_bytes(response: Any) -> int | None:
+    """Return the size of the whole file, or None if the server does not say."""
     found = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", "")) if response.status == 206 else None
     length = found[1] if found else response.headers.get("Content-Length", "") if response.status == 200 else ""
     return int(length) if length.isdecimal() and len(length) < 20 else None
 
 
-def _first(response: Any) -> int | None:
-    """The first byte that a partial answer brings."""
+def _first_byte(response: Any) -> int | None:
+    """Return the position in the file at which a partial response begins."""
     found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     return int(found[1]) if found else None
 
@@ -230,17 +228,17 @@ def _version_path(part: Path) -> Path:
     return part.with_name(part.name + ".version")
 
 
-def _forget(part: Path) -> None:
+def _delete_part(part: Path) -> None:
     part.unlink(missing_ok=True)
     _version_path(part).unlink(missing_ok=True)
 
 
-def _bar(progress: bool) -> Progress:
+def _progress_bar(progress: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()), transient=True)
 
 
-def _line(reason: object) -> str:
-    """What a server or the system says, in one line that a terminal may be shown."""
+def _one_line(reason: object) -> str:
+    """Return a reason from a server or the system as one printable line."""
     text = " ".join(str(reason).split())[:200]
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -1,4 +1,4 @@
-"""What every reader and writer of weights needs: the one error, atomic writes, hashes."""
+"""Shared by all readers and writers of weights: the error class, atomic writes, hashes, what an unknown file looks like."""
 
 from __future__ import annotations
 
@@ -18,12 +18,8 @@ class WeightsError(ValueError):
     """A file or address of weights cannot be used; the message says what was found and what to do."""
 
 
-def check_place(path: Path) -> None:
-    """Say early what would keep a file from being written.
-
-    Raises:
-        WeightsError: the folder does not exist or cannot be written, or the name cannot be a file's.
-    """
+def check_writable(path: Path) -> None:
+    """Raise a `WeightsError` if a file cannot be written to `path`: no such folder, no permission, an invalid name."""
     if os.path.isdir(path):
         raise WeightsError(f"{path} is a folder; give the name of a file to write.")
     if not os.path.isdir(path.parent):
@@ -34,17 +30,13 @@ def check_place(path: Path) -> None:
     except OSError as error:
         raise WeightsError(f"Cannot write {path}: {error.strerror or error}.") from error
     if not os.access(path.parent, os.W_OK):
-        raise WeightsError(f"Cannot write {path}: the folder cannot be written in.")
+        raise WeightsError(f"Cannot write {path}: no permission to write in its folder.")
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path to write to, as `scconv_jax.files.replacing` does, with errors for users of weights.
-
-    Raises:
-        WeightsError: the folder does not exist, cannot be written, or is full.
-    """
-    check_place(Path(path))
+    """Yield a path to write to, as `scconv_jax.files.replacing` does; an `OSError` becomes a `WeightsError`."""
+    check_writable(Path(path))
     try:
         with files.replacing(path) as written:
             yield written
@@ -58,20 +50,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_bytes(file: io.BufferedReader, at: int, count: int) -> np.ndarray:
-    """Read bytes of a file, uint8 (count,). The caller has checked that the file can be so long: memory is taken first.
+def read_bytes(file: io.BufferedReader, offset: int, count: int) -> np.ndarray:
+    """Return bytes of a file, uint8 (count,). The caller checks that the file is long enough: memory is allocated first.
 
     Raises:
         WeightsError: the file is cut off.
     """
     data = np.empty(count, np.uint8)
-    file.seek(at)
+    file.seek(offset)
     if file.readinto(data.data) != count:
         raise WeightsError("it is cut off")
     return data
 
 
-_OTHER_FILES = (
+_OTHER_FORMATS = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them"),
     (b"\x93NUMPY", "a single NumPy array"),
     (b"\x1f\x8b", "compressed with gzip; unpack it"),
@@ -79,22 +71,22 @@ _OTHER_FILES = (
     (b"Rar!", "a RAR archive; unpack it"),
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run `git lfs pull`"),
     (b"{", "a JSON file, not weights"),
-    (b"\x80", "a Python pickle, but not one of PyTorch; it was not opened, for it could run code"),
+    (b"\x80", "a Python pickle that PyTorch did not write; it was not opened because it could run code"),
     (b"\x08", "a protocol buffer, perhaps of ONNX or TensorFlow"),
 )
 
 
-def unknown(head: bytes) -> str:
-    """Say what a file seems to be, from its first 512 bytes, that is none of those that we read."""
+def describe_unknown(head: bytes) -> str:
+    """Return what a file that cannot be read seems to be, from its first 512 bytes, and what can be read."""
     text = head.lstrip().lower()
     if not head:
         kind = "empty"
     elif not head.strip(b"\0"):
-        kind = "nothing but zeros: a download that was not finished"
+        kind = "nothing but zeros, an unfinished download"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
         kind = "a web page, perhaps the error message of a server; download it again"
     elif head[257:262] == b"ustar":
-        kind = "a tar archive; unpack it, or, if it is PyTorch's own of before 0.1.10, save it again with a later version"
+        kind = "a tar archive; unpack it or, if PyTorch before 0.1.10 wrote it, save it again with a later version"
     else:
-        kind = next((kind for start, kind in _OTHER_FILES if head.startswith(start)), "of no known kind")
-    return f"it is {kind}. PyTorch's .pth and .pt, .safetensors and the folders of our training runs can be read"
+        kind = next((kind for start, kind in _OTHER_FORMATS if head.startswith(start)), "in an unknown format")
+    return f"it is {kind}. PyTorch's .pth and .pt, .safetensors and the folders of training runs can be read"

@@ -1,13 +1,13 @@
-"""A machine that reads pickles and can do nothing else: plain data, and objects by the few names that its caller admits.
+"""A restricted unpickler: plain data, and objects by the few names that its caller admits.
 
 Python's own unpickler looks up and calls whatever a file names. PyTorch's `weights_only` loader does not, but before 2.6 a
-file could make it run code (CVE-2025-32434), and before 2.10 corrupt its memory (CVE-2026-24747); it unpacks an archive
-that grows a thousandfold; and it is not there where torch is not. This machine imports nothing and calls only the
-functions that it is given; a name that it was not given ends the reading. The opcodes are those of
-https://github.com/python/cpython/blob/main/Lib/pickletools.py, protocols 2 to 5, as far as weights need them.
+file could make it run code (CVE-2025-32434) and before 2.10 corrupt its memory (CVE-2026-24747); it unpacks archives that grow
+a thousandfold; and it needs torch. This unpickler imports nothing and calls only the functions that it is given; any other
+name is an error. It knows the opcodes of https://github.com/python/cpython/blob/main/Lib/pickletools.py that weights need,
+protocols 2 to 5.
 
-Python's recursion is never used, memory is bounded by the size of the pickle and by the number of its opcodes, and no
-declared length is believed before that many bytes have been seen.
+It never recurses, its memory is bounded by the size of the pickle and the number of its opcodes, and it trusts no declared length
+before it has seen that many bytes.
 """
 
 from __future__ import annotations
@@ -19,122 +19,121 @@ from typing import Any, NamedTuple
 
 from scconv_jax.weights.files import WeightsError
 
-MOST_BYTES = 16 << 20
-MOST_OPCODES = 1_000_000  # some twenty times those of a network's and its optimizer's state
-_LONGEST_INTEGER = 16  # bytes
+MAX_BYTES = 16 << 20
+MAX_OPCODES = 1_000_000  # about twenty times as many as the state of a network and its optimizer needs
+_MAX_INTEGER = 16  # bytes
 
 
-class Name(NamedTuple):
-    """What stands on the stack for a class or function: its dotted name, and what calling it does here, if anything."""
+class Global(NamedTuple):
+    """A class or function on the stack: its dotted name, and the function to call in its place, if it may be called."""
 
-    text: str
+    name: str
     build: Callable[..., Any] | None = None
 
 
-class Inert(NamedTuple):
-    """An object that is not made: its class alone is known."""
+class Placeholder(NamedTuple):
+    """An object that is not built; only its class is known."""
 
-    kind: str
+    name: str
 
 
 def unpickle(
     data: bytes,
-    names: Mapping[str, Name | Inert],
-    persistent: Callable[[Any], Any],
+    admitted: Mapping[str, Global | Placeholder],
+    load_persistent: Callable[[Any], Any],
     start: int = 0,
-    refuse: Callable[[str], str] = str,
+    explain_refusal: Callable[[str], str] = str,
 ) -> tuple[Any, int]:
     """Read one pickle.
 
     Args:
         data: bytes that contain the pickle.
-        names: what may be named, by dotted name, and what becomes of it. A `Name` with a function may be called; an
-            `Inert` may be called, made or given a state, all of which leaves it as it is.
-        persistent: called with each persistent identifier; what it returns takes the identifier's place.
-        start: where in `data` the pickle begins.
-        refuse: says in words why a dotted name, not in `names`, is refused.
+        admitted: what a pickle may name, by dotted name. A `Global` with a function may be called; a `Placeholder` may be called,
+            instantiated or given a state, and stays as it is.
+        load_persistent: called with each persistent identifier; its result takes the identifier's place.
+        start: offset of the pickle in `data`.
+        explain_refusal: returns the error message for a name that is not admitted.
 
     Returns:
-        The value, and where in `data` the pickle ends.
+        The value, and the offset at which the pickle ends.
 
     Raises:
         WeightsError: the pickle is damaged, too long, or asks for anything else.
     """
-    machine = _Machine(data, start, names, persistent, refuse)
+    unpickler = _Unpickler(data, start, admitted, load_persistent, explain_refusal)
     try:
-        return machine.run(), machine.at
+        return unpickler.run(), unpickler.offset
     except WeightsError:
         raise
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise WeightsError(f"its pickle is damaged near byte {machine.at}") from error
+        raise WeightsError(f"its pickle is damaged near byte {unpickler.offset}") from error
 
 
-class _Machine:
+class _Unpickler:
     def __init__(
         self,
         data: bytes,
         start: int,
-        names: Mapping[str, Name | Inert],
-        persistent: Callable[[Any], Any],
-        refuse: Callable[[str], str],
+        admitted: Mapping[str, Global | Placeholder],
+        load_persistent: Callable[[Any], Any],
+        explain_refusal: Callable[[str], str],
     ) -> None:
-        self.data, self.at = data, start
-        self.end = min(len(data), start + MOST_BYTES)
-        self.names, self.persistent, self.refuse = names, persistent, refuse
+        self.data, self.offset = data, start
+        self.end = min(len(data), start + MAX_BYTES)
+        self.admitted, self.load_persistent, self.explain_refusal = admitted, load_persistent, explain_refusal
         self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each mark
+        self.outer_stacks: list[list[Any]] = []  # one for each open mark
         self.memo: dict[int, Any] = {}
-        self.left = MOST_OPCODES
+        self.opcodes_left = MAX_OPCODES
 
     def run(self) -> Any:
         while True:
-            self.spend(1)
+            self.count_opcodes(1)
             opcode = self.take(1)
             if opcode == pickle.STOP:
                 value = self.stack.pop()
-                if self.stack or self.marked:
-                    raise WeightsError("its pickle makes more than it holds")
+                if self.stack or self.outer_stacks:
+                    raise WeightsError("its pickle leaves more than one value on the stack")
                 return value
-            _OPCODES[opcode](self) if opcode in _OPCODES else self.unknown(opcode)
+            if opcode not in _OPCODES:
+                raise WeightsError(f"its pickle is damaged or not of PyTorch: opcode {opcode!r} at byte {self.offset - 1}")
+            _OPCODES[opcode](self)
 
-    def spend(self, count: int) -> None:
-        self.left -= count
-        if self.left < 0:
-            raise WeightsError(f"its pickle has more than {MOST_OPCODES:,} opcodes, which no state dict needs")
-
-    def unknown(self, opcode: bytes) -> None:
-        raise WeightsError(f"its pickle is damaged, or of another kind: opcode {opcode!r} at byte {self.at - 1}")
+    def count_opcodes(self, count: int) -> None:
+        self.opcodes_left -= count
+        if self.opcodes_left < 0:
+            raise WeightsError(f"its pickle has more than {MAX_OPCODES:,} opcodes, more than any state dict needs")
 
     def take(self, count: int) -> bytes:
-        if count < 0 or self.at + count > self.end:
+        if count < 0 or self.offset + count > self.end:
             raise WeightsError("its pickle ends too early: the file is cut off or damaged")
-        self.at += count
-        return self.data[self.at - count : self.at]
+        self.offset += count
+        return self.data[self.offset - count : self.offset]
 
     def number(self, code: str) -> int:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
     def line(self) -> str:
-        end = self.data.find(b"\n", self.at, min(self.end, self.at + 1000))
+        end = self.data.find(b"\n", self.offset, min(self.end, self.offset + 1000))
         if end < 0:
-            raise WeightsError(f"its pickle is damaged near byte {self.at}: a name without end")
-        return self.take(end + 1 - self.at)[:-1].decode()
+            raise WeightsError(f"its pickle is damaged near byte {self.offset}: a name without end")
+        return self.take(end + 1 - self.offset)[:-1].decode()
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def items(self) -> list[Any]:
-        """Everything above the last mark."""
-        items, self.stack = self.stack, self.marked.pop()
-        return items
-
     def mark(self) -> None:
-        self.marked.append(self.stack)
+        self.outer_stacks.append(self.stack)
         self.stack = []
 
+    def pop_mark(self) -> list[Any]:
+        """Return everything above the last mark."""
+        items, self.stack = self.stack, self.outer_stacks.pop()
+        return items
+
     def integer(self, size: int) -> None:
-        if size > _LONGEST_INTEGER:
-            raise WeightsError(f"its pickle has an integer of {size} bytes, which no state dict needs")
+        if size > _MAX_INTEGER:
+            raise WeightsError(f"its pickle has an integer of {size} bytes, longer than any state dict needs")
         self.push(int.from_bytes(self.take(size), "little", signed=True))
 
     def tuple(self, count: int) -> None:
@@ -143,60 +142,60 @@ class _Machine:
 
     def append(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise WeightsError(f"its pickle appends to {_kind(self.stack[-1])}, not to a list")
+            raise WeightsError(f"its pickle appends to {describe(self.stack[-1])}, not to a list")
         self.stack[-1].extend(items)
 
-    def set(self, items: list[Any]) -> None:
+    def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise WeightsError(f"its pickle sets items of {_kind(target)}, not of a dict")
-        _set(target, zip(items[::2], items[1::2], strict=True))
+            raise WeightsError(f"its pickle sets items of {describe(target)}, not of a dict")
+        _update(target, zip(items[::2], items[1::2], strict=True))
 
-    def add(self) -> None:
-        """Pass over what is added to a set, which is not made."""
-        self.items()
-        if not isinstance(self.stack[-1], Inert):
-            raise WeightsError(f"its pickle adds items to {_kind(self.stack[-1])}, not to a set")
+    def add_to_set(self) -> None:
+        """Drop the items of a set, which is a placeholder."""
+        self.pop_mark()
+        if not isinstance(self.stack[-1], Placeholder):
+            raise WeightsError(f"its pickle adds items to {describe(self.stack[-1])}, not to a set")
 
     def frozen_set(self) -> None:
-        self.items()
-        self.push(Inert("builtins.frozenset"))
+        self.pop_mark()
+        self.push(Placeholder("builtins.frozenset"))
 
-    def name(self, module: Any, name: Any) -> None:
+    def find_global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise WeightsError("its pickle is damaged: a name that is no text")
-        text = f"{module}.{name}"
-        if text not in self.names:
-            raise WeightsError(self.refuse(text))
-        self.push(self.names[text])
+            raise WeightsError("its pickle is damaged: a name that is not a string")
+        full_name = f"{module}.{name}"
+        if full_name not in self.admitted:
+            raise WeightsError(self.explain_refusal(full_name))
+        self.push(self.admitted[full_name])
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if isinstance(function, Inert):
+        if isinstance(function, Placeholder):
             self.push(function)
-        elif isinstance(function, Name) and function.build is not None and type(arguments) is tuple:
-            # One opcode can hand over again, and have gone through, all that a million others made.
-            self.spend(len(arguments) + sum(len(value) for value in arguments if isinstance(value, (dict, list, tuple))))
+        elif isinstance(function, Global) and function.build is not None and type(arguments) is tuple:
+            # A single call can walk through all that a million earlier opcodes built, so its arguments count as opcodes.
+            self.count_opcodes(len(arguments) + sum(len(item) for item in arguments if isinstance(item, (dict, list, tuple))))
             self.push(function.build(*arguments))
         else:
-            raise WeightsError(f"its pickle calls {_kind(function)}")
+            raise WeightsError(f"its pickle calls {describe(function)}")
 
-    def make(self) -> None:
+    def instantiate(self) -> None:
         self.stack.pop()
-        if not isinstance(self.stack[-1], Inert):
-            raise WeightsError(f"its pickle makes an object of {_kind(self.stack[-1])}")
+        if not isinstance(self.stack[-1], Placeholder):
+            raise WeightsError(f"its pickle makes an object of {describe(self.stack[-1])}")
 
-    def state(self) -> None:
-        """PyTorch gives a state dict, which is an OrderedDict, its `_metadata`; to all else a state may be code."""
+    def set_state(self) -> None:
+        """Drop a state. PyTorch gives a state dict, an OrderedDict, its `_metadata`; for other objects a state may be code."""
         state = self.stack.pop()
         target = self.stack[-1]
-        if not isinstance(target, Inert) and not (isinstance(target, dict) and isinstance(state, dict)):
-            raise WeightsError(f"its pickle sets the state of {_kind(self.stack[-1])}")
+        if not isinstance(target, Placeholder) and not (isinstance(target, dict) and isinstance(state, dict)):
+            raise WeightsError(f"its pickle sets the state of {describe(self.stack[-1])}")
 
     def protocol(self) -> None:
         protocol = self.number("B")
         if not 2 <= protocol <= 5:
-            raise WeightsError(f"its pickle is of protocol {protocol}; 2 to 5 are known")
+            raise WeightsError(f"its pickle has protocol {protocol}; 2 to 5 can be read")
 
     def get(self, index: int) -> None:
         self.push(self.memo[index])
@@ -206,73 +205,74 @@ class _Machine:
 
 
 def ordered_dict(items: Any = ()) -> dict[Any, Any]:
-    """What an `OrderedDict` becomes, whose items Python 2 gives in its call, and a `Counter`, which gives a dict."""
+    """Build the dict for an `OrderedDict`, whose items Python 2 passes to the call, or a `Counter`, called with a dict."""
     result: dict[Any, Any] = {}
-    if type(items) not in (dict, list, tuple):  # a tensor stands here as a tuple, too
-        raise WeightsError(f"its pickle makes a dict of {_kind(items)}")
-    _set(result, items.items() if isinstance(items, dict) else items)
+    if type(items) not in (dict, list, tuple):  # a tensor is a subclass of tuple here
+        raise WeightsError(f"its pickle makes a dict of {describe(items)}")
+    _update(result, items.items() if isinstance(items, dict) else items)
     return result
 
 
-def _set(target: dict[Any, Any], items: Iterable[Any]) -> None:
+def _update(target: dict[Any, Any], items: Iterable[Any]) -> None:
     for key, value in items:
-        # Hashing a deep tuple would recurse, and long integers can be chosen to have the same hash.
+        # Hashing a deep tuple would recurse, and long integers can be chosen to have equal hashes.
         if not isinstance(key, (str, int, float, bytes, type(None))) or (type(key) is int and abs(key) >= 1 << 64):
-            raise WeightsError(f"its pickle has a dict with {_kind(key)} as a key")
+            raise WeightsError(f"its pickle has a dict with {describe(key)} as a key")
         if key in target:
             raise WeightsError(f"entry {str(key)[:200]} occurs twice")
         target[key] = value
 
 
-def _kind(value: Any) -> str:
-    return value.text if isinstance(value, Name) else value.kind if isinstance(value, Inert) else f"a {type(value).__name__}"
+def describe(value: Any) -> str:
+    """Return the name of a global or placeholder, or the type of a value, for messages."""
+    return value.name if isinstance(value, (Global, Placeholder)) else f"a {type(value).__name__}"
 
 
-_OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
-    pickle.PROTO: _Machine.protocol,
-    pickle.FRAME: lambda m: m.number("Q"),
-    pickle.NONE: lambda m: m.push(None),
-    pickle.NEWTRUE: lambda m: m.push(True),
-    pickle.NEWFALSE: lambda m: m.push(False),
-    pickle.BININT: lambda m: m.push(m.number("i")),
-    pickle.BININT1: lambda m: m.push(m.number("B")),
-    pickle.BININT2: lambda m: m.push(m.number("H")),
-    pickle.LONG1: lambda m: m.integer(m.number("B")),
-    pickle.LONG4: lambda m: m.integer(m.number("I")),
-    pickle.BINFLOAT: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
-    pickle.BINUNICODE: lambda m: m.push(m.take(m.number("I")).decode()),
-    pickle.SHORT_BINUNICODE: lambda m: m.push(m.take(m.number("B")).decode()),
-    pickle.BINUNICODE8: lambda m: m.push(m.take(m.number("Q")).decode()),
-    pickle.BINSTRING: lambda m: m.push(m.take(m.number("i")).decode("latin1")),  # Python 2's texts
-    pickle.SHORT_BINSTRING: lambda m: m.push(m.take(m.number("B")).decode("latin1")),
-    pickle.BINBYTES: lambda m: m.push(m.take(m.number("I"))),
-    pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number("B"))),
-    pickle.EMPTY_TUPLE: lambda m: m.push(()),
-    pickle.EMPTY_LIST: lambda m: m.push([]),
-    pickle.EMPTY_DICT: lambda m: m.push({}),
-    pickle.TUPLE1: lambda m: m.tuple(1),
-    pickle.TUPLE2: lambda m: m.tuple(2),
-    pickle.TUPLE3: lambda m: m.tuple(3),
-    pickle.TUPLE: lambda m: m.push(tuple(m.items())),
-    pickle.APPEND: lambda m: m.append([m.stack.pop()]),
-    pickle.APPENDS: lambda m: m.append(m.items()),
-    pickle.SETITEM: lambda m: m.set([m.stack.pop(-2), m.stack.pop()]),
-    pickle.SETITEMS: lambda m: m.set(m.items()),
-    pickle.EMPTY_SET: lambda m: m.push(Inert("builtins.set")),
-    pickle.FROZENSET: _Machine.frozen_set,
-    pickle.ADDITEMS: _Machine.add,
-    pickle.MARK: _Machine.mark,
-    pickle.POP: lambda m: m.stack.pop(),
-    pickle.POP_MARK: _Machine.items,
-    pickle.BINGET: lambda m: m.get(m.number("B")),
-    pickle.LONG_BINGET: lambda m: m.get(m.number("I")),
-    pickle.BINPUT: lambda m: m.put(m.number("B")),
-    pickle.LONG_BINPUT: lambda m: m.put(m.number("I")),
-    pickle.MEMOIZE: lambda m: m.put(len(m.memo)),
-    pickle.GLOBAL: lambda m: m.name(m.line(), m.line()),
-    pickle.STACK_GLOBAL: lambda m: m.name(m.stack.pop(-2), m.stack.pop()),
-    pickle.REDUCE: _Machine.call,
-    pickle.NEWOBJ: _Machine.make,
-    pickle.BUILD: _Machine.state,
-    pickle.BINPERSID: lambda m: m.push(m.persistent(m.stack.pop())),
+_OPCODES: dict[bytes, Callable[[_Unpickler], Any]] = {
+    pickle.PROTO: _Unpickler.protocol,
+    pickle.FRAME: lambda u: u.number("Q"),
+    pickle.NONE: lambda u: u.push(None),
+    pickle.NEWTRUE: lambda u: u.push(True),
+    pickle.NEWFALSE: lambda u: u.push(False),
+    pickle.BININT: lambda u: u.push(u.number("i")),
+    pickle.BININT1: lambda u: u.push(u.number("B")),
+    pickle.BININT2: lambda u: u.push(u.number("H")),
+    pickle.LONG1: lambda u: u.integer(u.number("B")),
+    pickle.LONG4: lambda u: u.integer(u.number("I")),
+    pickle.BINFLOAT: lambda u: u.push(struct.unpack(">d", u.take(8))[0]),
+    pickle.BINUNICODE: lambda u: u.push(u.take(u.number("I")).decode()),
+    pickle.SHORT_BINUNICODE: lambda u: u.push(u.take(u.number("B")).decode()),
+    pickle.BINUNICODE8: lambda u: u.push(u.take(u.number("Q")).decode()),
+    pickle.BINSTRING: lambda u: u.push(u.take(u.number("i")).decode("latin1")),  # Python 2's strings
+    pickle.SHORT_BINSTRING: lambda u: u.push(u.take(u.number("B")).decode("latin1")),
+    pickle.BINBYTES: lambda u: u.push(u.take(u.number("I"))),
+    pickle.SHORT_BINBYTES: lambda u: u.push(u.take(u.number("B"))),
+    pickle.EMPTY_TUPLE: lambda u: u.push(()),
+    pickle.EMPTY_LIST: lambda u: u.push([]),
+    pickle.EMPTY_DICT: lambda u: u.push({}),
+    pickle.TUPLE1: lambda u: u.tuple(1),
+    pickle.TUPLE2: lambda u: u.tuple(2),
+    pickle.TUPLE3: lambda u: u.tuple(3),
+    pickle.TUPLE: lambda u: u.push(tuple(u.pop_mark())),
+    pickle.APPEND: lambda u: u.append([u.stack.pop()]),
+    pickle.APPENDS: lambda u: u.append(u.pop_mark()),
+    pickle.SETITEM: lambda u: u.set_items([u.stack.pop(-2), u.stack.pop()]),
+    pickle.SETITEMS: lambda u: u.set_items(u.pop_mark()),
+    pickle.EMPTY_SET: lambda u: u.push(Placeholder("builtins.set")),
+    pickle.FROZENSET: _Unpickler.frozen_set,
+    pickle.ADDITEMS: _Unpickler.add_to_set,
+    pickle.MARK: _Unpickler.mark,
+    pickle.POP: lambda u: u.stack.pop(),
+    pickle.POP_MARK: _Unpickler.pop_mark,
+    pickle.BINGET: lambda u: u.get(u.number("B")),
+    pickle.LONG_BINGET: lambda u: u.get(u.number("I")),
+    pickle.BINPUT: lambda u: u.put(u.number("B")),
+    pickle.LONG_BINPUT: lambda u: u.put(u.number("I")),
+    pickle.MEMOIZE: lambda u: u.put(len(u.memo)),
+    pickle.GLOBAL: lambda u: u.find_global(u.line(), u.line()),
+    pickle.STACK_GLOBAL: lambda u: u.find_global(u.stack.pop(-2), u.stack.pop()),
+    pickle.REDUCE: _Unpickler.call,
+    pickle.NEWOBJ: _Unpickler.instantiate,
+    pickle.BUILD: _Unpickler.set_state,
+    pickle.BINPERSID: lambda u: u.push(u.load_persistent(u.stack.pop())),
 }

@@ -19,6 +19,7 @@ import numpy as np
 from scconv_jax.weights.files import WeightsError
 
 COLLECTIONS = ("params", "batch_stats")
+PREFIXES = tuple(f"{collection}/" for collection in COLLECTIONS)
 
 
 class RunCheckpoint(NamedTuple):

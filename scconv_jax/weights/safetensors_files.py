@@ -1,8 +1,8 @@
 """Safetensors files (https://github.com/huggingface/safetensors): a JSON header that names the arrays, then their bytes.
 
-The safetensors library checks the headers of files that are read: their arrays must cover the file without gap or overlap.
-The arrays are read and written here: for NumPy, the library (0.8) has no bfloat16, writes arrays that are not contiguous wrongly
-without a word, and leaves a partial file where the process is killed.
+The safetensors library checks the header of a file that is read: the arrays must cover the file without gap or overlap. The
+arrays are read and written here. For NumPy, the library (0.8) has no bfloat16, writes arrays that are not contiguous wrongly
+without an error, and leaves a partial file if the process is killed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import safetensors
 
 from scconv_jax.weights.files import WeightsError, read_bytes, replacing
 
-_LONGEST_HEADER = 16 << 20
+_MAX_HEADER = 16 << 20
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
@@ -27,16 +27,16 @@ _DTYPES = {
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read all arrays, by name, and the metadata.
+    """Return all arrays by key, and the metadata.
 
     Raises:
-        WeightsError: the header does not tell the truth, the file is cut off, or an array is of another dtype than NumPy's
-            and bfloat16.
+        WeightsError: the header contradicts the file, the file is cut off, or an array has a dtype that NumPy (with bfloat16)
+        lacks.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > _LONGEST_HEADER:
-            raise WeightsError(f"its header claims {length:,} bytes: it is damaged, or no safetensors file")
+        if length > _MAX_HEADER:
+            raise WeightsError(f"its header claims {length:,} bytes: it is damaged, or not a safetensors file")
         try:
             with safetensors.safe_open(path, "np"):
                 header = json.loads(file.read(length), object_pairs_hook=_unique)
@@ -44,45 +44,45 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise WeightsError(f"it is a damaged safetensors file ({error})") from error
         metadata = header.pop("__metadata__", None) or {}
         tensors: dict[str, np.ndarray] = {}
-        for name, entry in header.items():
+        for key, entry in header.items():
             if entry["dtype"] not in _DTYPES:
-                raise WeightsError(f"{name} is of dtype {entry['dtype']}; those that can be read are {', '.join(_DTYPES)}")
+                raise WeightsError(f"{key} has dtype {entry['dtype']}; those that can be read are {', '.join(_DTYPES)}")
             start, end = entry["data_offsets"]
             data = read_bytes(file, 8 + length + start, end - start)
             data = data != 0 if entry["dtype"] == "BOOL" else data.view(_DTYPES[entry["dtype"]])
             try:
-                tensors[name] = data.reshape(entry["shape"])
+                tensors[key] = data.reshape(entry["shape"])
             except ValueError as error:  # sizes or a number of axes beyond NumPy's
-                raise WeightsError(f"{name} has the shape {entry['shape']!s:.200}, which cannot be") from error
+                raise WeightsError(f"{key} has the impossible shape {entry['shape']!s:.200}") from error
     return tensors, metadata
 
 
 def write(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write arrays by name, whole or not at all.
+    """Write arrays by key, whole or not at all.
 
     Raises:
-        WeightsError: the file cannot be written, or the format has no such dtype.
+        WeightsError: the file cannot be written, or the format lacks a dtype.
     """
-    arrays = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
+    arrays = {key: np.ascontiguousarray(value).reshape(np.shape(value)) for key, value in tensors.items()}
     names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    # The largest elements first, so that each array begins at a multiple of its element's size, as the library has it.
-    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
-    at = 0
-    for name in order:
-        array = arrays[name]
+    # Largest elements first, as the library does, so that each array starts at a multiple of its element size.
+    order = sorted(arrays, key=lambda key: (-arrays[key].itemsize, key))
+    offset = 0
+    for key in order:
+        array = arrays[key]
         if array.dtype not in names:
             raise WeightsError(
-                f"Cannot write {path}: {name} is of dtype {array.dtype}; the format has {', '.join(map(str, names))}."
+                f"Cannot write {path}: {key} has dtype {array.dtype}; the format has {', '.join(map(str, names))}."
             )
-        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [at, at + array.nbytes]}
-        at += array.nbytes
+        header[key] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [offset, offset + array.nbytes]}
+        offset += array.nbytes
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with replacing(path) as written, written.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            file.write(arrays[name].reshape(-1).view(np.uint8).data)
+        for key in order:
+            file.write(arrays[key].reshape(-1).view(np.uint8).data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_over_and_back_bit_for_bit(capsys, variables):
         "version": f"scconv_jax {__version__}",
     }
     table = convert(capsys, "ours.safetensors", "--out", "again.pth")
-    assert "flax: Flax's, as this project writes them" in table
+    assert "flax: Flax, as this project writes them" in table
     with open("theirs.pth", "rb") as first, open("again.pth", "rb") as second:
         assert first.read() == second.read()
 
@@ -73,9 +73,8 @@ def test_the_table(capsys, variables):
     counters = sum(name.endswith("num_batches_tracked") for name in entries)
     for text in (
         "theirs.pth → ours.safetensors",
-        "PyTorch's loader not installed",
         f"SHA-256 {sha256(Path('theirs.pth'))}",
-        "names reference: SCNet of MCG-NKU/SCNet (recognised)",
+        "key convention reference: SCNet of MCG-NKU/SCNet (recognised)",
         "network scnet20_small, num_classes=10 (recognised)",
         f"entries {len(entries)} read, {len(entries) - counters} converted, {counters} ignored",
         f"ignored {counters} num_batches_tracked, PyTorch's counters",
@@ -89,10 +88,10 @@ def test_the_table(capsys, variables):
 
 def test_how_the_version_of_scconv_is_known(capsys):
     save("scconv.pth", filled("scconv_resnet20_small"))
-    both = "recognised, or --variant paper, which has the same entries"
+    both = "recognised, or --variant paper, which has the same keys"
     assert f"num_classes=10 ({both})" in convert(capsys, "scconv.pth", "--out", "a.safetensors")
     given = convert(capsys, "scconv.pth", "--variant", "paper", "--out", "paper.safetensors")
-    assert "(recognised, its variant as given)" in given
+    assert "(recognised, variant as given)" in given
     assert "variant=2023-10, num_classes=10 (recognised)" in convert(capsys, "a.safetensors", "--out", "again.pth")
 
 
@@ -101,7 +100,7 @@ def test_another_number_of_classes(capsys, variables):
     table = convert(capsys, "theirs.pth", "--num-classes", "3", "--out", "ours.safetensors")
     assert "note The file's head has 10 classes, the network 3: fc is as initialised." in table
     assert "as initialised fc.weight, fc.bias" in table
-    assert "which Flax has not; fc.weight, fc.bias: kept as initialised" in table
+    assert "which Flax does not have; fc.weight, fc.bias: the head stays as initialised" in table
     found, metadata = load("ours.safetensors")
     assert metadata["arguments"] == {"num_classes": 3}
     assert found["params"]["fc"]["kernel"].shape == (256, 3)
@@ -129,7 +128,7 @@ def test_a_naming_and_names_of_ones_own(capsys, variables):
     arguments = ["--naming", "reference", "--rename", r"^net\.", "", "--ignore", "loss.*"]
     table = convert(capsys, "theirs.safetensors", *arguments, "--out", "ours.safetensors")
     assert "reference: SCNet of MCG-NKU/SCNet (as given)" in table
-    assert "loss.center: to be passed over (loss.*)" in table
+    assert "loss.center: skipped (loss.*)" in table
     jax.tree.map(np.testing.assert_array_equal, load("ours.safetensors").variables, variables)
 
 
@@ -158,7 +157,7 @@ def test_no_network_at_all(capsys):
     }
     write("own.safetensors", state_dict)
     table = convert(capsys, "own.safetensors", "--model", "any", "--out", "ours.safetensors")
-    assert "network none: each entry by its kind (as given)" in table
+    assert "network none: each entry converted by its kind (as given)" in table
     found, metadata = load("ours.safetensors")
     assert "model" not in metadata
     params, expected = found["params"], state_dict
@@ -179,13 +178,13 @@ def test_no_network_at_all(capsys):
         (["nowhere.pth", "--out", "new.safetensors"], "nowhere.pth"),
         (
             ["theirs.pth", "--out", "new.onnx"],
-            "--out new.onnx: its name must end in .safetensors, .pth or .pt, which says the format",
+            "--out new.onnx: its name must end in .safetensors, .pth or .pt, to give the format",
         ),
         (["theirs.pth", "--out", "kept.safetensors"], "kept.safetensors exists. Give --force to replace it, or another --out."),
         (["theirs.pth", "--out", "x" * 300 + ".pth"], "File name too long"),
         (["theirs.pth", "--rename", "(", "", "--out", "new.pth"], "missing ), unterminated subpattern"),
         (["theirs.pth", "--num-classes", "0", "--out", "new.pth"], "num_classes=0: a network has at least one class."),
-        (["scnet5", "--out", "new.pth"], "Did you mean scnet50?"),
+        (["scnet5", "--out", "new.pth"], "Did you mean 'scnet50'?"),
         (["theirs.pth", "--out", "no/new.pth"], "There is no folder no to write new.pth in; make it first."),
         (
             ["theirs.pth", "--model", "resnet20_small", "--out", "new.pth"],
@@ -197,11 +196,11 @@ def test_no_network_at_all(capsys):
         ),
         (
             ["theirs.pth", "--naming", "torchvison", "--out", "new.pth"],
-            "There is no naming 'torchvison'. Did you mean 'torchvision'?",
+            "There is no key convention 'torchvison'. Did you mean 'torchvision'?",
         ),
         (["theirs.pth", "--output-stride", "5", "--out", "new.pth"], "output_stride=5 cannot be had from this network; it has 4"),
         (["theirs.pth", "--variant", "paper", "--out", "new.pth"], "Model 'scnet20_small' has no option 'variant'."),
-        (["other.safetensors", "--out", "new.pth"], "other.safetensors is of no network here"),
+        (["other.safetensors", "--out", "new.pth"], "No model here has the keys and shapes of other.safetensors"),
         (["broken.pth", "--out", "new.pth"], "broken.pth"),
         (["cube.safetensors", "--model", "any", "--out", "new.pth"], "Entry x.weight of shape (2, 2, 2) is of no kind"),
     ],

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from scconv_jax import ConversionError
-from scconv_jax.interop.conventions import NAMINGS, naming, recognise, scconv_options
-from scconv_jax.interop.conversion import normalised
+from scconv_jax.interop.conventions import CONVENTIONS, by_name, identify, scconv_options
+from scconv_jax.interop.conversion import rename_keys
 
 # An entry or two of each, copied from lists of real entries where there are such, else from the sources' attributes.
 FIRST = {
@@ -20,17 +20,17 @@ FIRST = {
 
 
 def test_every_naming_is_tried():
-    assert {naming.name for naming in NAMINGS} | {"own"} == set(FIRST)
+    assert {convention.name for convention in CONVENTIONS} | {"own"} == set(FIRST)
 
 
 @pytest.mark.parametrize("name", FIRST)
 def test_a_naming_is_recognised(name):
-    assert recognise(FIRST[name]).name == name
+    assert identify(FIRST[name]).name == name
 
 
 @pytest.mark.parametrize("name", [name for name in FIRST if name != "own"])
 def test_one_name_alone_is_not_enough(name):
-    assert recognise(FIRST[name][:1]).name == "own"
+    assert identify(FIRST[name][:1]).name == "own"
 
 
 @pytest.mark.parametrize(
@@ -68,34 +68,34 @@ def test_one_name_alone_is_not_enough(name):
     ],
 )
 def test_names_become_ours(convention, theirs, ours):
-    assert list(normalised({theirs: np.zeros(())}, naming(convention).rename)) == [ours]
+    assert list(rename_keys({theirs: np.zeros(())}, by_name(convention).rename)) == [ours]
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["conv1.0.weight", "layer1.0.conv1.weight"], r"This looks like a ResNet-C or -D \(timm's resnet50d, say\)"),
+        (["conv1.0.weight", "layer1.0.conv1.weight"], r"This looks like a ResNet-C or -D \(for example timm's resnet50d\)"),
     ],
 )
 def test_what_computes_something_else_is_refused(names, message):
     with pytest.raises(ConversionError, match=message):
-        recognise(names)
+        identify(names)
 
 
 def test_the_stem_alone_makes_no_resnet_d():
     """scnet50_v1d has such a stem too."""
-    assert recognise(["conv1.0.weight", *FIRST["reference"]]).name == "reference"
+    assert identify(["conv1.0.weight", *FIRST["reference"]]).name == "reference"
 
 
 def test_pytorchcvs_two_resnets_cannot_be_told_apart():
     names = ["features.init_block.conv.conv.weight", "features.stage1.unit1.body.conv1.conv.weight"]
-    assert "resnet50b strides in the 3×3" in recognise(names).caution
-    assert recognise(FIRST["pytorchcv"]).caution == ""
+    assert "resnet50b has its stride in the 3×3" in identify(names).caution
+    assert identify(FIRST["pytorchcv"]).caution == ""
 
 
 def test_a_naming_that_does_not_exist():
-    with pytest.raises(ConversionError, match=r"There is no naming 'pytorch'\. Did you mean 'pytorchcv'"):
-        naming("pytorch")
+    with pytest.raises(ConversionError, match=r"There is no key convention 'pytorch'\. Did you mean 'pytorchcv'"):
+        by_name("pytorch")
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.stages.1.2."])

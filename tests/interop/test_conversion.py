@@ -88,14 +88,14 @@ def test_every_difference_is_listed_at_once(variables, state_dict):
         from_torch(state_dict, variables)
     message = str(error.value)
     assert "k1.0.wieght (4, 4, 3, 3) (nearest: k1.0.weight)" in message
-    assert "1 entries are not in it:\n  k1.0.weight (4, 4, 3, 3)" in message
+    assert "1 entries are missing:\n  k1.0.weight (4, 4, 3, 3)" in message
     assert "scconv.k4.1.running_var: (5,) in the state dict, (4,) expected" in message
 
 
 def test_thousands_of_differences_take_no_minutes(variables):
     strangers = {f"layer1.{i}.conv1.weight": np.zeros(()) for i in range(5000)} | {f"x{i}": np.zeros(()) for i in range(500)}
     start = time.process_time()
-    with pytest.raises(ConversionError, match=r"5500 of its entries have no place:(?s:.*) and 4500 more\n") as error:
+    with pytest.raises(ConversionError, match=r"5500 of its entries have no leaf:(?s:.*) and 4500 more\n") as error:
         from_torch(strangers, variables)
     assert time.process_time() - start < 5
     assert len(str(error.value)) < 100_000
@@ -153,9 +153,9 @@ def test_a_rename_that_is_none(variables, state_dict, rename, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("scnet50.pth", "maps names to arrays; got str. .*load_model"),
+        ("scnet50.pth", "maps keys to arrays; got str. .*load_model"),
         (None, "got NoneType"),
-        ({0: np.zeros(3)}, "are texts; one of them is 0"),
+        ({0: np.zeros(3)}, "are strings; one of them is 0"),
     ],
 )
 def test_what_is_no_state_dict(variables, given, message):

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from scconv_jax import ScConv, create_model, load, load_model, load_weights
 from scconv_jax.cli import main
-from scconv_jax.interop.loading import open_entries
+from scconv_jax.interop.loading import open_checkpoint
 from scconv_jax.layers.core import Conv, Dense
 from scconv_jax.models.blocks import Bottleneck
 from scconv_jax.models.resnet import DeepStem, ResNet
@@ -62,7 +62,7 @@ def test_from_a_file_to_equal_outputs(close, tmp_path, name):
     oracle = randomise(make(), 0).eval()
     path = tmp_path / "weights.pth"
     save(oracle, path, **how)
-    assert open_entries(path).naming.name == naming
+    assert open_checkpoint(path).convention.name == naming
     template = jax.eval_shape(partial(ours(num_classes=7).init, train=False), jax.random.key(0), jnp.zeros((1, 97, 97, 3)))
     variables, notes = load_weights(path, template)
     assert len(notes) == (naming == "mmpose" or name == "pytorchcv resnet-b")
@@ -94,7 +94,7 @@ NETWORKS = {
 def test_a_whole_network_is_recognised(tmp_path, name):
     make, naming = NETWORKS[name]
     save(make(), tmp_path / "weights.pth")
-    assert open_entries(tmp_path / "weights.pth").naming.name == naming
+    assert open_checkpoint(tmp_path / "weights.pth").convention.name == naming
     model, variables = load_model(tmp_path / "weights.pth")
     assert repr(model) == repr(create_model(name, num_classes=1000))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))

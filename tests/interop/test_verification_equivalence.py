@@ -10,10 +10,9 @@ import torch
 
 from scconv_jax.cli import main
 from scconv_jax.interop import verification as verify_module
-from scconv_jax.interop.torch_ghostnet import GhostNetwork
-from scconv_jax.interop.torch_networks import Network
+from scconv_jax.interop.torch_ghostnet import TorchGhostNet
+from scconv_jax.interop.torch_networks import TorchResNet
 from scconv_jax.interop.verification import _difference
-from scconv_jax.weights.second_reader import Opinion
 from tests.reference.namings import MMPose, MMPoseModules, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import nchw, random_images, randomise
@@ -50,7 +49,7 @@ def test_counterparts_are_the_oracles(close, name):
     entries = {key: value.numpy() for key, value in oracle.state_dict().items()}
     images = nchw(random_images((2, *SIZES[output_stride], 3), 1))
     with torch.no_grad():
-        maps = Network(entries, naming, output_stride, "paper", "float64")(images)
+        maps = TorchResNet(entries, naming, output_stride, "paper", "float64")(images)
         expected = oracle(images)
     found = maps["logits"] if expected.ndim == 2 else maps["layer4"]
     close(found.numpy(), expected.numpy())
@@ -64,7 +63,7 @@ def test_counterparts_of_ghostnet(close, make, naming):
     entries = {key: value.numpy() for key, value in oracle.state_dict().items()}
     images = nchw(random_images((2, 65, 97, 3), 1))
     with torch.no_grad():
-        maps = GhostNetwork(entries, naming, "float64")(images)
+        maps = TorchGhostNet(entries, naming, "float64")(images)
         close(maps["logits"].numpy(), oracle(images).numpy())
     assert list(maps) == ["stem", "layer1", "layer2", "layer3", "layer4", "layer5", "logits"]
 
@@ -104,7 +103,7 @@ def verify(capsys, folder, name, *arguments, code=0):
 
 def test_equal(capsys, folder):
     out = verify(capsys, folder, "scnet20_small.pth", "--sizes", "32", "21x27").out
-    assert "scnet20_small.pth as scnet20_small: JAX beside PyTorch" in out
+    assert "scnet20_small.pth as scnet20_small: JAX and PyTorch" in out
     rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert rows == ["stem", "layer1", "layer2", "layer3", "logits"]
     assert "Equal within tolerance at every stage" in out
@@ -194,15 +193,6 @@ def test_small_networks_are_compared_at_small_sizes(capsys, folder, monkeypatch)
     assert sizes == [(32, 32), (40, 40), (33, 27)]
 
 
-def test_what_pytorchs_own_loader_says_is_printed(capsys, folder, monkeypatch):
-    def confirm(source):
-        return Opinion(f"2.13.0 reads {source.path.name}", 1.0)
-
-    monkeypatch.setattr("scconv_jax.interop.loading.confirm", confirm)
-    out = verify(capsys, folder, "resnet20_small.pth", "--sizes", "24").out
-    assert "note: PyTorch's own loader, of the file: 2.13.0 reads resnet20_small.pth." in out
-
-
 def test_a_head_drawn_anew_is_not_compared(capsys, folder):
     out = verify(capsys, folder, "resnet20_small.pth", "--num-classes", "3", "--sizes", "24").out
     assert "logits" not in out
@@ -212,7 +202,7 @@ def test_a_head_drawn_anew_is_not_compared(capsys, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "any"], "verify runs a network; --model any is none."),
+        (["--model", "any"], "verify needs a network to run; --model any names none."),
         (["--sizes", "big"], "--sizes big: expected pixels, 224 or 193x161."),
         (["--sizes", "²"], "--sizes ²: expected pixels, 224 or 193x161."),
         (["--tolerance", "nan"], "--tolerance nan: expected a number above 0."),
@@ -242,7 +232,7 @@ def test_bad_input_is_one_line_and_code_2(capsys, folder, arguments, message):
 def test_a_network_without_a_counterpart(capsys, tmp_path):
     torch.save(build("wrn28_10_small").state_dict(), tmp_path / "wrn.pth")
     printed = verify(capsys, tmp_path, "wrn.pth", code=2)
-    assert "There is no PyTorch counterpart of wrn28_10_small here; give one by --reference FILE.py:NAME." in printed.err
+    assert "wrn28_10_small has no PyTorch counterpart here; give one by --reference FILE.py:NAME." in printed.err
 
 
 @pytest.mark.slow

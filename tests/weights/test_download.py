@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from scconv_jax.interop.loading import open_entries
+from scconv_jax.interop.loading import open_checkpoint
 from scconv_jax.models.registry import PUBLISHED
 from scconv_jax.weights import download
 from scconv_jax.weights.download import fetch
@@ -126,10 +126,10 @@ def test_what_cannot_be_used_is_not_kept(server, tmp_path, monkeypatch, page):
     monkeypatch.setenv("SCCONV_JAX_CACHE", str(tmp_path))
     server.content = page
     with pytest.raises(WeightsError, match=r"model\.pth cannot be used: it"):
-        open_entries(server.address("model.pth"))
+        open_checkpoint(server.address("model.pth"))
     assert visible(tmp_path) == []
     server.content, server.etag = made.state_dict_file("zip", {"w": np.ones(3, np.float32)}), '"2"'
-    assert list(open_entries(server.address("model.pth")).arrays) == ["w"]
+    assert list(open_checkpoint(server.address("model.pth")).arrays) == ["w"]
     assert visible(tmp_path) == ["model.pth"]
 
 
@@ -145,7 +145,7 @@ def test_the_published_checkpoints_by_name(tmp_path):
     """A file that somebody put into the cache by hand is found there under its published name, if its hash is right."""
     for name, address in PUBLISHED.items():
         assert re.fullmatch(rf"https://\S+/{name}-[0-9a-f]{{8}}\.pth", address)
-    assert download._place(PUBLISHED["scnet50"], tmp_path, PUBLISHED) == tmp_path / "scnet50-dc6a7e87.pth"
+    assert download._cache_path(PUBLISHED["scnet50"], tmp_path, PUBLISHED) == tmp_path / "scnet50-dc6a7e87.pth"
 
 
 def test_equal_names_of_different_addresses_do_not_meet(server, tmp_path):
@@ -213,7 +213,7 @@ def test_a_server_that_ignores_ranges(server, tmp_path):
 def test_another_hash_than_that_of_the_name(server, tmp_path):
     server.content = CONTENT[:-1] + b"?"
     with pytest.raises(
-        WeightsError, match=r"its SHA-256 begins with [0-9a-f]{8}, not as its name says; what came was removed\.$"
+        WeightsError, match=r"SHA-256 mismatch: expected [0-9a-f]{8}…, got [0-9a-f]{8}…; the download was deleted\.$"
     ):
         fetch(server.address(), cache=tmp_path)
     assert visible(tmp_path) == []
@@ -280,8 +280,8 @@ def test_a_file_of_unknown_length_needs_a_hash(server, tmp_path):
 
 
 def test_too_long_and_compressed_files(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "MOST_BYTES", 1000)
-    with pytest.raises(WeightsError, match=r"it has 1,048,576 bytes; at most 1,000"):
+    monkeypatch.setattr(download, "MAX_BYTES", 1000)
+    with pytest.raises(WeightsError, match=r"it has 1,048,576 bytes; the limit is 1,000"):
         fetch(server.address(), cache=tmp_path)
     server.length = False
     with pytest.raises(WeightsError, match=r"more than 1,000 bytes"):
@@ -301,13 +301,13 @@ def test_what_is_neither_a_name_nor_an_address(source, tmp_path):
 
 
 def test_the_nearest_name_is_given(tmp_path):
-    with pytest.raises(WeightsError, match=r"Did you mean scnet101\?"):
+    with pytest.raises(WeightsError, match=r"Did you mean 'scnet101'\?"):
         fetch("scnet-101", published=PUBLISHED, cache=tmp_path)
 
 
 def test_a_cache_that_is_no_folder(server, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WeightsError, match="cannot be kept in"):
+    with pytest.raises(WeightsError, match="cannot be stored in"):
         fetch(server.address(), cache=tmp_path / "file")
 
 

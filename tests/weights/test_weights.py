@@ -57,7 +57,7 @@ def test_over_and_back(tmp_path, variables):
     assert again is loaded.variables
     assert said is loaded.metadata
     source = weights.read(path)
-    assert (source.format, source.tensors, source.bytes) == ("safetensors", None, path.stat().st_size)
+    assert (source.format, source.is_flax, source.bytes) == ("safetensors", True, path.stat().st_size)
     assert json.loads(source.metadata["arguments"]) == metadata["arguments"]
     assert len(source.sha256) == 64
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
@@ -106,7 +106,7 @@ def test_as_pytorch_and_back(tmp_path, variables, suffix):
     path = tmp_path / f"x.{suffix}"
     scconv_jax.save(path, variables)
     source = weights.read(path)
-    assert (source.format, source.variables) == ("torch zip", None)
+    assert (source.format, source.is_flax) == ("torch zip", False)
     expected = scconv_jax.to_torch(variables)
     assert_same(source.tensors, expected)
     assert list(source.tensors) == list(expected)
@@ -123,7 +123,7 @@ def test_the_same_weights_are_the_same_file(tmp_path, variables):
 def test_pytorchs_names_are_not_loaded_as_variables(tmp_path, variables):
     path = tmp_path / "x.pth"
     scconv_jax.save(path, variables)
-    with pytest.raises(WeightsError, match=r"has PyTorch's names.*python -m scconv_jax convert"):
+    with pytest.raises(WeightsError, match=r"has PyTorch's keys.*python -m scconv_jax convert"):
         scconv_jax.load(path)
 
 
@@ -132,7 +132,7 @@ def test_pytorchs_names_are_not_loaded_as_variables(tmp_path, variables):
 )
 def test_arguments_that_are_no_options(tmp_path, variables, arguments):
     scconv_jax.save(tmp_path / "x.safetensors", variables, {"arguments": arguments})
-    with pytest.raises(WeightsError, match="the arguments in its metadata are no JSON object"):
+    with pytest.raises(WeightsError, match="the arguments in its metadata are not a JSON object"):
         weights.read(tmp_path / "x.safetensors")
 
 
@@ -146,7 +146,7 @@ def test_state_dicts(tmp_path, kind):
     path.write_bytes(made.state_dict_file(kind, expected))
     source = weights.read(path)
     assert_same(source.tensors, expected)
-    assert (source.format, source.variables, source.skipped, source.not_finite) == (f"torch {kind}", None, {}, {})
+    assert (source.format, source.is_flax, source.skipped, source.not_finite) == (f"torch {kind}", False, {}, {})
 
 
 FORMATS = {"zip": made.zip_file, "legacy": made.legacy_file}
@@ -346,7 +346,7 @@ def test_what_is_no_variables_is_not_written(tmp_path, name, variables):
 
 
 def test_metadata_that_is_no_json_is_not_written(tmp_path, variables):
-    with pytest.raises(WeightsError, match=r"metadata must be texts, or what JSON has \(Object of type float32"):
+    with pytest.raises(WeightsError, match=r"metadata must be strings or values that JSON can express \(Object of type float32"):
         scconv_jax.save(tmp_path / "x.safetensors", variables, {"top1": np.float32(0.9)})
     assert list(tmp_path.iterdir()) == []
 
@@ -377,7 +377,7 @@ def test_where_files_need_a_name_and_where_not(tmp_path, name, nameless, monkeyp
 
 
 def test_dtypes_that_the_formats_lack(tmp_path):
-    with pytest.raises(WeightsError, match=r"w is of dtype complex64"):
+    with pytest.raises(WeightsError, match=r"w has dtype complex64"):
         torch_files.write_zip(tmp_path / "x.pth", {"w": np.zeros(3, np.complex64)})
     with pytest.raises(WeightsError, match=r"Cannot write"):
         scconv_jax.save(tmp_path / "x.safetensors", {"params": {"w": np.array(["text"])}})
@@ -416,7 +416,7 @@ OTHERS = {
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "pointer of Git LFS"),
     "JSON": (b'{"weight_map": {}}', "a JSON file"),
     "pickle": (made.whole(text({"w": 1})), "a Python pickle"),
-    "text": (b"layer1 0.5 0.7", "of no known kind"),
+    "text": (b"layer1 0.5 0.7", "in an unknown format"),
     "zip": (archive_of(readme="x"), "a zip archive, but not of PyTorch"),
     "TorchScript": (archive_of(m__data_DOT_pkl="x", m__constants_DOT_pkl="x", m__code__x_DOT_py="x"), "TorchScript archive"),
     "a model": (made.zip_file(whole(named("torchvision.models.resnet.ResNet") + b")\x81}b")), "a whole pickled model"),

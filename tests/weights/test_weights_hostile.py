@@ -57,8 +57,7 @@ def outcome(path, content):
         source = weights.read(path)
     except WeightsError:
         return "refused"
-    leaves = source.tensors if source.tensors is not None else source.variables
-    assert leaves
+    assert source.tensors
     return "read"
 
 
@@ -128,8 +127,8 @@ def test_other_values_in_the_smaller_pickles_of_the_legacy_format(path, value, w
 
 @pytest.mark.parametrize("key", ["\x1b[2J", "a\nb", "\r", "\u202e"])
 def test_names_that_a_terminal_would_obey(path, key):
-    refused(path, made.zip_file(whole(dictionary([(key, tensor())]))), "a name that cannot be printed")
-    refused(path, made.safetensors_file({key: FLOATS}, bytes(8)), "a name that cannot be printed")
+    refused(path, made.zip_file(whole(dictionary([(key, tensor())]))), "a key that cannot be printed")
+    refused(path, made.safetensors_file({key: FLOATS}, bytes(8)), "a key that cannot be printed")
     path.write_bytes(made.zip_file(whole(dictionary([("w", tensor()), (key, text(1))]))))
     assert all(name.isprintable() for name in weights.read(path).skipped)
 
@@ -169,7 +168,7 @@ TRICKS = {
     "negative bools": tensor(storage(kind="torch.BoolStorage"))[:-2] + text({"neg": True}) + b"tR",
     "a parameter of nothing": call("torch._utils._rebuild_parameter"),
     "items of a text": text("x") + text("k") + text("v") + b"s",
-    "items of an inert object": call("builtins.set", []) + text("k") + text("v") + b"s",
+    "items of a placeholder": call("builtins.set", []) + text("k") + text("v") + b"s",
     "an appended text": text("x") + text("y") + b"a",
     "a name with a newline in it": text("os\nsystem") + text("x") + b"\x93",
     "a name of numbers": text(1) + text(2) + b"\x93",
@@ -193,11 +192,11 @@ def test_tricks(path, name, form):
 def test_a_pickle_that_makes_more_than_it_holds(path, rest):
     honest = dictionary([("w", tensor())])
     for form in FORMATS.values():
-        refused(path, form(whole(rest + honest)), "makes more than it holds")
+        refused(path, form(whole(rest + honest)), "leaves more than one value")
     start = made.MAGIC + made.VERSION
     machine, keys = made.MACHINE[2:-1], text(["0"])
-    refused(path, start + whole(rest + machine) + whole(honest), "makes more than it holds")
-    refused(path, start + made.MACHINE + whole(honest) + whole(rest + keys), "makes more than it holds")
+    refused(path, start + whole(rest + machine) + whole(honest), "leaves more than one value")
+    refused(path, start + made.MACHINE + whole(honest) + whole(rest + keys), "leaves more than one value")
 
 
 # Bombs
@@ -255,7 +254,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs(path, name, form, monkeypatch):
     """With a tenth of the opcodes that are allowed; benchmarks/fuzz_weights.py has them all."""
-    monkeypatch.setattr(pickles, "MOST_OPCODES", 100_000)
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 100_000)
     refused(path, FORMATS[form](b"\x80\x02" + BOMBS[name]() + b"."))
     refused(path, FORMATS[form](b"\x80\x02" + BOMBS[name]()))  # without an end
 
@@ -277,25 +276,25 @@ def test_declared_lengths_take_no_memory(path, name):
 LIES = {
     "a negative offset": (tensor(offset=-1), "offset"),
     "an offset beyond": (tensor(offset=1), "reaches to element 4 of a storage of 4"),
-    "a negative size": (tensor(shape=(-1, 2)), "offset, sizes or strides"),
-    "a negative stride": (tensor(strides=(-2, 1)), "offset, sizes or strides"),
+    "a negative size": (tensor(shape=(-1, 2)), "invalid number among its offset, sizes or strides"),
+    "a negative stride": (tensor(strides=(-2, 1)), "invalid number among its offset, sizes or strides"),
     "a size beyond": (tensor(shape=(3, 2)), "reaches to element 5"),
     "a stride beyond": (tensor(strides=(10**6, 1)), "reaches to element 1,000,001"),
-    "huge sizes": (tensor(shape=(2**62, 2**62), strides=(0, 0)), "offset, sizes or strides"),
+    "huge sizes": (tensor(shape=(2**62, 2**62), strides=(0, 0)), "invalid number among its offset, sizes or strides"),
     "large sizes": (tensor(shape=(2**39, 2**39), strides=(0, 0)), "sizes"),
     "huge and empty": (tensor(shape=(0, 2**39, 2**39), strides=(1, 1, 1)), "sizes"),
-    "one element many times": (tensor(shape=(10**9,), strides=(0,)), r"say that they have 4,000,000,000 bytes, in a file of"),
+    "one element many times": (tensor(shape=(10**9,), strides=(0,)), r"claim 4,000,000,000 bytes in a file of"),
     "other numbers of axes": (tensor(shape=(2, 2), strides=(1,)), "sizes"),
     "a hundred axes": (tensor(shape=(1,) * 100, strides=(1,) * 100), "sizes"),
-    "sizes of text": (tensor(shape="22", strides=(2, 1)), "offset, sizes or strides"),
-    "sizes of floats": (tensor(shape=(2.0, 2.0)), "offset, sizes or strides"),
-    "sizes of bools": (tensor(shape=(True, True)), "offset, sizes or strides"),
+    "sizes of text": (tensor(shape="22", strides=(2, 1)), "invalid number among its offset, sizes or strides"),
+    "sizes of floats": (tensor(shape=(2.0, 2.0)), "invalid number among its offset, sizes or strides"),
+    "sizes of bools": (tensor(shape=(True, True)), "invalid number among its offset, sizes or strides"),
     "no sizes": (tensor(shape=None), "damaged"),
-    "an offset of text": (tensor(offset="0"), "offset, sizes or strides"),
-    "no storage": (tensor(text("x")), "offset, sizes or strides"),
+    "an offset of text": (tensor(offset="0"), "invalid number among its offset, sizes or strides"),
+    "no storage": (tensor(text("x")), "invalid number among its offset, sizes or strides"),
     "a storage of many": (tensor(storage(count=5)), "storage 0"),
     "a storage of 2**62": (tensor(storage(count=2**62)), "storage 0"),
-    "a storage of less than nothing": (tensor(storage(count=-4)), "no storage"),
+    "a storage of less than nothing": (tensor(storage(count=-4)), "not a storage"),
     "an unknown storage": (tensor(storage(key="7")), "storage"),
     "a storage outside": (tensor(storage(key="../../../etc/passwd")), "storage"),
     "a storage of no class": (tensor(b"(" + text(("storage", "torch.FloatStorage", "0", "cpu", 4))[1:-1] + b"Q"), None),
@@ -322,7 +321,7 @@ def test_one_storage_under_many_names_is_no_way_to_fill_the_memory(path, form):
     opcodes = whole(dictionary(entries))
     content = bytes(10_000_000)
     file = made.zip_file(opcodes, [content]) if form == "zip" else made.legacy_file(opcodes, [content], [2_500_000])
-    refused(path, file, "say that they have 10,000,000,000 bytes")
+    refused(path, file, "claim 10,000,000,000 bytes")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -355,21 +354,21 @@ def _with_offset(content, number):
 
 
 ARCHIVES = {
-    "up and out": (lambda: archive([*HONEST, Entry("archive/../../x", b"")]), "outside of its folder"),
-    "from the root": (lambda: archive([*HONEST, Entry("/etc/passwd", b"")]), "outside of its folder"),
-    "backslashes": (lambda: archive([*HONEST, Entry("archive/..\\..\\x", b"")]), "outside of its folder"),
-    "another folder": (lambda: archive([*HONEST, Entry("other/data/0", b"")]), "outside of its folder"),
-    "an empty name": (lambda: archive([*HONEST, Entry("", b"")]), "outside of its folder"),
+    "up and out": (lambda: archive([*HONEST, Entry("archive/../../x", b"")]), "outside its folder"),
+    "from the root": (lambda: archive([*HONEST, Entry("/etc/passwd", b"")]), "outside its folder"),
+    "backslashes": (lambda: archive([*HONEST, Entry("archive/..\\..\\x", b"")]), "outside its folder"),
+    "another folder": (lambda: archive([*HONEST, Entry("other/data/0", b"")]), "outside its folder"),
+    "an empty name": (lambda: archive([*HONEST, Entry("", b"")]), "outside its folder"),
     "a folder": (lambda: archive([Entry("archive/", b""), *HONEST, Entry("archive/x/", b"")]), None),
-    "a folder elsewhere": (lambda: archive([*HONEST, Entry("x/", b"")]), "outside of its folder"),
-    "a folder with something in it": (lambda: archive([*HONEST, Entry("archive/x/", b"1")]), "outside of its folder"),
-    "a name with a zero": (lambda: archive([*HONEST, Entry("archive/x\0y", b"")]), "outside of its folder"),
+    "a folder elsewhere": (lambda: archive([*HONEST, Entry("x/", b"")]), "outside its folder"),
+    "a folder with something in it": (lambda: archive([*HONEST, Entry("archive/x/", b"1")]), "outside its folder"),
+    "a name with a zero": (lambda: archive([*HONEST, Entry("archive/x\0y", b"")]), "outside its folder"),
     "a zip bomb for a pickle": (lambda: archive([deflated("archive/data.pkl", bytes(5 * 10**7)), HONEST[1]]), "compressed"),
     "a zip bomb for a storage": (lambda: archive([HONEST[0], deflated("archive/data/0", bytes(5 * 10**7))]), "compressed"),
     "a compressed entry": (lambda: archive([HONEST[0], deflated("archive/data/0", bytes(16))]), "compressed"),
     "an encrypted entry": (lambda: archive([HONEST[0], Entry("archive/data/0", bytes(16), flags=1)]), "encrypted"),
-    "one entry over another": (lambda: archive([*HONEST, Entry("archive/x", b"", offset=0)]), "over another"),
-    "one inside another": (lambda: archive([*HONEST, Entry("archive/x", b"", offset=20)]), "over another|damaged"),
+    "one entry over another": (lambda: archive([*HONEST, Entry("archive/x", b"", offset=0)]), "overlaps another"),
+    "one inside another": (lambda: archive([*HONEST, Entry("archive/x", b"", offset=20)]), "overlaps another|damaged"),
     "a size beyond the end": (
         lambda: archive([HONEST[0], Entry("archive/data/0", bytes(16), size=10**9, packed=10**9)]),
         "beyond",
@@ -378,27 +377,27 @@ ARCHIVES = {
     "an offset beyond the end": (lambda: archive([*HONEST, Entry("archive/x", b"", offset=10**9)]), "damaged|cut off"),
     "another name inside": (
         lambda: archive([HONEST[0], Entry("archive/data/0", bytes(16), local_name="archive/data/1")]),
-        "otherwise",
+        "another name or compression in its own header",
     ),
     "a name twice": (lambda: archive([*HONEST, HONEST[1]]), r"archive/data/0 occurs twice"),
     "two pickles": (lambda: archive([*HONEST, HONEST[0]]), r"archive/data\.pkl occurs twice"),
     "a wrong checksum": (lambda: archive([HONEST[0], Entry("archive/data/0", bytes(16), crc=7)]), "checksum"),
     "a wrong checksum of the pickle": (lambda: archive([Entry(HONEST[0].name, HONEST[0].data, crc=7), HONEST[1]]), "checksum"),
     "a huge directory": (lambda: archive(HONEST, directory_size=2**31), "directory|damaged"),
-    "a directory beyond the end": (lambda: archive(HONEST, directory_at=2**31), "no directory where it says"),
-    "a storage cut short": (lambda: archive([HONEST[0], Entry("archive/data/0", bytes(15))]), "15 bytes, and should have 16"),
+    "a directory beyond the end": (lambda: archive(HONEST, directory_at=2**31), "no directory at the stated offset"),
+    "a storage cut short": (lambda: archive([HONEST[0], Entry("archive/data/0", bytes(15))]), "15 bytes, but needs 16"),
     "no storage": (lambda: archive([HONEST[0]]), "storage 0 is not in its archive"),
     "no pickle": (lambda: archive([HONEST[1]]), "not of PyTorch"),
     "nothing": (lambda: archive([]), "archive"),
     "an unknown order of bytes": (lambda: archive([*HONEST, Entry("archive/byteorder", b"middle")]), "byte order"),
     "a pickle of 20 MB": (lambda: archive([Entry("archive/data.pkl", bytes(2 * 10**7)), HONEST[1]]), r"20,000,000 bytes"),
-    "two archives": (lambda: archive(HONEST)[:-22] + archive(HONEST), "no directory where it says"),
-    "something before it": (lambda: b"PK" + bytes(62) + archive(HONEST), "no directory where it says"),
+    "two archives": (lambda: archive(HONEST)[:-22] + archive(HONEST), "no directory at the stated offset"),
+    "something before it": (lambda: b"PK" + bytes(62) + archive(HONEST), "no directory at the stated offset"),
     "long numbers": (lambda: made.as_zip64(archive(HONEST)), None),
-    "long numbers elsewhere": (lambda: made.as_zip64(archive(HONEST), place=7), "no directory where it says|damaged"),
-    "no long numbers": (lambda: made.as_zip64(archive(HONEST)).replace(b"PK\6\6", b"PK\6\7"), "no directory where|damaged"),
-    "long numbers and others": (lambda: _with_offset(made.as_zip64(archive(HONEST)), 7), "no directory where it says"),
-    "an offset like a record": (lambda: _with_offset(archive(HONEST), 0x06054B50), "no directory where it says"),
+    "long numbers elsewhere": (lambda: made.as_zip64(archive(HONEST), place=7), "no directory at the stated offset|damaged"),
+    "no long numbers": (lambda: made.as_zip64(archive(HONEST)).replace(b"PK\6\6", b"PK\6\7"), "directory at the stated|damaged"),
+    "long numbers and others": (lambda: _with_offset(made.as_zip64(archive(HONEST)), 7), "no directory at the stated offset"),
+    "an offset like a record": (lambda: _with_offset(archive(HONEST), 0x06054B50), "no directory at the stated offset"),
     "a comment that ends like an archive": (lambda: archive(HONEST)[:-2] + b"\x16\0" + archive([])[-22:], "archive"),
     "names alike but for capitals": (lambda: archive([*HONEST, Entry("archive/DATA.PKL", b"")]), r"DATA\.PKL occurs twice"),
     "many entries": (lambda: archive([*HONEST, *(Entry(f"archive/{i}", b"") for i in range(5_000))]), None),
@@ -534,7 +533,7 @@ PIECES = st.one_of(
     st.sampled_from(
         [tensor(), storage(), dictionary([("a", tensor())]), text("state_dict"), b"(", b"t", b"R", b"}", b"q\0", b"h\0"]
     ),
-    st.sampled_from([named(name) for name in state_dicts.NAMES]),
+    st.sampled_from([named(name) for name in state_dicts.ADMITTED]),
     st.binary(max_size=4),
 )
 

@@ -1,0 +1,90 @@
+"""Flax variables in files: `save` and `load`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+
+from scconv_jax.interop.conversion import Variables, to_torch
+from scconv_jax.messages import listed
+from scconv_jax.weights import Source, WeightsError, read, runs, safetensors_files, torch_files
+
+_log = logging.getLogger("scconv_jax")
+
+
+class Loaded(NamedTuple):
+    """Flax variables from a file, and the file's metadata."""
+
+    variables: Variables
+    metadata: dict[str, Any]
+
+
+def load(path: str | os.PathLike[str]) -> Loaded:
+    """Read Flax variables that `save` wrote, or those of a training run.
+
+    Args:
+        path: a `.safetensors` file with Flax keys, a run's folder, or one of its `checkpoints/STEP`.
+
+    Returns:
+        `(variables, metadata)`: variables are NumPy arrays; metadata has, if the file gives them, `model` and `arguments` (so
+        that `create_model(metadata["model"], **metadata["arguments"])` makes the network), `source`, `source_sha256`, `version`.
+        Values that are not finite are kept, and logged as a warning under `scconv_jax`.
+
+    Raises:
+        WeightsError: the file cannot be read, or has PyTorch's keys: convert it first.
+    """
+    source = read(path)
+    if not source.is_flax:
+        raise WeightsError(
+            f"{path} has PyTorch's keys and layout. Convert it (`python -m scconv_jax convert {path} --out FILE.safetensors`), "
+            "or give its entries to `scconv_jax.from_torch`."
+        )
+    metadata: dict[str, Any] = dict(source.metadata)
+    if "arguments" in metadata:
+        metadata["arguments"] = json.loads(metadata["arguments"])
+    if source.not_finite:
+        count = sum(source.not_finite.values())
+        _log.warning("%s: %d values are NaN or infinite, in %s.", path, count, listed(list(source.not_finite), 3))
+    return Loaded(variables_in(source), metadata)
+
+
+def variables_in(source: Source) -> Variables:
+    """Return the Flax variables of a source with Flax keys."""
+    return traverse_util.unflatten_dict(source.tensors, sep="/")
+
+
+def save(path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write variables to a file, whole or not at all.
+
+    Args:
+        path: `.safetensors` for Flax keys and layout (`params/layer1/0/conv1/kernel`), or `.pth` or `.pt` for a PyTorch state
+            dict (`layer1.0.conv1.weight`), which PyTorch loads with `weights_only=True`.
+        variables: `{"params": ..., "batch_stats": ...}`, JAX or NumPy arrays.
+        metadata: stored in a `.safetensors` file: `model`, `arguments` and the like; values other than strings are stored as
+            JSON. A PyTorch state dict has no place for metadata.
+
+    Raises:
+        WeightsError: another suffix, no variables, metadata that JSON cannot express, or a file that cannot be written.
+    """
+    path = Path(path)
+    if "params" not in variables or not set(variables) <= set(runs.COLLECTIONS):
+        raise WeightsError(
+            f"Cannot write {path}: variables are {{'params': ..., 'batch_stats': ...}}, as `model.init` returns them; "
+            f"got {listed(list(map(str, variables)), 5) or 'none'}."
+        )
+    try:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"Cannot write {path}: metadata must be strings or values that JSON can express ({error}).") from error
+    if path.suffix == ".safetensors":
+        safetensors_files.write(path, traverse_util.flatten_dict(dict(variables), sep="/"), texts)
+    elif path.suffix in (".pth", ".pt"):
+        torch_files.write_zip(path, to_torch(variables))
+    else:
+        raise WeightsError(f"Cannot tell the format from {path.name}: its name must end in .safetensors, .pth or .pt.")
