@@ -1,11 +1,11 @@
-"""Augmentation on the device: pure functions of a key and one image, and their map over a batch.
+"""Augmentation on the device: pure functions of a key and one image, mapped over a batch.
 
 Crop and flip are torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip()`. Differences: none.
 
 mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018. CutMix: Yun et al., "CutMix: Regularization
-Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019. Difference: an image's partner is its neighbour
-(places 0 and 1, 2 and 3, … of the batch, which is shuffled), not one drawn from the whole batch, so that no image leaves its
-device and the result is the same on any number of devices.
+Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019. Difference: an image is mixed with its neighbour (0
+with 1, 2 with 3, … of the batch, which is shuffled), not with an image drawn from the whole batch. So no image leaves its device,
+and the result is the same on any number of devices.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ NOTHING = Augment()
 
 
 def random_crop(key: Array, image: Array, padding: int) -> Array:
-    """Shift `image` (h, w, c) by up to `padding` pixels each way; what comes in from outside is black."""
+    """Shift `image` (h, w, c) by up to `padding` pixels each way; pixels from outside are black."""
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
     return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
 
 def random_flip(key: Array, image: Array) -> Array:
-    """Mirror `image` (h, w, c) left to right, or not."""
+    """Mirror `image` (h, w, c) left to right with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
 def make_augment(data: Data, augment: Augment = NOTHING) -> Callable[[Array, Array], Array]:
-    """(keys (n,), images uint8 (n, h, w, c)) → images, with the operations on single images that the config asks for."""
+    """Return a function (keys (n,), images uint8 (n, h, w, c)) → images that does the config's operations on single images."""
 
     def one(key: Array, image: Array) -> Array:
         crop_key, flip_key = jax.random.split(key)
@@ -49,9 +49,9 @@ def make_augment(data: Data, augment: Augment = NOTHING) -> Callable[[Array, Arr
 
 
 def make_mix(augment: Augment) -> Callable[[Array, int, int], Array] | None:
-    """(key, height, width) → share of its own that each pixel keeps when neighbours are blended, float (height, width).
+    """Return a function (key, height, width) → float (height, width), or None if the config asks for no mixing.
 
-    The mean over the pixels is the share of the target. None where the config asks for no mixing.
+    The result is the weight of each pixel's own image when neighbours are blended. Its mean is the weight of the image's label.
     """
     if not (augment.mixup or augment.cutmix):
         return None
@@ -69,9 +69,9 @@ def make_mix(augment: Augment) -> Callable[[Array, int, int], Array] | None:
 
 
 def outside_box(key: Array, height: int, width: int, a: float) -> Array:
-    """1 outside a box, 0 in it: float (height, width).
+    """Return 1 outside a random box and 0 inside: float (height, width).
 
-    The box has the image's proportions, and 1 - Beta(a, a) of its area before the edges cut it off; its centre is anywhere.
+    The box has the image's proportions, 1 - Beta(a, a) of its area before it is cut off at the edges, and a uniform centre.
     """
     share_key, row_key, column_key = jax.random.split(key, 3)
     side = jnp.sqrt(1 - jax.random.beta(share_key, a, a))

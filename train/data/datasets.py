@@ -1,4 +1,4 @@
-"""Where images come from: the data sets by name, each a training and a test source and the numbers that go with them."""
+"""Data sets by name: each has a training and a test source, the classes, and the mean and deviation of its pixels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,13 +8,10 @@ import numpy as np
 from train.config import Data
 from train.data.batches import Records, Source
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""What networks trained on ImageNet expect; for images of all kinds a fair choice."""
-
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images held in memory: uint8 (n, h, w, 3) and int32 (n,)."""
+    """Images in memory: uint8 (n, h, w, 3) and int32 (n,)."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -28,7 +25,7 @@ class ArraySource:
         return self.images.shape[1:]
 
     def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
-        """Write the image to `out`, uint8 (h, w, 3); returns its label. Nothing is random here."""
+        """Write the image to `out`, uint8 (h, w, 3), and return its label; nothing is random."""
         del key
         out[...] = self.images[index]
         return self.labels[index]
@@ -36,20 +33,20 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test images, disjoint, and what a model and a step need to know of them."""
+    """Disjoint training and test images, and what the network and the step need to know about them."""
 
     train: Source
     test: Source
     classes: tuple[str, ...]
     """Name of each label."""
     mean: tuple[float, ...]
-    """Subtracted from each channel of the pixels, as shares of 255."""
+    """Mean of each channel, for pixels in 0..1."""
     std: tuple[float, ...]
-    """Divides each channel, as shares of 255."""
+    """Standard deviation of each channel, for pixels in 0..1."""
 
     @property
     def num_classes(self) -> int:
-        """Labels are below it."""
+        """Number of classes."""
         return len(self.classes)
 
     @property
@@ -59,11 +56,11 @@ class Dataset:
 
 
 def load_dataset(data: Data) -> Dataset:
-    """The data set that the config names.
+    """Load the data set that the config names.
 
     Raises:
-        ConfigError: it is not there, or not what it should be.
-        ModuleNotFoundError: a package that it needs is missing; says which extra has it.
+        ConfigError: the data set is missing or not as expected.
+        ModuleNotFoundError: a package is missing; the message names the extra that installs it.
     """
     dataset = DATASETS[data.name](data)
     return replace(dataset, mean=data.mean or dataset.mean, std=data.std or dataset.std)
@@ -72,8 +69,8 @@ def load_dataset(data: Data) -> Dataset:
 def load_digits(data: Data) -> Dataset:
     """1,797 scans of handwritten digits, 8×8 pixels, that come with scikit-learn (UCI ML repository, "optdigits").
 
-    1,437 train and 360 test, every digit in proportion; the split is the same for every seed. No scan occurs twice.
-    The scans are enlarged to `image_size` bilinearly and repeated to three channels.
+    1,437 are for training and 360 for testing, every digit in proportion. The split is the same for every seed, and no scan
+    occurs twice. The scans are enlarged to `image_size` bilinearly and repeated to three channels.
     """
     try:
         from sklearn import datasets, model_selection
@@ -89,7 +86,7 @@ def load_digits(data: Data) -> Dataset:
 
 
 def load_synthetic(data: Data) -> Dataset:
-    """Noise around one random 4×4 pattern per class, of any size: for smoke tests and benchmarks, not for science."""
+    """Noise on one random 4×4 pattern per class, in any size, for smoke tests and benchmarks."""
     rng = np.random.default_rng(0)
     patterns = rng.uniform(64, 192, (data.synthetic_classes, 4, 4, 3))
     shape = (data.image_size, data.image_size, 3)
@@ -113,7 +110,7 @@ def load_folder(data: Data) -> Dataset:
 
 
 def load_tfds(data: Data) -> Dataset:
-    """A set of TensorFlow Datasets in `data.dir`."""
+    """A data set of TensorFlow Datasets in `data.dir`."""
     from train.data.tfds import open_tfds
 
     return _from_files(data, *open_tfds(data.dir, data.tfds_name, data.train_split, data.test_split))
@@ -128,7 +125,7 @@ DATASETS: dict[str, Callable[[Data], Dataset]] = {
 
 
 def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
-    """(n, h, w) → (n, size, size), pixel centres at half integers, edges repeated: what PIL does when it enlarges."""
+    """Enlarge (n, h, w) to (n, size, size) as PIL does: pixel centres at half integers, edges repeated."""
 
     def weights(old: int) -> np.ndarray:
         position = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
@@ -145,10 +142,11 @@ def _from_arrays(train: ArraySource, test: ArraySource, num_classes: int) -> Dat
 
 def _from_files(data: Data, train: Records, test: Records) -> Dataset:
     try:
+        import scconv_jax
         from train.data.records import make_sources
     except ImportError as error:
         raise ModuleNotFoundError(
             f"image files need {error.name or error}, which is not installed: pip install 'scconv-jax[train]'"
         ) from error
-    train_source, test_source = make_sources(data, train, test)
-    return Dataset(train_source, test_source, train.classes, IMAGENET_MEAN, IMAGENET_STD)
+    imagenet = scconv_jax.images.Preparation  # its defaults suit pretrained networks, and photographs in general
+    return Dataset(*make_sources(data, train, test), train.classes, imagenet.mean, imagenet.std)

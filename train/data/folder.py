@@ -1,7 +1,7 @@
-"""A folder of images, `SPLIT/CLASS/…/IMAGE`: the PyTorch ImageNet example's layout, in the order of torchvision's `ImageFolder`.
+"""A folder of images, `SPLIT/CLASS/…/IMAGE`: PyTorch's ImageNet layout, in the order of torchvision's `ImageFolder`.
 
-The index of a split is made once and kept in the user's cache, with the time of change of every folder in it; where one has
-changed, it is made anew. All names are one block of bytes: 1.28 million take 40 MB, as strings over 100.
+The index of a split is made once and kept in the user's cache with the modification times of all its folders. It is made again
+when one of them has changed. All file names are stored as one block of bytes: 1.28 million take 40 MB, as strings over 100.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ import numpy as np
 from train.config import ConfigError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Of image files, in any case: torchvision's list."""
+"""Extensions of image files, in any case: torchvision's list."""
 THREADS = 16
 SETTLED_NS = 2 * 10**9
-"""A folder that changed later than this before it was read might change again within the same tick of its clock."""
+"""A folder that changed less than this before it was read may change again without a new modification time."""
 
 
 @dataclass(frozen=True)
@@ -31,42 +31,38 @@ class FolderRecords:
     root: Path
     classes: tuple[str, ...]
     folders: tuple[str, ...]
-    """Relative to `root`, those that hold images."""
+    """Folders that hold images, relative to `root`."""
     labels: np.ndarray
     """Class of each folder: int32 (folders,)."""
     starts: np.ndarray
-    """Number of the first image of each folder, and of all images: int64 (folders + 1,)."""
+    """Index of the first image of each folder, and the number of all images: int64 (folders + 1,)."""
     names: np.ndarray
     """All file names, one after the other: uint8 (bytes,)."""
     offsets: np.ndarray
-    """Where each name begins, and the last one ends: int64 (images + 1,)."""
+    """Start of each name in `names`, and the end of the last: int64 (images + 1,)."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The bytes of an image file, and its label."""
-        folder = self._folder(index)
-        with open(self._path(index, folder), "rb") as file:
-            return file.read(), int(self.labels[folder])
+        """Return the bytes of an image file, and its label."""
+        with open(self.name(index), "rb") as file:
+            return file.read(), int(self.labels[self._folder(index)])
 
     def name(self, index: int) -> str:
-        """The path of an image."""
-        return self._path(index, self._folder(index))
+        """Return the path of an image."""
+        name = os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]].tobytes())
+        return os.path.join(self.root, self.folders[self._folder(index)], name)
 
     def _folder(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
-    def _path(self, index: int, folder: int) -> str:
-        name = os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]].tobytes())
-        return os.path.join(self.root, self.folders[folder], name)
-
 
 def open_folder(directory: str) -> tuple[FolderRecords, FolderRecords]:
-    """Training and test images: `DIR/train` and `DIR/val`.
+    """Open training and test images: `DIR/train` and `DIR/val`.
 
     Raises:
-        ConfigError: the folder is not of this layout or cannot be read, a class has no image, or the two hold different classes.
+        ConfigError: the folder has another layout or cannot be read, a class has no image, or the splits differ in classes.
     """
     try:
         return _open(directory)
@@ -75,6 +71,9 @@ def open_folder(directory: str) -> tuple[FolderRecords, FolderRecords]:
 
 
 def _open(directory: str) -> tuple[FolderRecords, FolderRecords]:
+    import scconv_jax
+
+    listed = scconv_jax.messages.listed
     root = Path(directory).expanduser()
     if not directory:
         raise ConfigError("data.dir must be the folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE, found ''")
@@ -82,23 +81,20 @@ def _open(directory: str) -> tuple[FolderRecords, FolderRecords]:
         raise ConfigError(f"data.dir: there is no folder {root}")
     missing = [split for split in ("train", "val") if not (root / split).is_dir()]
     if missing:
-        found = ", ".join(sorted(entry.name for entry in os.scandir(root))[:10]) or "nothing"
+        found = listed(sorted(entry.name for entry in os.scandir(root))) or "nothing"
         raise ConfigError(
             f"data.dir must hold train/CLASS/IMAGE and val/CLASS/IMAGE; {root} has no {' and no '.join(missing)} (found {found})"
         )
     train, test = load_index(root / "train"), load_index(root / "val")
-    if train.classes != test.classes:
-        differences = [
-            f"only in {split}: {_some(sorted(set(own.classes) - set(other.classes)))}"
-            for split, own, other in (("train", train, test), ("val", test, train))
-            if set(own.classes) - set(other.classes)
-        ]
+    only = {"train": set(train.classes) - set(test.classes), "val": set(test.classes) - set(train.classes)}
+    differences = [f"only in {split}: {listed(sorted(classes))}" for split, classes in only.items() if classes]
+    if differences:
         raise ConfigError(f"train and val of {root} must hold the same classes; {'; '.join(differences)}")
     return train, test
 
 
 def load_index(root: Path) -> FolderRecords:
-    """The index of a split, from the cache where no folder of it has changed.
+    """Return the index of a split, from the cache unless one of its folders has changed.
 
     Raises:
         ConfigError: there is no class folder, or one without an image.
@@ -107,32 +103,30 @@ def load_index(root: Path) -> FolderRecords:
     cached = cache_folder() / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
     records = _read_cache(cached, root)
     if records is None:
-        records, changed = _scan(root)
-        _write_cache(cached, records, changed)
+        records, modified = _scan(root)
+        _write_cache(cached, records, modified)
     return records
 
 
 def cache_folder() -> Path:
-    """Where indices are kept: `SCCONV_JAX_CACHE`, or `scconv_jax` in the user's cache folder."""
+    """Return the folder of the indices: in `SCCONV_JAX_CACHE` or, by default, in `scconv_jax` in the user's cache folder."""
     own = os.environ.get("SCCONV_JAX_CACHE")
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (Path(own) if own else Path(user) / "scconv_jax").expanduser() / "folders"
 
 
 def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
-    """The index read off the folders, and every folder of it with the time of its last change in ns."""
+    """Make the index from the folders; also return the modification time of each folder in ns."""
     top = root.stat()
-    changed = {"": top.st_mtime_ns}
+    modified = {"": top.st_mtime_ns}
     classes = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
     if not classes:
         raise ConfigError(f"{root} must hold a folder for each class, found none")
     folders, labels, starts, offsets, names = [], [], [0], [np.zeros(1, np.int64)], bytearray()
-    empty = []
     with ThreadPoolExecutor(THREADS) as pool:
         for label, found in enumerate(pool.map(lambda name: _walk(root, name, top), classes)):
-            before = starts[-1]
             for folder, time_ns, files in found:
-                changed[folder] = time_ns
+                modified[folder] = time_ns
                 if files:
                     folders.append(folder)
                     labels.append(label)
@@ -140,10 +134,12 @@ def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
                     encoded = [os.fsencode(file) for file in files]
                     offsets.append(len(names) + np.cumsum([len(name) for name in encoded]))
                     names += b"".join(encoded)
-            if starts[-1] == before:
-                empty.append(classes[label])
-    if empty:
-        raise ConfigError(f"{root} holds class folders without an image ({', '.join(EXTENSIONS)}): {_some(empty)}")
+    if empty := [classes[label] for label in sorted(set(range(len(classes))) - set(labels))]:
+        import scconv_jax
+
+        raise ConfigError(
+            f"{root} holds class folders without an image ({', '.join(EXTENSIONS)}): {scconv_jax.messages.listed(empty)}"
+        )
     records = FolderRecords(
         root=root,
         classes=tuple(classes),
@@ -153,13 +149,13 @@ def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
         names=np.frombuffer(names, np.uint8),
         offsets=np.concatenate(offsets),
     )
-    return records, changed
+    return records, modified
 
 
 def _walk(root: Path, folder: str, top: os.stat_result) -> list[tuple[str, int, list[str]]]:
-    """Every folder at and under `folder`, by path: itself relative to `root`, the time of its last change, its images by name.
+    """Return (path relative to `root`, modification time in ns, names of images) of `folder` and all folders in it, by path.
 
-    Links are followed, but not back to a folder in which they lie; `top` is the status of `root`.
+    Links are followed, except back to a folder that contains them; `top` is the status of `root`.
     """
     found, waiting = [], [(folder, [(top.st_dev, top.st_ino)])]
     while waiting:
@@ -182,64 +178,46 @@ def _walk(root: Path, folder: str, top: os.stat_result) -> list[tuple[str, int, 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or to where one may not look
+    except OSError:  # a link to itself, or to a place without permission
         return False
 
 
 def _read_cache(path: Path, root: Path) -> FolderRecords | None:
-    """The index as it was written, unless a folder has changed since, or the file is damaged."""
+    """Return the cached index, or None if there is none, it is damaged, or a folder has changed since."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             texts = {name: _split(arrays[name]) for name in ("classes", "folders", "watched")}
             numbers = {name: arrays[name] for name in ("labels", "starts", "names", "offsets", "times")}
     except Exception:  # absent, or damaged in one of a zip file's many ways
         return None
-
-    def time_of(folder: str) -> int:
-        return os.stat(os.path.join(root, folder)).st_mtime_ns
-
     watched, times = texts.pop("watched"), numbers.pop("times")
     try:
         with ThreadPoolExecutor(THREADS) as pool:
-            now = list(pool.map(time_of, watched))
+            now = list(pool.map(lambda folder: os.stat(os.path.join(root, folder)).st_mtime_ns, watched))
     except OSError:  # a folder is gone
         return None
     return FolderRecords(root, **texts, **numbers) if now == times.tolist() else None
 
 
-def _write_cache(path: Path, records: FolderRecords, changed: dict[str, int]) -> None:
-    """Keep an index, whole or not at all, unless its folders are changing right now."""
-    if max(changed.values()) > time.time_ns() - SETTLED_NS:
+def _write_cache(path: Path, records: FolderRecords, modified: dict[str, int]) -> None:
+    """Keep an index, unless its folders have changed within the last seconds."""
+    import scconv_jax
+
+    if max(modified.values()) > time.time_ns() - SETTLED_NS:
         return
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    arrays = {name: getattr(records, name) for name in ("labels", "starts", "names", "offsets")}
+    texts = {"classes": records.classes, "folders": records.folders, "watched": modified}
+    times = np.asarray(list(modified.values()), np.int64)
+    with contextlib.suppress(OSError):  # without a cache, the next start only takes longer
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            np.savez(
-                file,
-                classes=_joined(records.classes),
-                folders=_joined(records.folders),
-                watched=_joined(changed),
-                times=np.asarray(list(changed.values()), np.int64),
-                labels=records.labels,
-                starts=records.starts,
-                names=records.names,
-                offsets=records.offsets,
-            )
-        partial.replace(path)
-    except OSError:  # a cache that cannot be written costs time, no more
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        with scconv_jax.files.replacing(path) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays, **{name: _joined(text) for name, text in texts.items()}, times=times)
 
 
 def _joined(texts: Iterable[str]) -> np.ndarray:
-    """Texts as one array of bytes; no file name holds a zero byte."""
+    """Return texts as one array of bytes; no file name contains a zero byte."""
     return np.frombuffer(b"\0".join(os.fsencode(text) for text in texts), np.uint8)
 
 
 def _split(array: np.ndarray) -> tuple[str, ...]:
     return tuple(os.fsdecode(part) for part in array.tobytes().split(b"\0"))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

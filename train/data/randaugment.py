@@ -1,12 +1,12 @@
-"""RandAugment on the device: a few operations drawn at random, all of one strength.
+"""RandAugment on the device: a few operations drawn at random, all with the same strength.
 
 Cubuk, Zoph, Shlens, Le, "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space", NeurIPS 2020. The
-operations, their ranges and their 31 strengths are those of torchvision's `RandAugment`; what each does to pixels is PIL's, by
-whose functions torchvision does it too, with nearest pixels and black where an image ends.
+operations, their ranges and their 31 strengths are torchvision's `RandAugment`. The pixels are PIL's, which torchvision calls,
+with nearest-pixel sampling and black outside the image.
 
-For each image all operations are computed and one is kept, since a device does one thing for a whole batch.
+For each image all operations are computed and one is kept, because a device does the same for a whole batch.
 
-Differences: where PIL rounds as float64 does, or to 1/65536 of a pixel, a value may differ by 1, or a pixel be its neighbour.
+Differences: PIL rounds in float64, or to 1/65536 of a pixel. So a value may differ by 1, or a pixel may be its neighbour.
 """
 
 import math
@@ -25,7 +25,7 @@ OPERATIONS = ("identity", *GEOMETRIC, *ENHANCING, *OTHERS)
 
 
 def rand_augment(key: Array, image: Array, operations: int, magnitude: int) -> Array:
-    """`image` uint8 (h, w, 3) after so many of `OPERATIONS`, drawn one by one, each with strength `magnitude` (0 to 30)."""
+    """Apply that many random `OPERATIONS` to `image`, uint8 (h, w, 3), each with strength `magnitude` (0 to 30)."""
     for part in jax.random.split(key, operations):
         operation_key, sign_key = jax.random.split(part)
         sign = jnp.where(jax.random.bernoulli(sign_key), 1.0, -1.0)
@@ -34,10 +34,10 @@ def rand_augment(key: Array, image: Array, operations: int, magnitude: int) -> A
 
 
 def apply(operation: Array, image: Array, magnitude: int, sign: Array) -> Array:
-    """`image` uint8 (h, w, 3) after the operation of that number; `sign` is the direction of those that have one."""
+    """Apply `OPERATIONS[operation]` to `image`, uint8 (h, w, 3); `sign` (±1) is the direction of operations that have one."""
     strength = magnitude / (BINS - 1)
     height, width = image.shape[:2]
-    # Column and row from which the pixel in column x and row y is taken: (a x + b y + c, d x + e y + f).
+    # The pixel in column x and row y is taken from column a x + b y + c and row d x + e y + f.
     shear, turn = 0.3 * strength * sign, math.radians(30 * strength) * sign
     shift = 150 / 331 * strength
     cos, sin = jnp.cos(turn), jnp.sin(turn)
@@ -70,7 +70,7 @@ def apply(operation: Array, image: Array, magnitude: int, sign: Array) -> Array:
 
 
 def transform(image: Array, matrix: Array) -> Array:
-    """Each pixel from the place that `matrix` (6,) sends its centre to; black from outside."""
+    """Take each pixel from where `matrix` (6,) maps its centre; black if that is outside the image."""
     height, width = image.shape[:2]
     x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
     a, b, c, d, e, f = matrix
@@ -81,19 +81,19 @@ def transform(image: Array, matrix: Array) -> Array:
 
 
 def blend(degenerate: Array, image: Array, factor: Array) -> Array:
-    """From `degenerate` (factor 0) to `image` (1) and beyond; rounded down, cut to 0 … 255."""
+    """Interpolate from `degenerate` (factor 0) to `image` (1) and beyond; rounded down and clipped to 0 … 255."""
     start = degenerate.astype(jnp.float32)
     return jnp.clip(start + factor * (image.astype(jnp.float32) - start), 0, 255).astype(jnp.uint8)
 
 
 def grey(image: Array) -> Array:
-    """Luma (h, w) by ITU-R 601, in 1/65536: uint8."""
+    """Return luma (h, w) by ITU-R 601, with weights in 1/65536: uint8."""
     red, green, blue = (image[..., channel].astype(jnp.int32) for channel in range(3))
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(jnp.uint8)
 
 
 def smooth(image: Array) -> Array:
-    """The mean of 3×3 pixels, the middle one counted five times; the border is as it was."""
+    """Return the mean of 3×3 pixels with weight 5 for the middle one; the border is unchanged."""
     pixels = image.astype(jnp.int32)
     height, width = image.shape[:2]
     around = sum(pixels[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
@@ -102,19 +102,19 @@ def smooth(image: Array) -> Array:
 
 
 def autocontrast(image: Array) -> Array:
-    """Each channel stretched to 0 … 255; rounded down."""
+    """Stretch each channel to 0 … 255; rounded down."""
     pixels = image.astype(jnp.int32)
     low, high = pixels.min((0, 1), keepdims=True), pixels.max((0, 1), keepdims=True)
     return jnp.where(high > low, 255 * (pixels - low) // jnp.maximum(high - low, 1), pixels).astype(jnp.uint8)
 
 
 def equalize(image: Array) -> Array:
-    """Each channel with its values as evenly frequent as a table of 256 entries can make them."""
+    """Make the values of each channel as evenly frequent as a table of 256 entries can."""
 
     def one(channel: Array) -> Array:
-        below = jnp.searchsorted(jnp.sort(channel.ravel()), jnp.arange(256, dtype=channel.dtype))  # pixels under each value
+        below = jnp.searchsorted(jnp.sort(channel.ravel()), jnp.arange(256, dtype=channel.dtype))  # pixels below each value
         most = channel.max()
-        step = below[most] // 255  # all pixels but those of the largest value
+        step = below[most] // 255  # over all pixels except those with the largest value
         table = jnp.clip((below + step // 2) // jnp.maximum(step, 1), 0, 255).astype(jnp.uint8)
         return jnp.where(step > 0, table[channel], channel)
 

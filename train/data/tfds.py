@@ -1,7 +1,7 @@
-"""Image classification sets as TensorFlow Datasets keeps them, read without TensorFlow.
+"""Image classification data sets of TensorFlow Datasets (TFDS), read without TensorFlow.
 
-Both file formats give records at random access: array_record by its own reader, TFRecord by the places of its records, which
-are read off the headers of a file (length, checksum) when it is first used. TFDS itself says what is in a record.
+Both file formats give random access to records: array_record by its own reader; TFRecord by the position of each record, which is
+read from the record headers (length, checksum) when a file is first used. TFDS itself decodes the record.
 """
 
 import functools
@@ -12,27 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from train.config import ConfigError
 from train.data.batches import UnreadableImageError
 
 
-class Serialized(Protocol):
-    """Serialized records at random access."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> bytes: ...
-
-
 class TFRecords:
-    """The records of TFRecord files, of which `files` are TFDS's `FileInstruction`s."""
+    """The records of TFRecord files, given as TFDS's `FileInstruction`s."""
 
     def __init__(self, files: Sequence[Any]) -> None:
         self._files = files
         self._starts = [0, *accumulate(file.take for file in files)]
-        self._places = functools.cache(_places)
+        self._positions = functools.cache(_positions)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -40,7 +32,7 @@ class TFRecords:
     def __getitem__(self, index: int) -> bytes:
         number = bisect_right(self._starts, index) - 1
         file = self._files[number]
-        offset, length = self._places(file.filename, file.examples_in_shard)[file.skip + index - self._starts[number]]
+        offset, length = self._positions(file.filename, file.examples_in_shard)[file.skip + index - self._starts[number]]
         with open(file.filename, "rb") as opened:
             opened.seek(offset)
             return opened.read(length)
@@ -54,23 +46,24 @@ class TfdsRecords:
     split: str
     files: Sequence[Any]
     """TFDS's `FileInstruction`s: which records of which file."""
-    serialized: Serialized
+    serialized: Any
+    """Serialized records at random access: `len(serialized)`, `serialized[index]` → bytes."""
     features: Any
     """TFDS's `FeaturesDict`."""
     image: str
-    """Name of the feature that is the image."""
+    """Name of the image feature."""
     label: str
-    """Name of the feature that is its class."""
+    """Name of the class label feature."""
 
     def __len__(self) -> int:
         return len(self.serialized)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The bytes of an image file, and its label.
+        """Return the bytes of an image file, and its label.
 
         Raises:
             UnreadableImageError: the record is damaged.
-            ConfigError: the file is damaged, or the label is none of the classes.
+            ConfigError: the file is damaged, or the label is out of range.
         """
         from tensorflow_datasets import decode
 
@@ -78,7 +71,7 @@ class TfdsRecords:
             record = self.features.deserialize_example_np(self.serialized[index], decoders={self.image: decode.SkipDecoding()})
         except ConfigError:
             raise
-        except Exception as error:  # of every kind: RuntimeError by array_record, DecodeError, KeyError and more by TFDS
+        except Exception as error:  # array_record raises RuntimeError; TFDS DecodeError, KeyError and others
             raise UnreadableImageError(_first_line(error)) from error
         label = int(record[self.label])
         if not 0 <= label < len(self.classes):
@@ -89,27 +82,27 @@ class TfdsRecords:
         return record[self.image], label
 
     def name(self, index: int) -> str:
-        """Split and number of an image, the place of its set, and its file."""
+        """Return the index of a record, its split and data set, and its file."""
         starts = [0, *accumulate(file.take for file in self.files)]
         file = self.files[bisect_right(starts, index) - 1]
         return f"record {index} of {self.split} ({os.path.basename(file.filename)})"
 
 
 def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> tuple[TfdsRecords, TfdsRecords]:
-    """Training and test images of a prepared set.
+    """Open training and test images of a prepared data set.
 
     Args:
-        directory: of the set, or of all sets where `name` is given.
-        name: `NAME`, `NAME/CONFIG`, with or without `/VERSION` (or `:VERSION`); or empty.
-        train_split: as TFDS writes it, such as `train[:90%]`.
-        test_split: likewise; empty: `validation`, or else `test`.
+        directory: folder of the data set or, with `name`, of several data sets.
+        name: `NAME` or `NAME/CONFIG`, with or without `/VERSION` (or `:VERSION`); may be empty.
+        train_split: split in TFDS's notation, such as `train[:90%]`.
+        test_split: likewise. If empty, `validation`, or `test` if there is no `validation`.
 
     Raises:
-        ConfigError: there is no such set or split, or it does not hold one image and one label per record.
-        ModuleNotFoundError: a package is missing; says how to install it.
+        ConfigError: there is no such data set or split, or its records do not have one image and one label.
+        ModuleNotFoundError: a package is missing; the message says how to install it.
     """
     try:
-        import importlib_resources  # noqa: F401  (TFDS needs it and does not say so)
+        import importlib_resources  # noqa: F401  (TFDS needs it without declaring it)
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ModuleNotFoundError(
@@ -119,18 +112,17 @@ def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> t
     folder = _find(directory, name)
     try:
         builder: Any = tfds.builder_from_directory(folder)
-    except Exception as error:  # the metadata are damaged in one way or another
-        raise ConfigError(f"data.dir: {folder} is no set of TensorFlow Datasets: {_first_line(error)}") from error
+    except Exception as error:  # damaged metadata raise errors of many kinds
+        raise ConfigError(f"data.dir: {folder} is not a data set of TensorFlow Datasets: {_first_line(error)}") from error
     features, file_format = builder.info.features, builder.info.file_format.value
     if file_format not in ("array_record", "tfrecord"):
-        raise ConfigError(f"{folder} is in the format {file_format}; array_record and tfrecord can be read")
+        raise ConfigError(f"{folder} is in the format {file_format}; only array_record and tfrecord can be read")
     image = _only(features, tfds.features.Image, "image", folder)
     label = _only(features, tfds.features.ClassLabel, "class label", folder)
+    splits = list(builder.info.splits)
+    test_split = test_split or next((split for split in ("validation", "test") if split in splits), "")
     if not test_split:
-        test_split = next((split for split in ("validation", "test") if split in builder.info.splits), "")
-        if not test_split:
-            splits = ", ".join(builder.info.splits)
-            raise ConfigError(f"{folder} has neither validation nor test (found {splits}): choose by --data.test-split")
+        raise ConfigError(f"{folder} has neither validation nor test (found {', '.join(splits)}): choose by --data.test-split")
 
     def records(split: str, field: str) -> TfdsRecords:
         try:
@@ -138,11 +130,11 @@ def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> t
         except (ValueError, KeyError) as error:
             raise ConfigError(f"data.{field} {split!r} of {folder}: {_first_line(error)}") from error
         if not files:
-            raise ConfigError(f"data.{field} {split!r} of {folder} holds no image")
+            raise ConfigError(f"data.{field} {split!r} of {folder} has no images")
         _allow_open_files(len(files))
         missing = [file.filename for file in files if not os.path.exists(file.filename)]
         if missing:
-            raise ConfigError(f"{folder} is not whole: {len(missing)} of {len(files)} files are missing, such as {missing[0]}")
+            raise ConfigError(f"{folder} is incomplete: {len(missing)} of {len(files)} files are missing, such as {missing[0]}")
         if file_format == "array_record":
             serialized = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         else:
@@ -153,28 +145,31 @@ def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> t
 
 
 def _find(directory: str, name: str) -> Path:
-    """The folder with `dataset_info.json`."""
+    """Return the folder that holds `dataset_info.json`."""
+    import scconv_jax
+
+    listed = scconv_jax.messages.listed
     if not directory:
-        raise ConfigError("data.dir must be the folder of a set of TensorFlow Datasets, or of all sets, found ''")
+        raise ConfigError("data.dir must be the folder of one or several data sets of TensorFlow Datasets, found ''")
     root = Path(directory).expanduser()
     folder = root / name.replace(":", "/")
     if not folder.is_dir():
-        where = f"; {root} holds {', '.join(sorted(path.name for path in root.iterdir())[:10])}" if root.is_dir() else ""
+        where = f"; {root} holds {listed(sorted(path.name for path in root.iterdir()))}" if root.is_dir() else ""
         raise ConfigError(f"{'data.tfds_name' if name and root.is_dir() else 'data.dir'}: there is no folder {folder}{where}")
     found = [folder] if (folder / "dataset_info.json").is_file() else []
     found = found or sorted(path.parent for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/dataset_info.json"))
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(root)) for path in found[:10])
+    if not found:
+        raise ConfigError(f"data.dir: {folder} holds no data set of TensorFlow Datasets (a folder with dataset_info.json)")
+    if len(found) > 1:
+        names = listed([str(path.relative_to(root)) for path in found])
         raise ConfigError(
-            f"data.dir: {folder} holds {len(found)} sets of TensorFlow Datasets ({names}): choose one by --data.tfds-name"
-            if found
-            else f"data.dir: {folder} holds no set of TensorFlow Datasets (a folder with dataset_info.json)"
+            f"data.dir: {folder} holds {len(found)} data sets of TensorFlow Datasets ({names}): choose one by --data.tfds-name"
         )
     return found[0]
 
 
 def _only(features: Any, kind: type, what: str, folder: Path) -> str:
-    """The name of the one feature of a kind."""
+    """Return the name of the only feature of a kind."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(names) != 1:
         all_names = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in features.items())
@@ -182,23 +177,23 @@ def _only(features: Any, kind: type, what: str, folder: Path) -> str:
     return names[0]
 
 
-def _places(path: str, count: int) -> list[tuple[int, int]]:
-    """Offset and length of each record of a TFRecord file: length (8 bytes), its checksum (4), the record, its checksum (4)."""
-    size, offset, places = os.path.getsize(path), 0, []
+def _positions(path: str, count: int) -> list[tuple[int, int]]:
+    """Return offset and length of each record of a TFRecord file: length (8 bytes), checksum (4), record, checksum (4)."""
+    size, offset, positions = os.path.getsize(path), 0, []
     with open(path, "rb", buffering=0) as file:
-        while offset < size and len(places) < count:
+        while offset < size and len(positions) < count:
             file.seek(offset)
             header = file.read(8)
             length = struct.unpack("<Q", header)[0] if len(header) == 8 else size
-            places.append((offset + 12, length))
+            positions.append((offset + 12, length))
             offset += length + 16
-    if offset != size or len(places) != count:
-        raise ConfigError(f"{path} is damaged: it must hold {count} records, and {size} bytes do not")
-    return places
+    if offset != size or len(positions) != count:
+        raise ConfigError(f"{path} is damaged: expected {count} records, but they do not fill its {size} bytes exactly")
+    return positions
 
 
 def _allow_open_files(count: int) -> None:
-    """A set of many files keeps them all open; the usual limit of 1,024 can be raised by anyone."""
+    """Raise the limit on open files, usually 1,024: the files of a data set all stay open."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -55,7 +55,7 @@ def copy(made, tmp_path):
 
 
 def as_tfrecord(made, out):
-    """The same set in TFRecord files; their checksums are not looked at."""
+    """Write the same set as TFRecord files; their checksums are not read."""
     out.mkdir()
     builder = tfds.builder_from_directory(made)
     template = tfds.core.ShardedFileTemplate(data_dir=out, dataset_name="pets", filetype_suffix="tfrecord")
@@ -105,7 +105,7 @@ def test_a_part_of_a_split_is_that_part(kind, request):
 
 
 def test_batches_are_those_of_the_folder(folder, made):
-    """Not a pixel differs, the crops of training included."""
+    """Every pixel is the same, the random crops of training included."""
     options = {"image_size": 16, "batch_size": 8}
     sources = [
         load_dataset(Data(name="folder", dir=str(folder), **options)),
@@ -161,7 +161,7 @@ def test_a_set_is_found_by_name(copy, tmp_path):
     for name in ("pets", "pets/1.0.0", "pets:1.0.0"):
         assert len(opened(tmp_path / "all", name)[0]) == 23
     shutil.copytree(pets, tmp_path / "all" / "pets" / "2.0.0")
-    with pytest.raises(ConfigError, match=r"holds 2 sets .*\(pets/1.0.0, pets/2.0.0\): choose one by --data.tfds-name"):
+    with pytest.raises(ConfigError, match=r"holds 2 data sets of .* \(pets/1.0.0, pets/2.0.0\): choose one by --data.tfds-name"):
         opened(tmp_path / "all", "pets")
     assert len(opened(tmp_path / "all", "pets/2.0.0")[0]) == 23
     with pytest.raises(ConfigError, match=r"data.tfds_name: there is no folder .*/dogs; .* holds pets$"):
@@ -169,21 +169,21 @@ def test_a_set_is_found_by_name(copy, tmp_path):
 
 
 def test_a_folder_that_is_no_set_is_an_error(folder, copy, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.dir must be the folder of a set of TensorFlow Datasets, .* found ''"):
+    with pytest.raises(ConfigError, match=r"data.dir must be the folder of one or several data sets of .*, found ''"):
         opened("")
     with pytest.raises(ConfigError, match=r"data.dir: there is no folder .*/nowhere"):
         opened(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"holds no set of TensorFlow Datasets \(a folder with dataset_info.json\)"):
+    with pytest.raises(ConfigError, match=r"holds no data set of TensorFlow Datasets \(a folder with dataset_info.json\)"):
         opened(folder)
     (copy / "dataset_info.json").write_text("{")
-    with pytest.raises(ConfigError, match="is no set of TensorFlow Datasets: "):
+    with pytest.raises(ConfigError, match="is not a data set of TensorFlow Datasets: "):
         opened(copy)
 
 
 def test_a_split_that_is_not_there_is_an_error(copy):
     with pytest.raises(ConfigError, match=r"data.train_split 'trian' of .*: Unknown split 'trian'. Should be one of"):
         opened(copy, train="trian")
-    with pytest.raises(ConfigError, match=r"data.train_split 'train\[:0\]' of .* holds no image$"):
+    with pytest.raises(ConfigError, match=r"data.train_split 'train\[:0\]' of .* has no images$"):
         opened(copy, train="train[:0]")
     info = json.loads((copy / "dataset_info.json").read_text())
     info["splits"] = [split for split in info["splits"] if split["name"] == "train"]
@@ -195,7 +195,7 @@ def test_a_split_that_is_not_there_is_an_error(copy):
 
 def test_a_file_that_is_missing_is_an_error(copy):
     next(copy.glob("*train*-00001-of-*")).unlink()
-    with pytest.raises(ConfigError, match=r"is not whole: 1 of 3 files are missing, such as .*00001-of-00003"):
+    with pytest.raises(ConfigError, match=r"is incomplete: 1 of 3 files are missing, such as .*00001-of-00003"):
         opened(copy)
 
 
@@ -223,7 +223,7 @@ def test_a_truncated_tfrecord_file_is_an_error(tfrecord, tmp_path):
     path = next(copy.glob("*train*-00000-of-*"))
     path.write_bytes(path.read_bytes()[:-7])
     train, _ = opened(copy)
-    with pytest.raises(ConfigError, match="00000-of-00003 is damaged: it must hold 10 records"):
+    with pytest.raises(ConfigError, match=r"00000-of-00003 is damaged: expected 10 records, but they do not fill its \d+ bytes"):
         train.read(0)
 
 
@@ -246,7 +246,7 @@ def test_a_damaged_array_record_file_is_named_and_its_images_are_unreadable(copy
 
 
 def test_a_damaged_record_is_unreadable(copy):
-    """Not what the reader of files finds, but what it gives."""
+    """The file is whole, and TFDS cannot decode the record."""
     train, _ = opened(copy)
     with pytest.raises(UnreadableImageError):
         replace(train, serialized=[b"\xff nonsense"]).read(0)
