@@ -1,13 +1,15 @@
-"""The operators as pure functions of arrays: no Flax, usable from any JAX library, under `jax.jit`, `jax.grad`, `jax.vmap`.
+"""The operators as pure functions of arrays: no Flax, usable from any JAX library, under `jax.jit`, `jax.grad` and `jax.vmap`.
 
-Images are `(n, h, w, c)`, convolution kernels `(h, w, c_in / groups, c_out)`; every function works in the dtype of its input.
+Maps are `(n, h, w, c)`, convolution kernels `(h, w, c_in / groups, c_out)`. Every function computes in the dtype of its input.
 
-    self_calibration    self_calibration, self_calibrated_conv                  Liu et al., CVPR 2020
-    reconstruction      spatial_reconstruction, channel_reconstruction          Li, Wen, He, CVPR 2023
-    convolution, pooling, resizing      PyTorch's rules: conv, avg_pool, max_pool, global_avg_pool, resize_nearest
+    self_calibration.py   self_calibration, self_calibrated_conv            Liu et al., CVPR 2020, Eqs. 3-6
+    reconstruction.py     spatial_reconstruction, channel_reconstruction    Li, Wen, He, CVPR 2023, Eqs. 1-9
+    convolution.py        conv; chooses the form of each convolution: matmul, grouped, depthwise, dense
+    pooling.py            avg_pool, max_pool, global_avg_pool
+    resizing.py           resize_nearest
 
-JAX has functions of the same names whose results differ from PyTorch's (padding of strided convolutions, the index rule of
-nearest-neighbour resizing, what an average over padding is divided by). Checkpoints were trained with PyTorch's rules.
+Convolution, pooling and resizing follow PyTorch's rules, since checkpoints were trained with them. JAX's functions of similar
+names differ in the padding of strided convolutions, the divisor of averages over padding and the index rule of resizing.
 """
 
 from scconv_jax.functional.convolution import conv

@@ -1,4 +1,19 @@
-"""Convolution by the rules of PyTorch. The form in which a convolution is computed is decided here and nowhere else."""
+"""2D convolution with PyTorch's rules, and the choice of the form in which it is computed.
+
+Reference: `torch.nn.functional.conv2d`, https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
+
+    y[n, p, q, o] = Σ_ijc x[n, s p + d i - P, s q + d j - P, c] · kernel[i, j, c, o]     s strides, d dilation, P padding
+
+XLA computes some convolutions slowly, so `conv` gives it another form of the same sum:
+
+    1×1, no padding            a matmul over pixels
+    depthwise                  a sum of shifted products
+    grouped                    up to eight dense convolutions, of at least 16 channels each
+    GWC + PWC1 of a CRU        one dense convolution where that is faster (`prefers_dense`)
+    any other                  `lax.conv_general_dilated`
+
+Differences: layouts are channels-last, and strides, padding and dilation are one number for height and width.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +22,10 @@ import operator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from scconv_jax.functional.checks import check_maps
+from scconv_jax.functional.windows import taps
 from scconv_jax.shapes import Array, Float
 
 
@@ -23,32 +38,31 @@ def conv(
     dilation: int = 1,
     groups: int = 1,
 ) -> Float[Array, "n p q o"]:
-    """Convolve as `torch.nn.functional.conv2d` does: `padding` zeros on every side.
+    """Convolve as `torch.nn.functional.conv2d` does.
 
     Args:
-        x: images, `(n, h, w, c)`.
-        kernel: `(kh, kw, c / groups, o)`.
-        strides: step of the window, the same along height and width; so for `padding` and `dilation`.
-        padding: zeros added on each of the four sides.
-        dilation: distance between the kernel's taps.
-        groups: the channels are cut into this many runs, each convolved by itself.
+        x: Maps, `(n, h, w, c)`.
+        kernel: `(kh, kw, c / groups, o)`, of the same dtype as `x`.
+        strides: Step of the window along height and width.
+        padding: Zeros added on each of the four sides.
+        dilation: Distance between two taps of the kernel.
+        groups: Number of groups of channels; each group is convolved separately.
 
     Returns:
-        `(n, p, q, o)` with `p = (h + 2 padding - dilation (kh - 1) - 1) // strides + 1`.
+        `(n, p, q, o)` with `p = (h + 2 padding - dilation (kh - 1) - 1) // strides + 1`, in the dtype of `x`.
 
     Raises:
-        ValueError: if `x` has no four axes, or its channels do not fit the kernel.
+        ValueError: If `x` does not have four axes, or its channels do not fit the kernel.
     """
     check_maps("conv", x)
     channels, (kh, kw, per_group, _) = x.shape[-1], kernel.shape
     if channels != per_group * groups:
         raise ValueError(
-            f"conv: the input has {channels} channels; a kernel of shape {kernel.shape} with groups={groups} takes "
+            f"conv: the input has {channels} channels, but a kernel of shape {kernel.shape} with groups={groups} takes "
             f"{per_group * groups}."
         )
     if (kh, kw, padding, groups) == (1, 1, 0, 1):
-        # A 1×1 convolution is a matmul over pixels. Flattened to two dimensions it runs at the matmul's rate on CPU,
-        # forward and backward; as a convolution it takes two to six times as long.
+        # On CPU, as a convolution it takes two to six times as long, forward and backward.
         x = x[:, ::strides, ::strides]
         return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
     if groups > 1:
@@ -66,9 +80,9 @@ def conv(
 def _grouped_conv(
     x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw i o"], strides: int, padding: int, dilation: int, groups: int
 ) -> Float[Array, "n p q o"]:
-    """Convolve in groups by ordinary convolutions, or by products where each channel is its own group.
+    """Convolve in groups by dense convolutions, or by shifted products if each channel is its own group.
 
-    XLA's own grouped convolution takes on CPU up to two hundred times as long in the backward pass
+    On CPU, the backward pass of XLA's own grouped convolution takes up to two hundred times as long
     (`python -m benchmarks.operators`).
     """
     channels, features = x.shape[-1], kernel.shape[-1]
@@ -95,13 +109,13 @@ def _grouped_conv(
 
 
 def dense_blocks(groups: int, channels: int) -> int:
-    """Into how many ordinary convolutions a grouped one is best merged: at most 8, each of 16 channels at least."""
+    """Return the number of dense convolutions to compute a grouped one by: at most 8, each of at least 16 channels."""
     fitting = [n for n in range(1, 9) if groups % n == 0 and channels // n >= 16]
     return max(fitting, default=1)
 
 
 def dense_kernel(kernel: Float[Array, "kh kw i o"], groups: int) -> Float[Array, "kh kw c o"]:
-    """Write the kernel of a grouped convolution as that of an ordinary one, with zeros between the groups."""
+    """Return the dense kernel equal to a grouped one: zeros connect channels of different groups."""
     size, per_group = kernel.shape[2], kernel.shape[3] // groups
     blocks = [
         jnp.pad(kernel[..., i * per_group : (i + 1) * per_group], ((0, 0), (0, 0), (i * size, (groups - 1 - i) * size), (0, 0)))
@@ -110,32 +124,18 @@ def dense_kernel(kernel: Float[Array, "kh kw i o"], groups: int) -> Float[Array,
     return jnp.concatenate(blocks, axis=-1)
 
 
-def taps(
-    x: Float[Array, "n h w c"], fill: float, window: tuple[int, int], strides: int, padding: int, dilation: int = 1
-) -> list[Float[Array, "n p q c"]]:
-    """List what each position of a window sees as it moves over the padded map, row by row; `window` is its whole reach."""
-    margins = ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0))
-    padded = lax.pad(x, np.array(fill, x.dtype), margins)
-    last = [(padded.shape[axis] - reach) // strides * strides for axis, reach in zip((1, 2), window, strict=True)]
-    return [
-        padded[:, i : i + last[0] + 1 : strides, j : j + last[1] + 1 : strides]
-        for i in range(0, window[0], dilation)
-        for j in range(0, window[1], dilation)
-    ]
-
-
 def reconstruction_kernel(
     gwc: Float[Array, "k k g o"], pwc1: Float[Array, "1 1 i o"], conv_groups: int
 ) -> Float[Array, "k k i o"]:
-    """Assemble the group-wise and the point-wise kernel of a CRU into that of one ordinary convolution: one pass, no sum."""
+    """Return the dense kernel equal to the sum of a CRU's group-wise (GWC) and point-wise (PWC1) convolutions."""
     margin = gwc.shape[0] // 2
     return dense_kernel(gwc, conv_groups) + jnp.pad(pwc1, ((margin, margin), (margin, margin), (0, 0), (0, 0)))
 
 
 def prefers_dense(conv_groups: int, channels: int) -> bool:
-    """Whether a CRU's group-wise and point-wise convolution, of so many channels, are computed as one ordinary one.
+    """Return whether a CRU of this many squeezed channels computes GWC + PWC1 as one dense convolution.
 
-    That is one pass over the maps, at the price of products with the zeros between the groups. On CPU the price is too high
-    from 16 channels a group on (`python -m benchmarks.operators`); elsewhere, where it was not measured, above 8 groups.
+    The dense form reads the maps once but also multiplies the zeros between groups. On CPU it is slower from 16 channels per
+    group upwards (`python -m benchmarks.operators`). On accelerators it is used for up to 8 groups.
     """
     return (jax.default_backend() != "cpu" and conv_groups <= 8) or dense_blocks(conv_groups, channels) == 1

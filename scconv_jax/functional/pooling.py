@@ -1,4 +1,14 @@
-"""Pooling by the rules of PyTorch."""
+"""Pooling with PyTorch's rules.
+
+References: `torch.nn.functional.avg_pool2d`, `max_pool2d`, `adaptive_avg_pool2d(x, 1)`,
+https://docs.pytorch.org/docs/stable/nn.functional.html#pooling-functions
+
+PyTorch has two divisors of averages at the border, both of which the reference networks use: the size of the window within the
+padded map, and the number of its pixels within the map.
+
+Differences: windows, strides and padding are one number for height and width. Averages of float16 and bfloat16 are summed in
+float32.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from scconv_jax.functional.checks import check_maps, check_whole
-from scconv_jax.functional.convolution import taps
+from scconv_jax.functional.windows import taps
 from scconv_jax.shapes import Array, Float
 
 
@@ -25,19 +35,20 @@ def avg_pool(
     """Average over windows as `torch.nn.functional.avg_pool2d` does.
 
     Args:
-        x: maps, `(n, h, w, c)`.
-        window: height and width of the window, pixels.
-        strides: step of the window; `window` where not given.
-        padding: zeros on each side.
-        count_include_pad: divide by the window's size within the padded map, not by its pixels within the map.
-        ceil_mode: keep a last window that sticks out, where it starts within the map (or its left padding).
+        x: Maps, `(n, h, w, c)`.
+        window: Height and width of the window, in pixels.
+        strides: Step of the window. If None, `window`.
+        padding: Zeros added on each side.
+        count_include_pad: If True, divide by the size of the window within the padded map; if False, by the number of its
+            pixels within the map.
+        ceil_mode: Keep a last window that extends beyond the padded map, if it starts within the map or its left padding.
 
     Returns:
-        `(n, p, q, c)`, in the dtype of `x`; sums are taken in float32 at least.
+        `(n, p, q, c)` with `p = (h + 2 padding - window) // strides + 1` (rounded up in ceiling mode), in the dtype of `x`. Sums
+        are computed in float32, or in float64 for float64 maps.
 
     Raises:
-        ValueError: if `x` has no four axes, or if the padded map is so small that there is no output: smaller than the window, in
-            ceiling mode smaller by a step or more.
+        ValueError: If `x` does not have four axes, a size is not a positive integer, or the map is too small for one window.
     """
     check_maps("avg_pool", x)
     check_whole(window=window, strides=strides)
@@ -51,7 +62,7 @@ def avg_pool(
         )
     fits = not ceil_mode or (height % window == 0 and width % window == 0)
     if strides == window and padding == 0 and fits:
-        # Windows that neither overlap nor stick out: a reshape and a mean, several times faster than a window reduction.
+        # The windows tile the map. A reshape and a mean are several times as fast as a window reduction.
         p, q = height // window, width // window
         windows = x[:, : p * window, : q * window].reshape(-1, p, window, q, window, x.shape[-1])
         return windows.mean(axis=(2, 4))
@@ -73,11 +84,11 @@ def avg_pool(
 
 
 class _Windows(NamedTuple):
-    """The windows along one axis: padding needed at its end, and how many positions of each window count."""
+    """The windows along one axis: the padding needed at its end, and the size of each window."""
 
     high: int
-    padded: np.ndarray  # within the padded map
-    inside: np.ndarray  # within the map itself
+    padded: np.ndarray  # pixels within the padded map
+    inside: np.ndarray  # pixels within the map
 
 
 def _windows(size: int, window: int, strides: int, padding: int, ceil_mode: bool) -> _Windows:
@@ -92,19 +103,20 @@ def _windows(size: int, window: int, strides: int, padding: int, ceil_mode: bool
 
 
 def max_pool(x: Float[Array, "n h w c"], window: int, strides: int, *, padding: int = 0) -> Float[Array, "n p q c"]:
-    """Take the largest value of each window as `torch.nn.functional.max_pool2d` does; padding never wins.
+    """Take the maximum of each window as `torch.nn.functional.max_pool2d` does.
 
     Args:
-        x: maps, `(n, h, w, c)`.
-        window: height and width of the window, pixels.
-        strides: step of the window.
-        padding: pixels on each side, below every value.
+        x: Maps, `(n, h, w, c)`.
+        window: Height and width of the window, in pixels.
+        strides: Step of the window.
+        padding: Pixels of -inf added on each side.
 
     Returns:
-        `(n, p, q, c)` with `p = (h + 2 padding - window) // strides + 1`.
+        `(n, p, q, c)` with `p = (h + 2 padding - window) // strides + 1`, in the dtype of `x`. As in PyTorch, NaN is the maximum
+        of its window, and the first of equal maxima receives the gradient.
     """
-    # The taps of all windows, compared in turn: one fused pass either way. The gradient of a window reduction is a scatter,
-    # on CPU twenty times slower. Of equal values the first wins and takes the gradient, and NaN wins over all, as in PyTorch.
+    # Comparing the taps is one fused pass forward and backward. The gradient of `lax.reduce_window` is a scatter, on CPU twenty
+    # times as slow.
     seen = taps(x, -np.inf, (window, window), strides, padding)
     largest = seen[0]
     for tap in seen[1:]:

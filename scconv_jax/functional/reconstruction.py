@@ -1,4 +1,24 @@
-"""Spatial and channel reconstruction (Li, Wen, He, CVPR 2023)."""
+"""Spatial and channel reconstruction: the SRU and the CRU.
+
+Paper: Li, Wen, He, "SCConv: Spatial and Channel Reconstruction Convolution for Feature Redundancy", CVPR 2023, pp. 6153-6162.
+https://doi.org/10.1109/CVPR52729.2023.00596
+Reference implementation: none by the authors. The public one, https://github.com/cheng-haha/ScConv, has three versions;
+`scconv_jax/layers/variants.py` lists their options.
+
+    SRU   GN(X) = γ (X - μ) / √(σ² + ε) + β                                         Eq. 1
+          W = σ(γ / Σγ · GN(X))    W1, W2 = gate(W)                                 Eqs. 2-3
+          X1 = W1 · X              X2 = W2 · X
+          Y  = [X11 + X22, X12 + X21]       second index: half of the channels      Eq. 4
+    CRU   [Xup; Xlow] = X          U = Xup ∗ squeeze1      L = Xlow ∗ squeeze2
+          Y1 = U ∗ GWC + U ∗ PWC1                                                   Eq. 5
+          Y2 = [L ∗ PWC2, L]                                                        Eq. 6
+          S1, S2 = averages of Y1 and Y2 over all pixels                            Eq. 7
+          β1, β2 = exp(S1), exp(S2) / (exp(S1) + exp(S2))                           Eq. 8
+          Y  = β1 · Y1 + β2 · Y2                                                    Eq. 9
+
+Differences: the paper leaves open the number of groups, ε and the gates of weights at or below the threshold. These are
+arguments, as is each way in which the public versions depart from the paper.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from scconv_jax.functional.checks import check_divides, check_maps, halves_exist
+from scconv_jax.functional.checks import check_divides, check_even, check_maps
 from scconv_jax.functional.convolution import conv, prefers_dense, reconstruction_kernel
 from scconv_jax.functional.pooling import global_avg_pool
 from scconv_jax.shapes import Array, Float
@@ -28,35 +48,31 @@ def spatial_reconstruction(
     gated: Literal["input", "norm"] = "input",
     floor: float = 0.0,
 ) -> Float[Array, "n h w c"]:
-    """Separate a map into informative and redundant parts and cross them: SRU (Li et al., CVPR 2023, Eqs. 1-4).
-
-        W  = σ(γ / Σγ · GN(X))         W1, W2 = gate(W)        X1 = W1 · X, X2 = W2 · X
-        Y  = [X11 + X22, X12 + X21]    (second index: half of the channels)
+    """Separate informative from redundant parts of a map and recombine them: SRU (Li et al., CVPR 2023, Eqs. 1-4).
 
     Args:
-        x: X, maps `(n, h, w, c)`, c even.
-        gamma: scale of the group norm, `(c,)`; also weighs the channels.
-        beta: offset of the group norm, `(c,)`.
-        groups: of the group norm; must divide c.
-        epsilon: added to the variance, or with `unbiased` to the standard deviation.
-        unbiased: divide by the unbiased standard deviation plus `epsilon`, not by the root of the variance plus `epsilon`.
+        x: X, `(n, h, w, c)`, c even.
+        gamma: γ, scale of the group norm, `(c,)`. It also gives the channels' weights.
+        beta: β, offset of the group norm, `(c,)`.
+        groups: Groups of the group norm; must divide c.
+        epsilon: ε, added to the variance, or to the standard deviation if `unbiased`.
+        unbiased: Divide by the unbiased standard deviation plus ε, not by the root of the variance plus ε.
         threshold: t, between 0 and 1.
-        gate: what becomes of weights W. Above t, "soft" gives W1 = 1 and W2 = 0, "hard" the same; else "soft" gives
-            W1 = W2 = W, "hard" W1 = 0 and W2 = 1.
-        inclusive: a weight equal to t counts as above it.
-        gated: what the gates multiply, X or GN(X).
-        floor: least magnitude of Σγ; a smaller one is set to it, with its sign.
+        gate: Weights W above t give W1 = 1 and W2 = 0. Other weights give W1 = W2 = W ("soft"), or W1 = 0 and W2 = 1 ("hard").
+        inclusive: Count a weight equal to t as above it.
+        gated: The factor of W1 and W2: X ("input") or GN(X) ("norm").
+        floor: Smallest magnitude of Σγ; a smaller sum is replaced by this value with the same sign.
 
     Returns:
-        Y, of the shape and dtype of `x` (float32 where that is no floating type). Statistics and gate are computed in float32
-        at least.
+        Y, of the shape and dtype of `x` (float32 for integer `x`). Statistics and gates are computed in float32, or in float64
+        for float64 maps.
 
     Raises:
-        ValueError: if `x` has no four axes, c is odd or `groups` does not divide it.
+        ValueError: If `x` does not have four axes, c is odd or `groups` does not divide c.
     """
     check_maps("spatial_reconstruction", x)
     channels = x.shape[-1]
-    halves_exist(channels)
+    check_even(channels)
     check_divides("groups", groups, "the channels", channels)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     gamma, beta = gamma.astype(wide.dtype), beta.astype(wide.dtype)
@@ -67,8 +83,8 @@ def spatial_reconstruction(
         total = jnp.where(jnp.abs(total) < floor, jnp.where(total < 0, -floor, floor), total)
     weights = gamma / total  # (c,)
 
-    # W comes from X by one subtraction, one multiplication and one addition per element; GN(X) itself is needed only where it is
-    # gated. The mean is subtracted, not multiplied into the offset, so that equal values give exactly β.
+    # W is computed from X by one subtraction, one multiplication and one addition per element; GN(X) is computed only if it is
+    # gated. The mean is subtracted, not folded into the offset, so that a constant map gives exactly β.
     def over(per_channel: jax.Array) -> jax.Array:
         axes = (0, 3) if per_channel.ndim == 2 else (3,)
         return lax.broadcast_in_dim(per_channel, x.shape, axes)
@@ -89,7 +105,7 @@ def spatial_reconstruction(
 def _group_statistics(
     x: Float[Array, "n h w c"], groups: int, epsilon: float, unbiased: bool
 ) -> tuple[Float[Array, "n c"], Float[Array, "n c"]]:
-    """Mean of each image's group of channels, and what to divide by, repeated for each channel."""
+    """Return the mean and the divisor (deviation with ε) of each image's group of channels, repeated for each channel."""
     n, height, width, channels = x.shape
     size = channels // groups
 
@@ -107,7 +123,7 @@ def _group_statistics(
 
 
 def _safe_sqrt(x: jax.Array) -> jax.Array:
-    """Square root whose gradient at 0 is 0, not infinite."""
+    """Return the square root, with gradient 0 at 0 where `jnp.sqrt` has an infinite one."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
@@ -127,25 +143,24 @@ def channel_reconstruction(
 ) -> Float[Array, "n h w o"]:
     """Split, transform and fuse the channels: CRU (Li et al., CVPR 2023, Eqs. 5-9).
 
-        [Xup; Xlow] = X    U = Xup ∗ squeeze1    L = Xlow ∗ squeeze2
-        Y1 = U ∗ GWC + U ∗ PWC1                  Y2 = [L ∗ PWC2, L]
-        β1, β2 = softmax of the maps' averages   Y  = β1 · Y1 + β2 · Y2
-
     Args:
-        x: X, maps `(n, h, w, c)`.
-        squeeze1: `(1, 1, αc, αc / r)`; its input channels say where X is split.
+        x: X, `(n, h, w, c)`.
+        squeeze1: `(1, 1, αc, αc / r)`. Its input channels are the upper part of X.
         squeeze2: `(1, 1, (1 - α)c, (1 - α)c / r)`.
-        gwc: `(k, k, αc / r / conv_groups, o)`, k odd.
+        gwc: Group-wise kernel, `(k, k, αc / r / conv_groups, o)`, k odd.
         gwc_bias: `(o,)`.
         pwc1: `(1, 1, αc / r, o)`.
-        pwc2: `(1, 1, (1 - α)c / r, o - (1 - α)c / r)`; None where that is no channel at all.
-        conv_groups: g, of the group-wise convolution.
-        dilation: of the group-wise convolution.
-        fuse: over what the softmax is taken, for each image: "pair", the two averages of each channel (Eq. 8), or "all", the
-            2 o averages of all channels, as in the public code, which makes the output about o times smaller.
+        pwc2: `(1, 1, (1 - α)c / r, o - (1 - α)c / r)`. None if it would have no output channels.
+        conv_groups: g, groups of the group-wise convolution.
+        dilation: Dilation of the group-wise convolution.
+        fuse: Softmax over the two averages of each channel ("pair", Eq. 8), or over the 2 o averages of all channels ("all", as
+            in the public code, which makes the output about o times smaller).
 
     Returns:
-        Y, `(n, h, w, o)`.
+        Y, `(n, h, w, o)`, in the dtype of `x`.
+
+    Raises:
+        ValueError: If `x` does not have four axes, or the channels of two arrays do not fit.
     """
     split = squeeze1.shape[2]
     upper = conv(x[..., :split], squeeze1)

@@ -1,14 +1,28 @@
-"""Flax modules that stand in for a convolution, and the plain layers that networks are made of."""
+"""Flax modules that replace a convolution in any network, and the basic layers that the networks here are made of.
+
+    self_calibrated.py       SelfCalibratedConv, SelfCalibration    SC-Conv, 2020: layer(x, train=train)
+    reconstruction.py        ScConv, SRU, CRU                       ScConv, 2023: layer(x)
+    variants.py              VARIANTS, ARRANGEMENTS                 the options of ScConv, and the rules that channels must follow
+    ghost.py                 GhostConv                              GhostNet, 2020: layer(x), or layer(x, train=train) with norms
+    squeeze_excitation.py    SqueezeExcitation                      channel rescaling: layer(x)
+    core.py                  Conv, BatchNorm, ConvNorm, Dense       with PyTorch's rules and initial values; conv1x1, conv3x3
+
+Every layer is built as `layer(features, ..., dtype=None, name=None)` and takes maps `(n, h, w, c)`. A layer that ignores `train`
+accepts it all the same, except `SqueezeExcitation`. A norm is passed as a factory, called `norm(dtype=..., name=...)`.
+"""
 
 from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dense, conv1x1, conv3x3
 from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
 from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
+from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS
 
 __all__ = [
+    "ARRANGEMENTS",
     "CRU",
     "SRU",
+    "VARIANTS",
     "BatchNorm",
     "Conv",
     "ConvNorm",

@@ -1,10 +1,10 @@
-"""What every network here is made of: `Conv`, `BatchNorm`, `ConvNorm`, `Dense`, with PyTorch's numbers.
+"""The basic layers of all networks, with PyTorch's rules and initial values: `Conv`, `BatchNorm`, `ConvNorm`, `Dense`.
 
-Every layer is called `layer(x, train=train)`, so that a network can take any of them where it takes one; those whose result does
-not depend on training (`Conv`, `Dense`) may be called without. Parameters are float32; `dtype` is what is computed in.
+Every layer is called as `layer(x, train=train)`, so that networks can exchange one for another. `Conv` and `Dense` ignore
+`train`, which is optional there. Parameters are float32; `dtype` is the computation dtype.
 
 Differences from Flax's layers of the same names: padding is a number, not "SAME"; `BatchNorm` stores the unbiased running
-variance, as PyTorch does; `Conv` computes a 1×1 as a matmul.
+variance, as PyTorch does; `functional.conv` chooses the form of each convolution.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from scconv_jax.shapes import Array, Float
 Factory = Callable[..., nn.Module]  # a module class, or a functools.partial of one
 Dtype = Any
 
-# He et al., ICCV 2015, fan-out and ReLU gain, not truncated: `torch.nn.init.kaiming_normal_(mode="fan_out")`.
+# `torch.nn.init.kaiming_normal_(mode="fan_out")`: He et al., ICCV 2015, with ReLU gain, not truncated.
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Conv(nn.Module):
-    """Convolution, `(n, h, w, c)` to `(n, p, q, features)`, with `torch.nn.Conv2d`'s rules (see `functional.conv`).
+    """Convolution with the rules of `torch.nn.Conv2d`: `(n, h, w, c)` to `(n, p, q, features)` (see `functional.conv`).
 
     Attributes:
-        features: channels of the output.
-        kernel_size: height and width of the kernel.
-        strides: step of the window.
-        padding: zeros on each side. For an odd kernel, `dilation * (kernel_size // 2)` keeps the size.
-        dilation: distance between the kernel's taps.
-        groups: the channels are cut into this many runs, each convolved by itself.
-        use_bias: whether to add a bias, `(features,)`.
-        dtype: of the computation; where not given, what `x` and the parameters promote to.
-        kernel_init: initialiser of the kernel.
+        features: Channels of the output.
+        kernel_size: Height and width of the kernel.
+        strides: Step of the window.
+        padding: Zeros added on each side. With an odd kernel, `dilation * (kernel_size // 2)` keeps the size.
+        dilation: Distance between two taps of the kernel.
+        groups: Number of groups of channels; each group is convolved separately.
+        use_bias: Whether to add a bias, `(features,)`.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        kernel_init: Initialiser of the kernel.
 
     Raises:
-        ValueError: if the channels of input or output are not a multiple of `groups`, or a value is no whole number.
+        ValueError: If `groups` does not divide the channels of input and output, or a value is not a positive integer.
     """
 
     features: int
@@ -59,7 +59,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
-        """Convolve; `train` changes nothing."""
+        """Convolve. `train` is ignored."""
         del train
         check_whole(features=self.features, kernel_size=self.kernel_size, strides=self.strides, dilation=self.dilation)
         channels = x.shape[-1]
@@ -73,30 +73,30 @@ class Conv(nn.Module):
 
 
 def conv1x1(features: int, **options: Any) -> Conv:
-    """Make a 1×1 convolution."""
+    """Return a 1×1 convolution; `options` are attributes of `Conv`."""
     return Conv(features, 1, **options)
 
 
 def conv3x3(features: int, *, strides: int = 1, dilation: int = 1, groups: int = 1, **options: Any) -> Conv:
-    """Make the 3×3 convolution that keeps the size (at stride 1): what every operator here stands in for."""
+    """Return a 3×3 convolution that keeps the size at stride 1: the one that the operators here replace."""
     return Conv(features, 3, strides=strides, padding=dilation, dilation=dilation, groups=groups, **options)
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, with `torch.nn.BatchNorm2d`'s numbers.
+    """Batch normalisation over all axes but the last, with the results of `torch.nn.BatchNorm2d`.
 
-    Statistics are taken in float32 (float64 for float64 input), whatever the dtype of the computation. The running variance
-    is the unbiased one, n / (n - 1), as in PyTorch; what normalises in training is the biased one.
+    Statistics are computed in float32 (float64 for float64 input). As in PyTorch, training normalises by the biased variance and
+    stores the unbiased one.
 
     Attributes:
-        momentum: what the running statistics keep at each step (PyTorch's `momentum` is one minus this).
-        epsilon: added to the variance.
-        dtype: of the result; where not given, that of `x`.
-        axis_name: mapped axis (or axes) over which to take the statistics, PyTorch's `SyncBatchNorm`; where not given,
-            each device takes its own.
+        momentum: Share of the running statistics kept at each step; PyTorch's `momentum` is one minus this.
+        epsilon: Added to the variance.
+        dtype: Dtype of the result. If None, that of `x`.
+        axis_name: Mapped axis or axes to compute the statistics over, as PyTorch's `SyncBatchNorm` does. If None, each device
+            computes its own.
 
     Raises:
-        ValueError: in training, if a channel has only one value, whose variance says nothing.
+        ValueError: In training, if a channel has only one value.
     """
 
     momentum: float = 0.9
@@ -106,7 +106,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], *, train: bool) -> Float[Array, "*batch c"]:
-        """Normalise by the batch's statistics and update the running ones (`train`), or by the running ones."""
+        """Normalise by the batch's statistics and update the running ones if `train`; else normalise by the running ones."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
@@ -126,7 +126,7 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value.astype(x.dtype), running_var.value.astype(x.dtype)
 
-        # One multiply-add per element; the rest is per channel.
+        # A single multiply-add per element.
         factor = scale * lax.rsqrt(var + self.epsilon)
         offset = bias - mean * factor
         return (x * _over_channels(factor, x) + _over_channels(offset, x)).astype(dtype)
@@ -139,10 +139,10 @@ class BatchNorm(nn.Module):
 def moments(
     x: Float[Array, "*batch c"], axis_name: str | tuple[str, ...] | None = None
 ) -> tuple[Float[Array, " c"], Float[Array, " c"], int]:
-    """Mean, biased variance and count of values per channel, over all devices of `axis_name` where one is given.
+    """Return mean, biased variance and number of values of each channel, over all devices of `axis_name` if there is one.
 
     Raises:
-        ValueError: if there is only one value per channel.
+        ValueError: If there is only one value per channel.
     """
     axes = tuple(range(x.ndim - 1))
     count = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
@@ -154,8 +154,8 @@ def moments(
     mean = x.mean(axes)
     if axis_name is not None:
         mean = lax.pmean(mean, axis_name)
-    # Two passes, since Σx² - (Σx)² cancels where the mean is large. The variance does not change with the mean to first order:
-    # Σ(x - mean) is 0. Saying so spares the gradient a pass.
+    # Two passes, because Σx² - (Σx)² loses digits if the mean is large. The derivative of the variance by the mean is 0, since
+    # Σ(x - mean) = 0; `stop_gradient` saves the backward pass from computing it.
     var = jnp.square(x - _over_channels(lax.stop_gradient(mean), x)).mean(axes)
     if axis_name is not None:
         var = lax.pmean(var, axis_name)
@@ -167,17 +167,18 @@ def _over_channels(values: Float[Array, " c"], x: Float[Array, "*batch c"]) -> F
 
 
 class ConvNorm(nn.Module):
-    """A size-keeping convolution followed by its norm: one of the K's of the papers' figures, as trained.
+    """Same-size convolution followed by a norm (K1–K4 in the 2020 paper): `(n, h, w, c)` to `(n, h / s, w / s, features)`.
 
     Attributes:
-        features: channels of the output.
-        kernel_size: height and width of the kernel, odd.
-        strides: step of the window.
-        dilation: distance between the kernel's taps.
-        groups: of the convolution.
-        first: index of the convolution in the PyTorch `Sequential` that it mirrors; the norm has the next.
-        norm: factory of the norm.
-        dtype: of the computation.
+        features: Channels of the output.
+        kernel_size: Height and width of the kernel, odd.
+        strides: s, step of the window.
+        dilation: Distance between two taps of the kernel.
+        groups: Groups of the convolution.
+        names: Names of the convolution and the norm. The default is their index in a PyTorch `Sequential`.
+        norm: Factory of the norm. If None, there is no norm.
+        relu: Whether a ReLU follows.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
 
     features: int
@@ -185,13 +186,15 @@ class ConvNorm(nn.Module):
     strides: int = 1
     dilation: int = 1
     groups: int = 1
-    first: int = 0
-    norm: Factory = BatchNorm
+    names: tuple[str, str] = ("0", "1")
+    norm: Factory | None = BatchNorm
+    relu: bool = False
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Convolve, then normalise."""
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None) -> Float[Array, "n p q d"]:
+        """Apply convolution, norm and ReLU. `train` is passed to the norm."""
+        conv_name, norm_name = self.names
         x = Conv(
             self.features,
             self.kernel_size,
@@ -200,17 +203,19 @@ class ConvNorm(nn.Module):
             dilation=self.dilation,
             groups=self.groups,
             dtype=self.dtype,
-            name=str(self.first),
+            name=conv_name,
         )(x)
-        return self.norm(dtype=self.dtype, name=str(self.first + 1))(x, train=train)
+        if self.norm is not None:
+            x = self.norm(dtype=self.dtype, name=norm_name)(x, train=train)
+        return nn.relu(x) if self.relu else x
 
 
 class Dense(nn.Module):
-    """Fully connected layer, `(n, c)` to `(n, features)`, initialised as `torch.nn.Linear`.
+    """Linear layer with bias, initialised as `torch.nn.Linear`: `(n, c)` to `(n, features)`.
 
     Attributes:
-        features: length of the output.
-        dtype: of the computation.
+        features: Length of the output.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
 
     features: int
@@ -218,7 +223,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n c"], *, train: bool | None = None) -> Float[Array, "n d"]:
-        """Multiply and add; `train` changes nothing."""
+        """Return `x @ kernel + bias`. `train` is ignored."""
         del train
         channels = x.shape[-1]
 
@@ -232,16 +237,12 @@ class Dense(nn.Module):
 
 
 def check_images(images: jax.Array, smallest: int) -> None:
-    """Say what is wrong with images that a network cannot take, before it shows as a map of no pixels or a wrong result.
-
-    Raises:
-        ValueError: unless `images` is float `(n, h, w, 3)` with h and w at least `smallest`.
-    """
+    """Raise a ValueError unless `images` is a float array `(n, h, w, 3)` with h and w at least `smallest`."""
     shape = images.shape
     if len(shape) != 4 or shape[3] != 3:
         channels_first = len(shape) == 4 and shape[1] == 3
-        hint = "They look like PyTorch's (n, 3, h, w): use images.transpose(0, 2, 3, 1)." if channels_first else ""
-        raise ValueError(f"Expected images of shape (n, h, w, 3), channels last; got {shape}. {hint}".rstrip())
+        hint = " They look like PyTorch's (n, 3, h, w): use images.transpose(0, 2, 3, 1)." if channels_first else ""
+        raise ValueError(f"Expected images of shape (n, h, w, 3), channels last; got {shape}.{hint}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"Expected float images, normalised as in training; got {images.dtype}. "
@@ -250,5 +251,5 @@ def check_images(images: jax.Array, smallest: int) -> None:
     if min(shape[1:3]) < smallest:
         raise ValueError(
             f"This network needs images of at least {smallest}×{smallest} px; got {shape[1]}×{shape[2]}. "
-            "Below that a map is smaller than the window that pools it."
+            "For smaller images, a map is smaller than the window that pools it."
         )

@@ -1,65 +1,41 @@
-"""Ghost convolutions: half of the channels by an ordinary convolution, the others from those by a cheap depthwise one.
+"""Ghost convolution: an ordinary convolution makes half of the channels, a cheap depthwise one the others from those.
 
-Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Eqs. 3-4, with s = 2. Reference
-implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch), whose parameter names these are.
+Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Eqs. 3-4 with s = 2,
+https://arxiv.org/abs/1911.11907
+Reference implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch). Parameters have its names.
+
+    Y' = X ∗ primary_conv    Y'' = Y' ∗ cheap_operation    Y = [Y', Y'']
 
 Differences: none.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax.functional.checks import check_odd, check_whole
-from scconv_jax.layers.core import Conv, Dtype, Factory
+from scconv_jax.layers.core import ConvNorm, Dtype, Factory
 from scconv_jax.shapes import Array, Float
 
 
-class _Part(nn.Module):
-    """A convolution that keeps the size (at stride 1), then a norm and a ReLU where asked for."""
-
-    features: int
-    kernel_size: int
-    strides: int
-    dilation: int
-    groups: int
-    norm: Factory | None
-    relu: bool
-    dtype: Dtype | None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None) -> Float[Array, "n p q d"]:
-        x = Conv(
-            self.features,
-            self.kernel_size,
-            strides=self.strides,
-            padding=self.dilation * (self.kernel_size // 2),
-            dilation=self.dilation,
-            groups=self.groups,
-            dtype=self.dtype,
-            name="0",
-        )(x)
-        if self.norm is not None:
-            x = self.norm(dtype=self.dtype, name="1")(x, train=train)
-        return nn.relu(x) if self.relu else x
-
-
 class GhostConv(nn.Module):
-    """A ghost module: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`; stands in for a convolution.
+    """Ghost module, a replacement for a convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`.
 
     Attributes:
-        features: channels of the output; of an odd number, the ordinary convolution makes one more than the cheap one.
-        kernel_size: of the ordinary convolution, odd.
-        strides: of the ordinary convolution.
-        dilation: of the ordinary convolution.
-        cheap_size: kernel of the depthwise convolution, odd.
-        norm: factory of a norm after each of the two; where not given, there is none, as where a norm follows anyway.
-        relu: whether a ReLU follows each of the two.
-        dtype: of the computation.
+        features: Channels of the output. If odd, the ordinary convolution makes one more than the cheap one.
+        kernel_size: Kernel size of the ordinary convolution, odd.
+        strides: Strides of the ordinary convolution.
+        dilation: Dilation of the ordinary convolution.
+        cheap_size: Kernel size of the depthwise convolution, odd.
+        norm: Factory of the norm after each convolution. If None, there is no norm.
+        relu: Whether a ReLU follows each convolution (and its norm).
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
 
     Raises:
-        ValueError: for a kernel size that is even, or a value that is no whole number.
+        ValueError: If a kernel size is even, or a value is not a positive integer.
     """
 
     features: int
@@ -73,11 +49,11 @@ class GhostConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
-        """Convolve; `train` is the norms', where there are any."""
+        """Apply both convolutions. `train` is needed only with a norm that uses it."""
         check_odd(kernel_size=self.kernel_size, cheap_size=self.cheap_size)
         check_whole(features=self.features)
         primary = -(-self.features // 2)
-        ending = {"norm": self.norm, "relu": self.relu, "dtype": self.dtype}
-        y = _Part(primary, self.kernel_size, self.strides, self.dilation, 1, **ending, name="primary_conv")(x, train=train)
-        cheap = _Part(primary, self.cheap_size, 1, 1, primary, **ending, name="cheap_operation")(y, train=train)
+        part = partial(ConvNorm, primary, norm=self.norm, relu=self.relu, dtype=self.dtype)
+        y = part(self.kernel_size, self.strides, self.dilation, name="primary_conv")(x, train=train)
+        cheap = part(self.cheap_size, groups=primary, name="cheap_operation")(y, train=train)
         return jnp.concatenate([y, cheap], axis=-1)[..., : self.features]

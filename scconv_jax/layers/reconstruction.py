@@ -2,31 +2,31 @@
 
 Paper: Li, Wen, He, "SCConv: Spatial and Channel Reconstruction Convolution for Feature Redundancy", CVPR 2023, pp. 6153-6162,
 DOI 10.1109/CVPR52729.2023.00596. Its authors published no code; what people use is https://github.com/cheng-haha/ScConv, in three
-versions that differ from the paper and from each other. All are here, as `variant`:
+versions that differ from the paper and from each other. `variant` selects one of them:
 
-    variant    group norm              γ at first  gate at t            gates    softmax over      groups
+    variant    group norm              initial γ   gate                 gated    softmax over      groups
     paper      √(σ² + 1e-5)            1           W > t: 1, else W     X        pair (Eq. 8)      4
     2023-07    unbiased σ + 1e-10      normal      W >= t: 1, else 0    X        all channels      16
     2023-09    unbiased σ + 1e-10      normal      W >= t: 1, else 0    GN(X)    all channels      4
     2023-10    √(σ² + 1e-5)            1           W > t: 1, else W     X        all channels      4
 
-What they do, and which to choose:
+How they behave, and which to choose:
 
-- "paper" for new networks: the output has the scale of the convolution it stands in for. γ and β learn through the weights W
-  that are at or below t.
-- "2023-10" for checkpoints of the last public code. The softmax over all 2C averages makes the output about C times smaller,
-  which a norm after it makes up for; γ and β learn as above.
-- "2023-09": as small. γ and β learn, since GN(X) itself passes on.
-- "2023-07": as small. The gate is a step and what it passes is X: γ and β get no gradient at all, and stay as they were drawn.
+- "paper" for new networks. The output has the scale of the convolution that the operator replaces. γ and β receive gradients
+  through the weights W at or below t.
+- "2023-10" for checkpoints of the last public code. The softmax over all 2C averages makes the output about C times smaller; a
+  norm after the operator corrects that. γ and β receive gradients as in "paper".
+- "2023-09": the output is as small as in "2023-10". γ and β receive gradients through the gated GN(X).
+- "2023-07": the output is as small. The gate is a step function and X is gated, so γ and β receive no gradient and keep their
+  initial values.
 
-The weights are γ / Σγ. A γ whose sum is near zero, which one drawn from a normal can have, makes them huge and the gate a
-step; "paper" starts at γ = 1 and does not let |Σγ| fall below 1e-6, so that its output is always finite. Where all values of a
-group are equal, GN(X) is β, and with β = 0 every W is 0.5: not above t = 0.5, but not below it either ("2023-07"
-and "2023-09" count it as informative).
+The weights are γ / Σγ. If Σγ is near zero, which can happen with normally distributed γ, they become huge and the gate becomes a
+step function. "paper" starts with γ = 1 and bounds |Σγ| from below by 1e-6, so its output is always finite. If all values of a
+group are equal, GN(X) is β, and for β = 0 every W is exactly 0.5 = t. "2023-07" and "2023-09" count these as informative.
 
-Differences from the paper, which leaves these open: the number of groups and ε of the norm; weights at or below t are kept (as in
-the last public code); strides are an average pool before the units, and a 1×1 convolution follows where the channels change; the
-parallel arrangement adds both units' outputs.
+Differences: the paper leaves these points open. Here, weights at or below t are kept, as in the last public code; strides are an
+average pool before the units; a 1×1 convolution follows if the channels change; "S&C" adds the outputs of both units. The table
+gives the number of groups and ε.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_odd, check_whole
+from scconv_jax.functional.checks import check_choice, check_odd, check_whole
 from scconv_jax.layers.core import Conv, Dtype, Factory, kaiming_normal
-from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS, Parts, Variant, check_alpha, check_choice
+from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS, CRUSplit, Variant, check_alpha
 from scconv_jax.shapes import Array, Float
 
 
 class Norm(nn.Module):
-    """The parameters γ and β of a group norm, under the names and in the shapes that the variant's checkpoints have."""
+    """The parameters γ and β of the group norm, with the names and shapes of the variant's checkpoints."""
 
     variant: Variant
 
@@ -66,18 +66,18 @@ class SRU(nn.Module):
     """Spatial reconstruction unit: `(n, h, w, c)` to the same shape; see `functional.spatial_reconstruction`.
 
     Attributes:
-        variant: "paper", "2023-07", "2023-09" or "2023-10": sets what is not given below.
-        groups: of the group norm; must divide c, which must be even.
-        threshold: t, of the gate.
-        epsilon: of the group norm.
-        unbiased: whether the group norm divides by the unbiased standard deviation.
+        variant: "paper", "2023-07", "2023-09" or "2023-10". It sets every attribute below that is None.
+        groups: Groups of the group norm; must divide c, which must be even.
+        threshold: t, threshold of the gate.
+        epsilon: ε of the group norm.
+        unbiased: Whether the group norm divides by the unbiased standard deviation.
         gate: "soft" or "hard".
-        inclusive: whether a weight equal to t is informative.
+        inclusive: Whether a weight equal to t counts as informative.
         gated: "input" or "norm".
-        dtype: of the result; where not given, that of `x`. Statistics and gate are computed in float32 at least.
+        dtype: Dtype of the result. If None, that of `x`. Statistics and gates are computed in float32 or float64.
 
     Raises:
-        ValueError: for a variant that does not exist, an odd c, or `groups` that do not divide it.
+        ValueError: If a value is not one of its choices, c is odd or `groups` does not divide c.
     """
 
     variant: str = "paper"
@@ -91,7 +91,7 @@ class SRU(nn.Module):
     dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without an input."""
+        """Check the attributes."""
         check_choice("variant", self.variant, VARIANTS)
         if self.gate is not None:
             check_choice("gate", self.gate, ("soft", "hard"))
@@ -102,7 +102,7 @@ class SRU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n h w c"]:
-        """Reconstruct; `train` changes nothing."""
+        """Apply the unit. `train` is ignored."""
         del train
         variant = VARIANTS[self.variant]
         gamma, beta = Norm(variant, name="gn")(x.shape[-1])
@@ -118,18 +118,18 @@ class CRU(nn.Module):
     """Channel reconstruction unit: `(n, h, w, c)` to `(n, h, w, features)`; see `functional.channel_reconstruction`.
 
     Attributes:
-        features: channels of the output; where not given, c.
-        variant: "paper", "2023-07", "2023-09" or "2023-10": sets `fuse` where that is not given.
-        alpha: α, share of the channels that are transformed richly; between 0 and 1, rounded down to whole channels.
-        squeeze: r, by which the channels of both parts are divided.
-        conv_groups: g, of the group-wise convolution.
-        kernel_size: k, of the group-wise convolution, odd.
-        dilation: of the group-wise convolution.
+        features: Channels of the output. If None, c.
+        variant: "paper", "2023-07", "2023-09" or "2023-10". It sets `fuse` if that is None.
+        alpha: α, the upper part's share of the channels, between 0 and 1; αc is rounded down.
+        squeeze: r, by which the 1×1 convolutions divide the channels of both parts.
+        conv_groups: g, groups of the group-wise convolution.
+        kernel_size: k, kernel size of the group-wise convolution, odd.
+        dilation: Dilation of the group-wise convolution.
         fuse: "pair" or "all".
-        dtype: of the computation; where not given, what `x` and the parameters promote to.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
 
     Raises:
-        ValueError: for a value out of its range, or channels that it does not divide.
+        ValueError: If a value is out of range, or the channels cannot be split as the attributes say.
     """
 
     features: int | None = None
@@ -143,7 +143,7 @@ class CRU(nn.Module):
     dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without an input."""
+        """Check the attributes."""
         check_choice("variant", self.variant, VARIANTS)
         if self.fuse is not None:
             check_choice("fuse", self.fuse, ("pair", "all"))
@@ -154,14 +154,14 @@ class CRU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n h w d"]:
-        """Reconstruct; `train` changes nothing."""
+        """Apply the unit. `train` is ignored."""
         del train
         channels = x.shape[-1]
         features = self.features or channels
-        parts = Parts(channels, features, self.alpha, self.squeeze, self.conv_groups)
-        if reason := parts.misfit():
-            raise ValueError(f"CRU: {reason} {parts.remedy()}")
-        upper, lower, upper_squeezed, lower_squeezed = parts.widths()
+        split = CRUSplit(channels, features, self.alpha, self.squeeze, self.conv_groups)
+        if problem := split.problem():
+            raise ValueError(f"CRU: {problem} {split.suggestion()}")
+        upper, lower, upper_squeezed, lower_squeezed = split.widths()
         rest = features - lower_squeezed
 
         window = (self.kernel_size, self.kernel_size)
@@ -180,7 +180,7 @@ class CRU(nn.Module):
 
 
 class _Kernel(nn.Module):
-    """The kernel of a convolution, and its bias where it has one, for a function that applies several."""
+    """The parameters of a convolution: kernel, and bias if `use_bias`."""
 
     shape: tuple[int, ...]
     use_bias: bool = False
@@ -192,36 +192,35 @@ class _Kernel(nn.Module):
 
 
 class ScConv(nn.Module):
-    """The whole operator: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`; stands in for a 3×3 convolution.
+    """The whole operator, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, ⌈h / s⌉, ⌈w / s⌉, features)`.
 
-    Called `layer(x)`: it has no batch norm, and `train`, which it takes as other layers do, changes nothing.
+    Call it as `layer(x)`. It has no batch norm, so it ignores `train`.
 
     Attributes:
-        features: channels of the output; where not given, c.
-        strides: of an average pool before the units, whose windows at the border average the pixels they have; maps of h
-            by w become ⌈h / strides⌉ by ⌈w / strides⌉, as by a 3×3 convolution.
-        variant: "paper", "2023-07", "2023-09" or "2023-10" (see the module's docstring): sets what is not given below.
-        groups: of the SRU's group norm.
-        threshold: t, of the SRU's gate.
-        alpha: α, share of the channels that the CRU transforms richly, between 0 and 1.
+        features: Channels of the output. If None, c.
+        strides: s, strides of an average pool before the units. Windows at the border average only pixels within the map.
+        variant: "paper", "2023-07", "2023-09" or "2023-10" (see the module's docstring). It sets `groups`, `epsilon`,
+            `unbiased`, `gate`, `inclusive`, `gated` and `fuse` if they are None.
+        groups: Groups of the SRU's group norm.
+        threshold: t, threshold of the SRU's gate.
+        alpha: α, the CRU's share of upper channels, between 0 and 1.
         squeeze: r, by which the CRU divides the channels.
-        conv_groups: g, of the CRU's group-wise convolution.
-        kernel_size: k, of the CRU's group-wise convolution, odd.
-        arrangement: "S+C" the SRU, then the CRU; "C+S" the other way round; "S&C" both on the input, added; "S" and "C" one
-            alone.
-        dtype: of the computation; where not given, what `x` and the parameters promote to.
-        dilation: of the group-wise convolution.
-        epsilon: of the SRU's group norm.
-        unbiased: see `SRU`; so for `gate`, `inclusive` and `gated`.
-        gate: see there.
-        inclusive: see there.
-        gated: see there.
-        fuse: see `CRU`.
-        widen: how `features` come about where they are not c: by "projection", a 1×1 convolution after the units, or by "cru",
-            whose own last convolutions can have another number of outputs than inputs.
+        conv_groups: g, groups of the CRU's group-wise convolution.
+        kernel_size: k, kernel size of the CRU's group-wise convolution, odd.
+        arrangement: "S+C" (SRU, then CRU), "C+S" (CRU, then SRU), "S&C" (the sum of both), "S" or "C" (one unit).
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        dilation: Dilation of the CRU's group-wise convolution.
+        epsilon: ε of the SRU's group norm.
+        unbiased: See `SRU`.
+        gate: See `SRU`.
+        inclusive: See `SRU`.
+        gated: See `SRU`.
+        fuse: See `CRU`.
+        widen: How the channels change if `features` is not c: by a 1×1 convolution after the units ("projection"), or in the
+            CRU's own last convolutions ("cru").
 
     Raises:
-        ValueError: for a value out of its range, or channels that it does not divide.
+        ValueError: If a value is out of range, or the channels do not fit the units.
     """
 
     features: int | None = None
@@ -245,7 +244,7 @@ class ScConv(nn.Module):
     widen: Literal["projection", "cru"] = "projection"
 
     def __post_init__(self) -> None:
-        """Check what can be checked without an input."""
+        """Check the attributes."""
         check_choice("variant", self.variant, VARIANTS)
         check_choice("widen", self.widen, ("projection", "cru"))
         check_choice("arrangement", self.arrangement, ARRANGEMENTS)
@@ -255,7 +254,7 @@ class ScConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
-        """Apply the operator; `train` changes nothing."""
+        """Apply the operator. `train` is ignored."""
         del train
         if self.strides != 1:
             x = F.avg_pool(x, self.strides, ceil_mode=True, count_include_pad=False)
@@ -304,10 +303,10 @@ class ScConv(nn.Module):
 
 @functools.cache
 def scconv_factory(**options: Any) -> Factory:
-    """Make a factory of `ScConv` with these options: the same for the same, so that networks made alike are equal.
+    """Return a factory of `ScConv` with these options. It is cached, so that networks with equal options compare equal.
 
     Raises:
-        ValueError: for a value out of its range, here and not only where the network is first called.
+        ValueError: If a value is out of range.
     """
     ScConv(**options, parent=None)
     return partial(ScConv, **options)

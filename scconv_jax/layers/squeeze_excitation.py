@@ -1,6 +1,10 @@
-"""Squeeze-and-excitation: channels rescaled by what their averages say.
+"""Squeeze-and-excitation: each channel is rescaled by a factor computed from all channels' averages.
 
-Paper: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, Eqs. 2-4. Differences: none.
+Paper: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, Eqs. 2-4, https://arxiv.org/abs/1709.01507
+
+    z = average of X over all pixels    s = gate(W2 ReLU(W1 z))    Y = s · X
+
+Differences: both layers have a bias, which Eq. 3 omits.
 """
 
 from __future__ import annotations
@@ -16,13 +20,13 @@ from scconv_jax.shapes import Array, Float
 
 
 class SqueezeExcitation(nn.Module):
-    """Rescale channels: `(n, h, w, c)` to the same shape.
+    """Rescale the channels: `(n, h, w, c)` to the same shape.
 
     Attributes:
-        hidden: width of the hidden layer.
-        gate: from the last layer to the factors.
-        names: of the two layers, 1×1 convolutions with bias.
-        dtype: of the computation.
+        hidden: Width of the hidden layer.
+        gate: Function from the last layer's output to the factors.
+        names: Names of the two layers, which are 1×1 convolutions with bias.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
 
     hidden: int
@@ -32,7 +36,7 @@ class SqueezeExcitation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        """Multiply each channel of each image by a number between 0 and 1."""
+        """Multiply each channel of each image by its factor."""
         first, second = self.names
         factors = x.mean(axis=(1, 2), keepdims=True)
         factors = nn.relu(Conv(self.hidden, 1, use_bias=True, dtype=self.dtype, name=first)(factors))

@@ -1,13 +1,11 @@
-"""The options of ScConv: what the public versions of it differ in, and which values go together.
+"""The options of ScConv: the public versions of the operator, and the rules that its channels must follow.
 
-The table of the versions and what each does is in `scconv_jax.reconstruction`.
+`VARIANTS` holds the table of `scconv_jax/layers/reconstruction.py`, which says how the versions behave.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from numbers import Real
 from typing import Literal, NamedTuple
 
@@ -15,7 +13,7 @@ from flax import linen as nn
 
 
 class Variant(NamedTuple):
-    """What the versions of the operator differ in; see `functional.spatial_reconstruction` for the terms."""
+    """The options in which the public versions differ; `functional.spatial_reconstruction` explains them."""
 
     groups: int = 4
     epsilon: float = 1e-5
@@ -25,9 +23,9 @@ class Variant(NamedTuple):
     gated: Literal["input", "norm"] = "input"
     fuse: Literal["pair", "all"] = "pair"
     floor: float = 0.0
-    norm_names: tuple[str, str] = ("scale", "bias")  # of γ and β, as their checkpoints have them
-    norm_axes: int = 0  # axes of length 1 after theirs
-    norm_init: nn.initializers.Initializer = nn.initializers.ones
+    norm_names: tuple[str, str] = ("scale", "bias")  # parameter names of γ and β
+    norm_axes: int = 0  # trailing axes of length 1 of γ and β
+    norm_init: nn.initializers.Initializer = nn.initializers.ones  # of γ
 
 
 _HARD = Variant(
@@ -49,8 +47,8 @@ VARIANTS = {
 ARRANGEMENTS = ("S+C", "C+S", "S&C", "S", "C")
 
 
-class Parts(NamedTuple):
-    """How a CRU's channels are split, and whether they can be."""
+class CRUSplit(NamedTuple):
+    """The split of a CRU's channels into an upper and a lower part."""
 
     channels: int
     features: int
@@ -59,53 +57,47 @@ class Parts(NamedTuple):
     conv_groups: int
 
     def widths(self) -> tuple[int, int, int, int]:
-        """Return the channels of the upper and the lower part, before and after they are squeezed."""
+        """Return the channels of the upper and the lower part before squeezing, then after it."""
         upper = int(self.alpha * self.channels)
         lower = self.channels - upper
         return upper, lower, upper // self.squeeze, lower // self.squeeze
 
-    def misfit(self) -> str:
-        """Say which rule is broken; nothing where none is."""
+    def problem(self) -> str:
+        """Return a sentence about the first broken rule, or an empty string if the split is valid."""
         _, _, upper, lower = self.widths()
-        split = f"alpha={self.alpha:g} and squeeze={self.squeeze} of {self.channels} channels"
+        options = f"alpha={self.alpha:g} and squeeze={self.squeeze}"
         if min(upper, lower) < 1:
-            return f"{split} leave {upper} and {lower} channels in the two parts; each needs at least one."
+            return (
+                f"{options} reduce {self.channels} channels to {upper} in the upper and {lower} in the lower part; "
+                "each part needs at least one."
+            )
         if math.gcd(upper, self.features) % self.conv_groups:
             return (
-                f"conv_groups={self.conv_groups} must divide the {upper} channels that {split} leave to the group-wise "
-                f"convolution, and the {self.features} of the output."
+                f"conv_groups={self.conv_groups} must divide the group-wise convolution's {upper} input channels "
+                f"({options} of {self.channels} channels) and its {self.features} output channels."
             )
         if self.features < lower:
-            return f"{split} pass {lower} channels straight to the output, which has only {self.features}."
+            return f"{options} pass {lower} of {self.channels} channels straight to the output, which has only {self.features}."
         return ""
 
-    def remedy(self) -> str:
-        """Name the nearest value of each option that would do with the others as they are."""
+    def suggestion(self) -> str:
+        """Return a sentence with the nearest valid value of each option, the others unchanged."""
         whole = range(1, self.channels + 1)
         found = []
         for name, values in {"conv_groups": whole, "squeeze": whole, "alpha": [i / 8 for i in range(1, 8)]}.items():
-            fitting = [value for value in values if not self._replace(**{name: value}).misfit()]
-            if fitting:
-                _, nearest = min((abs(value - getattr(self, name)), value) for value in fitting)
+            valid = [value for value in values if not self._replace(**{name: value}).problem()]
+            if valid:
+                _, nearest = min((abs(value - getattr(self, name)), value) for value in valid)
                 found.append(f"{name}={nearest:g}")
-        return f"Nearest that would do: {', or '.join(found)}." if found else "Use more channels."
+        return f"Nearest valid options: {', or '.join(found)}." if found else "Use more channels."
 
 
 def check_alpha(alpha: float) -> None:
-    """Raise a ValueError unless α is between 0 and 1, both excluded."""
+    """Raise a ValueError unless α is a number between 0 and 1, both excluded."""
     if not isinstance(alpha, Real):
-        raise ValueError(f"alpha={alpha!r} must be a number between 0 and 1, both excluded. The paper's is 0.5.")
+        raise ValueError(f"alpha={alpha!r} must be a number between 0 and 1, both excluded. The paper uses 0.5.")
     if not 0 < alpha < 1:
         raise ValueError(
-            f"alpha={alpha:g} is the share of the channels that is transformed richly; it must lie between 0 and 1, "
-            f"both excluded. Nearest that the paper tried: {'1/8' if alpha <= 0 else '7/8'}."
+            f"alpha={alpha:g} must be between 0 and 1, both excluded: it is the CRU's share of upper channels. "
+            f"The nearest value tried in the paper is {'1/8' if alpha <= 0 else '7/8'}."
         )
-
-
-def check_choice(name: str, value: str | None, choices: Iterable[str]) -> None:
-    """Raise a ValueError, naming the nearest choice, unless `value` is one of them."""
-    known = list(choices)
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no {name} {value!r}.{hint} There are: {', '.join(map(repr, known))}.")

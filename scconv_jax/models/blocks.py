@@ -1,14 +1,18 @@
-"""The blocks of plain residual networks, with room for another operator where their 3×3 convolution stands.
+"""The blocks of plain residual networks. Each takes the operator in place of its 3×3 convolution as an argument.
 
-He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, with the stride in the 3×3 convolution, as in
-torchvision, whose parameter names these are.
+Paper: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, https://arxiv.org/abs/1512.03385
+Reference implementation: torchvision's `resnet.py`, which has the stride in the 3×3 convolution. Parameters have its names.
 
-`conv` is called `conv(features, strides=..., dilation=..., dtype=..., name=...)(x, train=...)`: hand it `SelfCalibratedConv` or
-`functools.partial(ScConv, alpha=0.75)` to make another network. In a block of two 3×3 convolutions it is the second, which keeps
-size and channels: where one per block was replaced, the 2023 paper's parameter counts fit.
+    y = ReLU(F(x) + shortcut(x))     F: convolutions, each followed by a norm, with ReLU between them
 
-A block itself is called `block(planes=..., strides=..., dilation=..., transition=..., norm=..., dtype=..., name=...)`, then as
-`(x, train=...)`; `transition` says that it begins a stage that halves the map, or would, were the network not dilated.
+The factory `conv` is called as `conv(features, strides=..., dilation=..., dtype=..., name=...)`, its result as
+`(x, train=...)`. `SelfCalibratedConv` and `functools.partial(ScConv, alpha=0.75)` are such factories. In a block of two 3×3
+convolutions, `conv` makes the second: one replaced convolution per block fits the parameter counts of the 2023 paper.
+
+A block is built as `block(planes=..., strides=..., dilation=..., transition=..., norm=..., dtype=..., name=...)` and called as
+`(x, train=...)`. `transition` marks the first block of a stage that halves the map, or would halve it without dilation.
+
+Differences: none.
 """
 
 from __future__ import annotations
@@ -18,52 +22,53 @@ from functools import partial
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.layers.core import BatchNorm, Conv, Dtype, Factory, conv1x1, conv3x3
+from scconv_jax.layers.core import BatchNorm, ConvNorm, Dtype, Factory, conv1x1, conv3x3
 from scconv_jax.shapes import Array, Float
 
 
-class Shortcut(nn.Module):
-    """The identity where shapes allow it, else a 1×1 convolution and a norm: `(n, h, w, c)` to `(n, p, q, features)`.
+def shortcut(
+    x: Float[Array, "n h w c"],
+    features: int,
+    strides: int,
+    *,
+    norm: Factory,
+    dtype: Dtype | None,
+    train: bool,
+    average: bool = False,
+) -> Float[Array, "n p q d"]:
+    """Return `x` if it has the shape of the block's output, else a 1×1 convolution of it with norm, named "downsample".
 
-    Attributes:
-        features: channels of the output.
-        strides: of the convolution, or of the average pool before it.
-        average: pool by averaging, then convolve without strides ("ResNet-D"); windows at the border average the pixels
-            they have.
-        norm: factory of the norm.
-        dtype: of the computation.
+    Args:
+        x: Input of the block, `(n, h, w, c)`.
+        features: Channels of the output.
+        strides: Strides of the block.
+        norm: Factory of the norm.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        train: Passed to the norm.
+        average: If True, an average pool has the strides, not the convolution ("ResNet-D"). Windows at the border average only
+            pixels within the map.
     """
-
-    features: int
-    strides: int = 1
-    average: bool = False
-    norm: Factory = BatchNorm
-    dtype: Dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Bring `x` to the shape of the block's output."""
-        strides, first = self.strides, 0
-        if self.average:
-            x = F.avg_pool(x, strides, ceil_mode=True, count_include_pad=False)
-            strides, first = 1, 1
-        x = Conv(self.features, 1, strides=strides, dtype=self.dtype, name=str(first))(x)
-        return self.norm(dtype=self.dtype, name=str(first + 1))(x, train=train)
+    if strides == 1 and x.shape[-1] == features:
+        return x
+    names = ("0", "1")
+    if average:
+        x, strides, names = F.avg_pool(x, strides, ceil_mode=True, count_include_pad=False), 1, ("1", "2")
+    return ConvNorm(features, 1, strides, names=names, norm=norm, dtype=dtype, name="downsample")(x, train=train)
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 and a shortcut: `(n, h, w, c)` to `(n, h / strides, w / strides, expansion planes)`.
+    """Block of a 1×1, a 3×3 and a 1×1 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, expansion planes)`.
 
     Attributes:
-        planes: channels of the 3×3 convolution.
-        strides: of the 3×3 convolution.
-        dilation: of the 3×3 convolution.
-        transition: unused here; see the module's docstring.
-        expansion: channels of the output over `planes`.
-        conv: factory of the 3×3 convolution, or of what stands in for it.
-        pointwise: factory of the 1×1 convolutions, or of what stands in for them.
-        norm: factory of the norms.
-        dtype: of the computation.
+        planes: Channels of the 3×3 convolution.
+        strides: Strides of the 3×3 convolution.
+        dilation: Dilation of the 3×3 convolution.
+        transition: Ignored; see the module's docstring.
+        expansion: Ratio of the output's channels to `planes`.
+        conv: Factory of the 3×3 convolution or its replacement.
+        pointwise: Factory of the 1×1 convolutions or their replacement.
+        norm: Factory of the norms.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
 
     planes: int
@@ -78,7 +83,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Apply the block; `train` is the norms'."""
+        """Apply the block. `train` is passed to the norms."""
         features = self.expansion * self.planes
         norm = partial(self.norm, dtype=self.dtype)
         y = self.pointwise(self.planes, dtype=self.dtype, name="conv1")(x, train=train)
@@ -87,23 +92,22 @@ class Bottleneck(nn.Module):
         y = nn.relu(norm(name="bn2")(y, train=train))
         y = self.pointwise(features, dtype=self.dtype, name="conv3")(y, train=train)
         y = norm(name="bn3")(y, train=train)
-        if self.strides != 1 or x.shape[-1] != features:
-            x = Shortcut(features, self.strides, norm=self.norm, dtype=self.dtype, name="downsample")(x, train=train)
+        x = shortcut(x, features, self.strides, norm=self.norm, dtype=self.dtype, train=train)
         return nn.relu(y + x)
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 and a shortcut: `(n, h, w, c)` to `(n, h / strides, w / strides, planes)`.
+    """Block of two 3×3 convolutions: `(n, h, w, c)` to `(n, h / strides, w / strides, planes)`.
 
     Attributes:
-        planes: channels of both convolutions.
-        strides: of the first convolution.
-        dilation: of both convolutions.
-        transition: unused here; see the module's docstring.
-        conv: factory of the second convolution, or of what stands in for it.
-        first: factory of the first convolution, or of what stands in for it.
-        norm: factory of the norms.
-        dtype: of the computation.
+        planes: Channels of both convolutions.
+        strides: Strides of the first convolution.
+        dilation: Dilation of both convolutions.
+        transition: Ignored; see the module's docstring.
+        conv: Factory of the second convolution or its replacement.
+        first: Factory of the first convolution or its replacement.
+        norm: Factory of the norms.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
 
     planes: int
@@ -117,13 +121,12 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Apply the block; `train` is the norms'."""
+        """Apply the block. `train` is passed to the norms."""
         norm = partial(self.norm, dtype=self.dtype)
         options = {"dilation": self.dilation, "dtype": self.dtype}
         y = self.first(self.planes, strides=self.strides, **options, name="conv1")(x, train=train)
         y = nn.relu(norm(name="bn1")(y, train=train))
         y = self.conv(self.planes, **options, name="conv2")(y, train=train)
         y = norm(name="bn2")(y, train=train)
-        if self.strides != 1 or x.shape[-1] != self.planes:
-            x = Shortcut(self.planes, self.strides, norm=self.norm, dtype=self.dtype, name="downsample")(x, train=train)
+        x = shortcut(x, self.planes, self.strides, norm=self.norm, dtype=self.dtype, train=train)
         return nn.relu(y + x)

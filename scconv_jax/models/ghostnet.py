@@ -1,11 +1,12 @@
-"""GhostNet, and residual networks of ghost convolutions: what both papers compare with.
+"""GhostNet, and residual networks of ghost convolutions, for comparison with the two papers' networks.
 
-Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Table 1. Reference
-implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch), whose parameter names these are.
+Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Table 1,
+https://arxiv.org/abs/1911.11907
+Reference implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch). Parameters have its names.
 
-Differences: none in `ghostnet_100`. pytorchcv (https://github.com/osmr/imgclsmob) has another network under that name, with a
-checkpoint of its own: `ghostnet_100_pytorchcv`; `Version` says what differs. In the residual networks every convolution of the
-blocks, but not stem and shortcuts, is a ghost convolution without norm or ReLU of its own, since the block's follow.
+Differences: none in `ghostnet_100`. pytorchcv (https://github.com/osmr/imgclsmob) has another network of the same name, with its
+own checkpoint. Here it is `ghostnet_100_pytorchcv`; `Version` lists the differences. In the residual networks, every convolution
+of the blocks except the shortcut's is a ghost convolution. It has no norm or ReLU inside, because the block's own follow.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images
+from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dense, Dtype, Factory, check_images
 from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
@@ -31,29 +32,29 @@ class Row(NamedTuple):
     """One row of the paper's Table 1."""
 
     kernel_size: int
-    expansion: int  # channels within the block
+    expansion: int  # channels inside the block
     features: int
     se: bool
     strides: int
 
 
 class Version(NamedTuple):
-    """What implementations of GhostNet differ in."""
+    """The differences between implementations of GhostNet."""
 
-    hidden: Callable[[int], int]  # width of a rescaling's hidden layer, of the block's channels
-    gate: Callable[[jax.Array], jax.Array]  # of a rescaling
-    shortcut_size: int | None  # kernel of the shortcut's depthwise convolution; None: that of the block
-    shortcut_relu: bool  # whether a ReLU follows it
-    head_norm: bool  # whether the head's first layer has a norm, and no bias
+    hidden: Callable[[int], int]  # from a block's channels to the width of the hidden layer of its squeeze-and-excitation
+    gate: Callable[[jax.Array], jax.Array]  # of the squeeze-and-excitation
+    shortcut_size: int | None  # kernel size of the shortcut's depthwise convolution; None: that of the block
+    shortcut_relu: bool  # whether a ReLU follows the shortcut's depthwise convolution
+    head_norm: bool  # whether the head's first layer has a norm instead of a bias
 
 
 def _divisible(value: float, divisor: int) -> int:
-    """Round to a multiple of `divisor`, but not down by more than a tenth."""
+    """Round to a multiple of `divisor`; round up where rounding down would lose more than a tenth."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
-# Named functions of this file, so that networks can be pickled.
+# Named functions, because lambdas cannot be pickled.
 def _rounded_quarter(channels: int) -> int:
     return _divisible(channels / 4, 4)
 
@@ -73,7 +74,7 @@ def _clip(x: jax.Array) -> jax.Array:
 REFERENCE = Version(_rounded_quarter, _hard_sigmoid, None, False, False)
 PYTORCHCV = Version(_quarter, _clip, 3, True, True)
 
-# Grouped as the reference's blocks are numbered: a new number where the map is halved, and once after.
+# Grouped as in the reference implementation: a new group where the map is halved, and one after it.
 GHOSTNET = (
     (Row(3, 16, 16, False, 1),),
     (Row(3, 48, 24, False, 2),),
@@ -94,13 +95,15 @@ GHOSTNET = (
 
 
 class GhostBottleneck(nn.Module):
-    """Ghost module, depthwise convolution where strided, rescaling, ghost module: `(n, h, w, c)` to `(n, p, q, features)`.
+    """Block of two ghost modules: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`.
+
+    Between them are a depthwise convolution if the block has strides, and a squeeze-and-excitation if the row says so.
 
     Attributes:
-        row: kernel size, channels, strides and rescaling.
-        version: of the network.
-        norm: factory of the norms.
-        dtype: of the computation.
+        row: Kernel size, channels, strides and whether there is a squeeze-and-excitation.
+        version: Implementation that the block follows.
+        norm: Factory of the norms.
+        dtype: Computation dtype.
     """
 
     row: Row
@@ -110,7 +113,7 @@ class GhostBottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Apply the block; `train` is the norms'."""
+        """Apply the block. `train` is passed to the norms."""
         size, expansion, features, se, strides = self.row
         norm = partial(self.norm, dtype=self.dtype)
         ghost = partial(GhostConv, kernel_size=1, norm=self.norm, dtype=self.dtype)
@@ -135,7 +138,7 @@ def _depthwise(channels: int, size: int, strides: int, **options: Any) -> Conv:
 
 
 class _Shortcut(nn.Module):
-    """A depthwise and a 1×1 convolution, each with its norm; between them perhaps a ReLU."""
+    """A depthwise and a 1×1 convolution, each followed by a norm, with a ReLU between them if `relu`."""
 
     features: int
     kernel_size: int
@@ -153,48 +156,20 @@ class _Shortcut(nn.Module):
         return norm(name="3")(x, train=train)
 
 
-class _Blocks(nn.Module):
-    """Blocks one after the other, numbered as in PyTorch's `Sequential`."""
+class _Sequence(nn.Module):
+    """Layers applied in turn, numbered as in PyTorch's `Sequential`."""
 
-    rows: tuple[Row, ...]
-    version: Version
-    norm: Factory
-    dtype: Dtype
+    layers: tuple[Factory, ...]
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        for i, row in enumerate(self.rows):
-            x = GhostBottleneck(row, self.version, self.norm, self.dtype, name=str(i))(x, train=train)
+        for i, layer in enumerate(self.layers):
+            x = layer(name=str(i))(x, train=train)
         return x
 
 
-class _ConvNormRelu(nn.Module):
-    """A 1×1 convolution, a norm and a ReLU."""
-
-    features: int
-    norm: Factory
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
-        x = Conv(self.features, 1, dtype=self.dtype, name="conv")(x)
-        return nn.relu(self.norm(dtype=self.dtype, name="bn1")(x, train=train))
-
-
-class _Last(nn.Module):
-    """What follows the blocks: one layer, in a `Sequential` of its own in the reference."""
-
-    features: int
-    norm: Factory
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
-        return _ConvNormRelu(self.features, self.norm, self.dtype, name="0")(x, train=train)
-
-
 class _Trunk(nn.Module):
-    """All blocks; returns the map before each halving, and the last."""
+    """All blocks and the last 1×1 convolution; returns the map before each halving, and the last map."""
 
     version: Version
     norm: Factory
@@ -206,8 +181,11 @@ class _Trunk(nn.Module):
         for i, rows in enumerate(GHOSTNET):
             if rows[0].strides == 2:
                 maps[f"layer{len(maps) + 1}"] = x
-            x = _Blocks(rows, self.version, self.norm, self.dtype, name=str(i))(x, train=train)
-        x = _Last(GHOSTNET[-1][-1].expansion, self.norm, self.dtype, name=str(len(GHOSTNET)))(x, train=train)
+            blocks = (partial(GhostBottleneck, row, self.version, self.norm, self.dtype) for row in rows)
+            x = _Sequence(tuple(blocks), name=str(i))(x, train=train)
+        conv = partial(ConvNorm, GHOSTNET[-1][-1].expansion, 1, names=("conv", "bn1"), relu=True)
+        last = partial(conv, norm=self.norm, dtype=self.dtype)
+        x = _Sequence((last,), name=str(len(GHOSTNET)))(x, train=train)
         return maps | {f"layer{len(maps) + 1}": x}
 
 
@@ -215,13 +193,13 @@ class GhostNet(nn.Module):
     """GhostNet 1.0×: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
-        num_classes: length of the logits.
+        num_classes: Number of classes.
         version: `REFERENCE` or `PYTORCHCV`.
-        dtype: of the computation; logits are float32 at least.
-        axis_name: mapped axis over which BatchNorm takes its statistics; where not given, each device takes its own.
+        dtype: Computation dtype. Logits are float32, or float64 for a float64 network.
+        axis_name: Mapped axis or axes to compute BatchNorm's statistics over. If None, each device computes its own.
 
     Raises:
-        ValueError: for images that are not float `(n, h, w, 3)`.
+        ValueError: If the images are not float `(n, h, w, 3)`.
     """
 
     num_classes: int = 1000
@@ -230,7 +208,7 @@ class GhostNet(nn.Module):
     axis_name: str | tuple[str, ...] | None = None
 
     def setup(self) -> None:
-        """Name the parts as the reference does: conv_stem, bn1, blocks, conv_head, classifier."""
+        """Create the parts: conv_stem, bn1, blocks, conv_head, bn_head, classifier."""
         norm = partial(BatchNorm, axis_name=self.axis_name)
         self.conv_stem = Conv(16, 3, strides=2, padding=1, dtype=self.dtype)
         self.bn1 = norm(dtype=self.dtype)
@@ -240,7 +218,7 @@ class GhostNet(nn.Module):
         self.classifier = Dense(self.num_classes, dtype=self.dtype)
 
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
-        """Return the last map of each size: `{"layer1": (n, h / 2, w / 2, 16), ..., "layer5": (n, h / 32, w / 32, 960)}`."""
+        """Return the last map of each size, `{"layer1": (n, h / 2, w / 2, 16), ..., "layer5": (n, h / 32, w / 32, 960)}`."""
         check_images(images, smallest=1)
         x = nn.relu(self.bn1(self.conv_stem(images), train=train))
         return self.blocks(x, train=train)

@@ -23,7 +23,7 @@ from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dtype, Factory
 from scconv_jax.layers.self_calibrated import SelfCalibration
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
-from scconv_jax.models.blocks import Shortcut
+from scconv_jax.models.blocks import shortcut
 from scconv_jax.models.resnet import NARROW, DeepStem, ResNet
 from scconv_jax.shapes import Array, Float
 
@@ -87,10 +87,7 @@ class SCBottleneck(nn.Module):
         y = norm(name="bn3")(y, train=train)
         if self.se_reduction is not None:
             y = SqueezeExcitation(features // self.se_reduction, dtype=self.dtype, name="se")(y)
-        if self.strides != 1 or x.shape[-1] != features:
-            x = Shortcut(features, self.strides, average=self.avg_down, norm=self.norm, dtype=self.dtype, name="downsample")(
-                x, train=train
-            )
+        x = shortcut(x, features, self.strides, average=self.avg_down, norm=self.norm, dtype=self.dtype, train=train)
         return nn.relu(y + x)
 
 

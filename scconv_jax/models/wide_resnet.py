@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
+from scconv_jax.functional.checks import check_choice
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
-from scconv_jax.layers.variants import check_choice
 from scconv_jax.shapes import Array, Float
 
 

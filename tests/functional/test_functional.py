@@ -115,7 +115,7 @@ def test_pool_that_even_ceiling_mode_does_not_save():
 @pytest.mark.parametrize("window", [0, -1, (2, 2), 1.5])
 @pytest.mark.usefixtures("unchecked")
 def test_a_window_that_is_no_whole_number(window):
-    with pytest.raises(ValueError, match=re.escape(f"window={window!r} must be one whole number, 1 or more.")):
+    with pytest.raises(ValueError, match=re.escape(f"window={window!r} must be one positive integer.")):
         F.avg_pool(X, window)
 
 

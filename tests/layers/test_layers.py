@@ -104,9 +104,9 @@ def test_groups_that_do_not_divide(features, groups):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel_size": 2}, "kernel_size=2 must be odd, for the kernel to have a centre. Use 1 or 3."),
-        ({"cheap_size": 4}, "cheap_size=4 must be odd, for the kernel to have a centre. Use 3 or 5."),
-        ({"strides": 0}, "strides=0 must be one whole number, 1 or more."),
+        ({"kernel_size": 2}, "kernel_size=2 must be odd, so that the kernel has a centre. Use 1 or 3."),
+        ({"cheap_size": 4}, "cheap_size=4 must be odd, so that the kernel has a centre. Use 3 or 5."),
+        ({"strides": 0}, "strides=0 must be one positive integer."),
     ],
 )
 def test_what_a_ghost_convolution_refuses(options, message):

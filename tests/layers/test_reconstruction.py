@@ -297,17 +297,17 @@ def test_an_operator_handed_to_a_block_of_a_users_network(conv):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "2023-8"}, "There is no variant '2023-8'. Did you mean '2023-"),
-        ({"arrangement": "s+c"}, "There is no arrangement 's+c'. Did you mean 'S+C'?"),
-        ({"arrangement": "C&S"}, "There are: 'S+C', 'C+S', 'S&C', 'S', 'C'."),
-        ({"alpha": 0.0}, "alpha=0 is the share of the channels that is transformed richly; it must lie between 0 and 1"),
-        ({"alpha": 1.0}, "Nearest that the paper tried: 7/8."),
-        ({"alpha": -0.5}, "Nearest that the paper tried: 1/8."),
+        ({"variant": "2023-8"}, "Unknown variant '2023-8'. Did you mean '2023-"),
+        ({"arrangement": "s+c"}, "Unknown arrangement 's+c'. Did you mean 'S+C'?"),
+        ({"arrangement": "C&S"}, "Choose from 'S+C', 'C+S', 'S&C', 'S', 'C'."),
+        ({"alpha": 0.0}, "alpha=0 must be between 0 and 1, both excluded: it is the CRU's share of upper channels."),
+        ({"alpha": 1.0}, "The nearest value tried in the paper is 7/8."),
+        ({"alpha": -0.5}, "The nearest value tried in the paper is 1/8."),
         ({"alpha": "half"}, "alpha='half' must be a number between 0 and 1"),
-        ({"strides": 0}, "strides=0 must be one whole number, 1 or more."),
-        ({"strides": (2, 2)}, "strides=(2, 2) must be one whole number, 1 or more. It holds for height and width alike."),
-        ({"features": -4}, "features=-4 must be one whole number, 1 or more."),
-        ({"widen": "cruu"}, "There is no widen 'cruu'. Did you mean 'cru'?"),
+        ({"strides": 0}, "strides=0 must be one positive integer."),
+        ({"strides": (2, 2)}, "strides=(2, 2) must be one positive integer. It applies to both height and width."),
+        ({"features": -4}, "features=-4 must be one positive integer."),
+        ({"widen": "cruu"}, "Unknown widen 'cruu'. Did you mean 'cru'?"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -319,42 +319,56 @@ def test_refused_at_construction(options, message):
 @pytest.mark.parametrize(
     ("channels", "options", "message"),
     [
-        (18, {}, "groups=4 must divide the channels, 18. Nearest that do: 3 and 6."),
-        (16, {"groups": 5}, "groups=5 must divide the channels, 16. Nearest that do: 4 and "),
-        (15, {}, "The channels are split in two halves; 15 is odd. Use 14 or 16 channels."),
-        (16, {"conv_groups": 3}, "conv_groups=3 must divide the 4 channels that alpha=0.5 and squeeze=2 of 16 channels leave"),
+        (18, {}, "groups=4 must divide the channels, 18. Nearest valid values: 3 and 6."),
+        (16, {"groups": 5}, "groups=5 must divide the channels, 16. Nearest valid values: 4 and "),
+        (15, {}, "The channels are split into two halves, but 15 is odd. Use 14 or 16 channels."),
+        (
+            16,
+            {"conv_groups": 3},
+            "conv_groups=3 must divide the group-wise convolution's 4 input channels (alpha=0.5 and squeeze=2 of 16 channels)",
+        ),
         # 7 and 14 would divide the 42 channels, but not the 48 of the output
-        (48, {"alpha": 0.875, "squeeze": 1, "conv_groups": 8}, "and the 48 of the output. Nearest that would do: conv_groups=6,"),
-        (16, {"kernel_size": 4}, "kernel_size=4 must be odd, for the kernel to have a centre. Use 3 or 5."),
-        (16, {"squeeze": 0}, "squeeze=0 must be one whole number, 1 or more."),
-        (16, {"conv_groups": 0}, "conv_groups=0 must be one whole number, 1 or more."),
+        (
+            48,
+            {"alpha": 0.875, "squeeze": 1, "conv_groups": 8},
+            "and its 48 output channels. Nearest valid options: conv_groups=6,",
+        ),
+        (16, {"kernel_size": 4}, "kernel_size=4 must be odd, so that the kernel has a centre. Use 3 or 5."),
+        (16, {"squeeze": 0}, "squeeze=0 must be one positive integer."),
+        (16, {"conv_groups": 0}, "conv_groups=0 must be one positive integer."),
         (
             16,
             {"kernel_size": (3, 3)},
-            "kernel_size=(3, 3) must be one whole number, 1 or more. It holds for height and width alike.",
+            "kernel_size=(3, 3) must be one positive integer. It applies to both height and width.",
         ),
-        (16, {"dilation": -1}, "dilation=-1 must be one whole number, 1 or more."),
-        (16, {"groups": 4.0}, "groups=4.0 must be one whole number, 1 or more."),
+        (16, {"dilation": -1}, "dilation=-1 must be one positive integer."),
+        (16, {"groups": 4.0}, "groups=4.0 must be one positive integer."),
         (
             16,
             {"squeeze": 100},
-            "leave 0 and 0 channels in the two parts; each needs at least one. Nearest that would do: squeeze=4.",
+            "reduce 16 channels to 0 in the upper and 0 in the lower part; each part needs at least one. "
+            "Nearest valid options: squeeze=4.",
         ),
         (
             16,
             {"alpha": 0.01},
-            "leave 0 and 8 channels in the two parts; each needs at least one. Nearest that would do: alpha=0.25.",
+            "reduce 16 channels to 0 in the upper and 8 in the lower part; each part needs at least one. "
+            "Nearest valid options: alpha=0.25.",
         ),
-        (4, {}, "conv_groups=2 must divide the 1 channels that"),
-        (2, {"groups": 1}, "leave 0 and 0 channels in the two parts; each needs at least one. Use more channels."),
+        (4, {}, "conv_groups=2 must divide the group-wise convolution's 1 input channels"),
+        (
+            2,
+            {"groups": 1},
+            "reduce 2 channels to 0 in the upper and 0 in the lower part; each part needs at least one. Use more channels.",
+        ),
         (
             64,
             {"features": 8, "widen": "cru"},
-            "pass 16 channels straight to the output, which has only 8. Nearest that would do: squeeze=4, or alpha=0.75.",
+            "pass 16 of 64 channels straight to the output, which has only 8. Nearest valid options: squeeze=4, or alpha=0.75.",
         ),
-        (16, {"gate": "sharp"}, "There is no gate 'sharp'."),
-        (16, {"fuse": "pairs"}, "There is no fuse 'pairs'. Did you mean 'pair'?"),
-        (16, {"gated": "nor"}, "There is no gated 'nor'. Did you mean 'norm'?"),
+        (16, {"gate": "sharp"}, "Unknown gate 'sharp'."),
+        (16, {"fuse": "pairs"}, "Unknown fuse 'pairs'. Did you mean 'pair'?"),
+        (16, {"gated": "nor"}, "Unknown gated 'nor'. Did you mean 'norm'?"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -376,7 +390,7 @@ def test_what_an_error_proposes_works(channels, alpha, squeeze, conv_groups):
     try:
         jax.eval_shape(CRU(**options).init, KEY, x)
     except ValueError as error:
-        for name, value in re.findall(r"(\w+)=([\d.]+\d|\d)(?=[,.])", str(error).partition("would do: ")[2]):
+        for name, value in re.findall(r"(\w+)=([\d.]+\d|\d)(?=[,.])", str(error).partition("valid options: ")[2]):
             proposed = {**options, name: float(value) if name == "alpha" else int(value)}
             jax.eval_shape(CRU(**proposed).init, KEY, x)
 

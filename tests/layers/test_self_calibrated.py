@@ -118,12 +118,12 @@ def test_map_smaller_than_the_pool(layer, pooling):
 
 
 def test_groups_that_do_not_divide_a_half():
-    with pytest.raises(ValueError, match=r"groups=3.*4 and 4\. Nearest that do: 2 and 4\."):
+    with pytest.raises(ValueError, match=r"groups=3.*4 and 4\. Nearest valid values: 2 and 4\."):
         SelfCalibratedConv(8, groups=3).init(KEY, X, train=False)
 
 
 def test_pooling_that_is_none():
-    with pytest.raises(ValueError, match=r"pooling=0 must be one whole number, 1 or more\."):
+    with pytest.raises(ValueError, match=r"pooling=0 must be one positive integer\."):
         SelfCalibratedConv(8, pooling=0).init(KEY, X, train=False)
 
 
