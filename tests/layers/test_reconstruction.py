@@ -14,6 +14,7 @@ from flax import linen as nn
 import scconv_jax
 from scconv_jax import CRU, SRU, ScConv
 from scconv_jax import functional as F
+from scconv_jax.functional.convolution import reconstruction_kernel
 from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS
 from scconv_jax.models.blocks import Bottleneck
 
@@ -85,7 +86,7 @@ def test_the_dense_kernel_equals_the_group_wise_and_the_point_wise_one(groups, s
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     ) + F.conv(x, pwc1)
-    dense = F.conv(x, F.reconstruction_kernel(gwc, pwc1, groups), **options)
+    dense = F.conv(x, reconstruction_kernel(gwc, pwc1, groups), **options)
     np.testing.assert_allclose(dense, plain, rtol=2e-5, atol=2e-5)
 
 
