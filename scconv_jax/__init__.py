@@ -4,10 +4,15 @@
     variables = model.init(jax.random.key(0), images, train=False)     images: float (n, h, w, 3)
     logits = model.apply(variables, images, train=False)
 
-Networks by name: `create_model`, `list_models`. Layers for your own: `SelfCalibratedConv`, `SelfCalibration`,
-`ScConv`, `SRU`, `CRU`, `GhostConv`. The operators as
-pure functions of arrays, without Flax: `functional`. PyTorch's weights: `from_torch`, `to_torch`. Files: `save`, `load`;
-from any checkpoint to a network: `load_model`, `load_weights`; a training run's folder: `runs`.
+The names below are in these folders:
+
+    functional/   the operators as pure functions of arrays, and the form in which each convolution is computed
+    layers/       Flax modules that replace a convolution: SelfCalibratedConv, SelfCalibration, ScConv, SRU, CRU, GhostConv
+    models/       networks by name: create_model, list_models
+    weights/      files of weights, and download
+    interop/      names and layouts of PyTorch's weights: from_torch, to_torch, load_model, load_weights, save, load
+    cli/          the commands of `python -m scconv_jax`
+    images.py     image files to a network's input      runs.py     the folder of a training run
 """
 
 from scconv_jax import files, functional, images, layers, messages, models
