@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 try:
     from train.config.flags import Flags, parse_flags, print_help
@@ -23,25 +22,25 @@ from train.distributed import HostLink, find_hosts
 from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_held
 
 
-def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, Any]]:
-    """Parse a command line; print the help and exit if it asks for that. See `parse_flags`."""
-    flags, given = parse_flags([word for word in argv if word not in ("-h", "--help")])
+def parse(argv: Sequence[str]) -> Flags:
+    """Parse a command line, as `parse_flags`; --help prints the help and exits."""
+    flags = parse_flags([word for word in argv if word not in ("-h", "--help")])
     if {"-h", "--help"} & set(argv):
-        print_help(_find_base(flags, given)[0])
-    return flags, given
+        print_help(_find_base(flags)[0])
+    return flags
 
 
-def plan_run(flags: Flags, given: dict[str, Any]) -> tuple[Config, Path | None]:
+def plan_run(flags: Flags) -> tuple[Config, Path | None]:
     """Return the experiment and the folder of the run; the folder is None if only weights of `model.init` are tested.
 
     Raises:
         ConfigError: The config, the folder and the flags do not fit together.
     """
-    for name in {"multiprocessing_distributed", "dist_backend"} & given.keys():
+    for name in {"multiprocessing_distributed", "dist_backend"} & flags.given.keys():
         flag = name.replace("_", "-")
         print(f"--{flag} has no effect: one process drives all devices of a host, and JAX chooses how they communicate")
-    base, path, workdir, resumed = _find_base(flags, given)
-    experiment = _with_images(override(base, given), flags)
+    base, path, workdir, resumed = _find_base(flags)
+    experiment = _with_images(override(base, flags.given), flags)
     if flags.evaluate and not resumed:
         return experiment, None
     workdir = workdir or fresh_workdir(path.stem)
@@ -53,11 +52,11 @@ def plan_run(flags: Flags, given: dict[str, Any]) -> tuple[Config, Path | None]:
     return experiment, workdir
 
 
-def _find_base(flags: Flags, given: dict[str, Any]) -> tuple[Config, Path, Path | None, Config | None]:
+def _find_base(flags: Flags) -> tuple[Config, Path, Path | None, Config | None]:
     """Return the config that the flags override, its file, the workdir (None if not known) and the config of a resumed run."""
     path = flags.config or (IMAGENET if flags.images or flags.dummy else DEFAULT)
     workdir, resumed = flags.workdir, None
-    if flags.resume or (flags.evaluate and (workdir or "model.init" not in given)):
+    if flags.resume or (flags.evaluate and (workdir or "model.init" not in flags.given)):
         if workdir and workdir.is_file():
             raise ConfigError(
                 f"{workdir} is a file, and a run is a folder; to start from the weights in a file: --init {workdir}"
@@ -78,7 +77,7 @@ def _with_images(experiment: Config, flags: Flags) -> Config:
     return replace(experiment, data=data)
 
 
-def join(flags: Flags, given: dict[str, Any]) -> HostLink:
+def join(flags: Flags) -> HostLink:
     """Choose the devices of this process and connect to the other hosts, if there are any.
 
     Raises:
@@ -91,14 +90,16 @@ def join(flags: Flags, given: dict[str, Any]) -> HostLink:
     if flags.gpu is not None:
         jax.config.update("jax_cuda_visible_devices", str(flags.gpu))
     hosts = replace(flags.hosts, address=flags.hosts.address and flags.hosts.address.removeprefix("tcp://"))
-    return HostLink(find_hosts(hosts), [f"{name} {value}" for name, value in given.items() if name not in ("hosts.index", "gpu")])
+    return HostLink(
+        find_hosts(hosts), [f"{name} {value}" for name, value in flags.given.items() if name not in ("hosts.index", "gpu")]
+    )
 
 
-def run(flags: Flags, given: dict[str, Any], link: HostLink) -> int:
+def run(flags: Flags, link: HostLink) -> int:
     """Train or test. Host 0 reads the config and tells the other hosts, which print nothing."""
     plan = None
     if link.index == 0:
-        experiment, workdir = plan_run(flags, given)
+        experiment, workdir = plan_run(flags)
         plan = [to_json(experiment), workdir and str(workdir)]
     else:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
@@ -123,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     link = None
     try:
-        flags, given = parse(sys.argv[1:] if argv is None else argv)
-        with join(flags, given) as link:
-            return run(flags, given, link)
+        flags = parse(sys.argv[1:] if argv is None else argv)
+        with join(flags) as link:
+            return run(flags, link)
     except BaseException as error:
         if link is not None and isinstance(error, RuntimeError):
             link.wait_for_reason()

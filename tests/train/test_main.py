@@ -301,7 +301,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(sm
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(small):
-    config, workdir = plan_run(*parse(["--config", small]))[0], Path("runs/small")
+    config, workdir = plan_run(parse(["--config", small]))[0], Path("runs/small")
     workdir.mkdir(parents=True)
     folders.save_config(workdir, config)
     (workdir / "metrics.jsonl").write_text('{"step": 3, "epoch": 0.6}\n')

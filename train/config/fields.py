@@ -16,7 +16,7 @@ class Group:
         """Refuse unknown field names; unlike the dataclass's own error, this one suggests the nearest field."""
         known = typing.get_type_hints(cls)
         for name in fields.keys() - known.keys():
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{suggest(name, known)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -25,22 +25,26 @@ class Group:
             if not _fits(value, annotation):
                 raise ConfigError(
                     f"{type(self).__name__}.{name} must be {_describe(annotation)}, found {value!r}"
-                    + (nearest(value, typing.get_args(annotation)) if isinstance(value, str) else "")
+                    + (suggest(value, typing.get_args(annotation)) if isinstance(value, str) else "")
                 )
+        self._check()
+
+    def _check(self) -> None:
+        """Check the ranges of the fields. Override this."""
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
             raise ConfigError(f"{type(self).__name__}.{name} must be {expected}, found {getattr(self, name)!r}")
 
 
-def nearest(name: str, valid: Iterable[Any]) -> str:
-    """Return the end of an error message: the valid names nearest to `name`, or all valid names if none is similar."""
+def suggest(name: str, valid: Iterable[Any]) -> str:
+    """Return the end of an error message: the valid names that resemble `name`, or all valid names if none does."""
     import scconv_jax  # loads JAX, so only after a mistake
 
     names = [v for v in valid if isinstance(v, str)]
-    if close := scconv_jax.messages.nearest(name, names):
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; valid: {', '.join(names)}" if names else ""
+    if hint := scconv_jax.messages.did_you_mean(name, names):
+        return f".{hint}"
+    return f". Valid: {', '.join(names)}" if names else ""
 
 
 def _fits(value: Any, annotation: Any) -> bool:

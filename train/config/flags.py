@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from train.config.errors import ConfigError
 from train.config.files import flatten
@@ -78,14 +78,12 @@ class Flags:
     """Accepted, without effect: JAX chooses how devices communicate."""
     images: Annotated[str, Positional, arg(metavar="[DIR]", help_behavior_hint="")] = ""
     """Images to train on: a folder with train/CLASS/… and val/CLASS/…, or a TFDS data set. Sets --data.name and --data.dir."""
+    given: Annotated[dict[str, Any], Fixed, Suppress] = dataclasses.field(default_factory=dict)
+    """No flag: the value of each flag that is given, by name, as in `{"optim.lr": 0.1}`."""
 
 
-def parse_flags(argv: Sequence[str]) -> tuple[Flags, dict[str, Any]]:
-    """Parse a command line without help flags.
-
-    Returns:
-        The flags, with placeholders in fields of the experiment that are not given; and the value of each flag that is given, by
-        name, as in `{"optim.lr": 0.1}`.
+def parse_flags(argv: Sequence[str]) -> Flags:
+    """Parse a command line without --help. Fields of the experiment that are not given have placeholders.
 
     Raises:
         ConfigError: A flag is unknown, or its value is out of range.
@@ -105,7 +103,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[Flags, dict[str, Any]]:
         group, dot, field = name.rpartition(".")
         return name in named or f"{group}{dot}no_{field}" in named or (name == "images" and flags.images != "")
 
-    return flags, {name: value for name, value in values.items() if is_given(name)}
+    return dataclasses.replace(flags, given={name: value for name, value in values.items() if is_given(name)})
 
 
 def print_help(config: Config) -> None:

@@ -72,8 +72,7 @@ class Data(Group):
     synthetic_classes: int = 10
     """Classes of the synthetic data set."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
         for name in ("image_size", "batch_size", "synthetic_train", "synthetic_test"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.synthetic_classes >= 2, "synthetic_classes", "at least 2")
@@ -104,8 +103,7 @@ class Augment(Group):
     randaugment_magnitude: int = 9
     """Strength of the RandAugment operations, 0 to 30."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
         for name in ("mixup", "cutmix", "randaugment"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
         self._require(0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude", "0 to 30")
@@ -144,8 +142,7 @@ class Optim(Group):
     drop_factor: float = 0.1
     """Factor of the step schedule."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
         self._require(self.lr > 0, "lr", "above 0")
         for name in ("momentum", "label_smoothing", "ema"):
             self._require(0 <= getattr(self, name) < 1, name, "at least 0 and under 1")
@@ -171,8 +168,7 @@ class Hosts(Group):
     timeout: float = 300.0
     """Seconds to wait for the other processes."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
         given = {name: getattr(self, name) for name in ("count", "index", "address")}
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < 3:
@@ -202,8 +198,7 @@ class Log(Group):
     profile_steps: tuple[int, ...] = ()
     """First and last step to profile; the trace goes to the workdir. Step 1 includes compilation."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
         steps = self.profile_steps
         self._require(not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]), "profile_steps", "two steps in rising order")
 
@@ -234,8 +229,7 @@ class Config(Group):
     optim: Optim = field(default_factory=Optim)
     log: Log = field(default_factory=Log)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
         for name in ("epochs", "log_every", "keep_checkpoints"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("checkpoint_every", "check_every"):

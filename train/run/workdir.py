@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from train.config import Config, ConfigError
-from train.config.fields import nearest
+from train.config.fields import suggest
 from train.config.files import differences, from_json, to_json
 
 RUNS = Path("runs")
@@ -51,7 +51,7 @@ def load_run(workdir: Path) -> Config:
         if holds_run(workdir):
             raise ConfigError(f"{workdir} holds checkpoints but no config.json: restore the file, or choose another --workdir")
         runs = [str(path.parent) for path in sorted(workdir.parent.glob("*/config.json"))]
-        raise ConfigError(f"no run in {workdir}: it has no config.json{nearest(str(workdir), runs)}")
+        raise ConfigError(f"no run in {workdir}: it has no config.json{suggest(str(workdir), runs)}")
     return from_json((workdir / "config.json").read_text(errors="replace"), str(workdir / "config.json"))
 
 

@@ -21,13 +21,16 @@ from train.optim import make_optimizer, make_schedule
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Optim(learning_rate=0.1), "Optim has no field 'learning_rate'; valid: "),
-        (lambda: Optim(momentun=0.1), "Optim has no field 'momentun'; did you mean momentum?"),
+        (lambda: Optim(learning_rate=0.1), "Optim has no field 'learning_rate'. Valid: "),
+        (lambda: Optim(momentun=0.1), "Optim has no field 'momentun'. Did you mean 'momentum'?"),
         (lambda: Optim(lr="0.1"), "Optim.lr must be a finite number, found '0.1'"),
         (lambda: Optim(lr=True), "Optim.lr must be a finite number, found True"),
         (lambda: Optim(lr=0), "Optim.lr must be above 0, found 0"),
         (lambda: Optim(lr=float("nan")), "Optim.lr must be a finite number, found nan"),
-        (lambda: Optim(schedule="cosin"), "Optim.schedule must be one of 'cosine', 'step', found 'cosin'; did you mean cosine?"),
+        (
+            lambda: Optim(schedule="cosin"),
+            "Optim.schedule must be one of 'cosine', 'step', found 'cosin'. Did you mean 'cosine'?",
+        ),
         (lambda: Optim(drop_epochs=[3.0]), "Optim.drop_epochs must be a tuple of float, found [3.0]"),
         (lambda: Optim(drop_epochs=(6.0, 3.0)), "Optim.drop_epochs must be in rising order, found (6.0, 3.0)"),
         (lambda: Log(profile_steps=(9, 3)), "Log.profile_steps must be two steps in rising order, found (9, 3)"),
@@ -162,7 +165,7 @@ def test_every_field_says_what_it_is():
     [
         ("import train.config\n", "must define `config = Config(...)`, found NoneType"),
         ("config = 3\n", "must define `config = Config(...)`, found int"),
-        ("from train.config import Config\n\nconfig = Config(epoch=3)\n", "Config has no field 'epoch'; did you mean epochs"),
+        ("from train.config import Config\n\nconfig = Config(epoch=3)\n", "Config has no field 'epoch'. Did you mean 'epochs'"),
         ("from train.config import Config\n\nconfig = Config(\n", "line 3: SyntaxError: "),
         ("\nimport trian\n", "line 2: ModuleNotFoundError: No module named 'trian'"),
     ],

@@ -57,8 +57,8 @@ def empty_folder(tmp_path, monkeypatch):
 
 def plan(argv):
     """The experiment, the folder of the run and whether it is only tested."""
-    flags, given = parse(argv)
-    return *main.plan_run(flags, given), flags.evaluate
+    flags = parse(argv)
+    return *main.plan_run(flags), flags.evaluate
 
 
 def fields(config, names):
@@ -257,7 +257,7 @@ def test_resume_takes_a_folder_not_a_file():
 def test_devices_are_chosen_before_jax_looks_for_them(monkeypatch, argv, setting, value):
     settings = {}
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
-    join(*parse(argv))
+    join(parse(argv))
     assert settings == {setting: value}
 
 
@@ -279,7 +279,7 @@ def test_a_flag_without_effect_says_so(capsys, argv):
 def test_the_hosts_by_either_name(monkeypatch, argv):
     found = []
     monkeypatch.setattr(main, "HostLink", lambda hosts, flags: found.append((hosts, flags)))
-    join(*parse([*argv, "--gpu", "1", "--seed", "3"]))
+    join(parse([*argv, "--gpu", "1", "--seed", "3"]))
     (hosts, flags) = found[0]
     assert hosts == Hosts(count=4, index=2, address="10.0.0.1:8476")
     assert flags == ["seed 3", "hosts.count 4", f"hosts.address {argv[-1]}"], "flags that may differ between hosts are left out"
