@@ -150,4 +150,4 @@ def test_a_run_with_another_number_of_classes_does_not_go_on(digits, capsys):
     assert main(["--workdir", "a", "--resume", "--epochs", "2"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "has another model" in error
-    assert "fc/bias is (3,) float32 there, (4,) float32 here" in error
+    assert "fc/bias is (3,) float32 in it, (4,) float32 here" in error
