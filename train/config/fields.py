@@ -32,6 +32,10 @@ class Group:
     def _check(self) -> None:
         """Check the ranges of the fields. Override this."""
 
+    def _at_least(self, lowest: int, *names: str) -> None:
+        for name in names:
+            self._require(getattr(self, name) >= lowest, name, f"at least {lowest}")
+
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
             raise ConfigError(f"{type(self).__name__}.{name} must be {expected}, found {getattr(self, name)!r}")

@@ -73,11 +73,9 @@ class Data(Group):
     """Classes of the synthetic data set."""
 
     def _check(self) -> None:
-        for name in ("image_size", "batch_size", "synthetic_train", "synthetic_test"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        self._require(self.synthetic_classes >= 2, "synthetic_classes", "at least 2")
-        for name in ("crop_padding", "threads", "max_bad_images"):
-            self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._at_least(1, "image_size", "batch_size", "synthetic_train", "synthetic_test")
+        self._at_least(2, "synthetic_classes")
+        self._at_least(0, "crop_padding", "threads", "max_bad_images")
         self._require(self.resize == 0 or self.resize >= self.image_size, "resize", f"0 or at least image_size {self.image_size}")
         for name, highest in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
             pair = getattr(self, name)
@@ -104,8 +102,7 @@ class Augment(Group):
     """Strength of the RandAugment operations, 0 to 30."""
 
     def _check(self) -> None:
-        for name in ("mixup", "cutmix", "randaugment"):
-            self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._at_least(0, "mixup", "cutmix", "randaugment")
         self._require(0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude", "0 to 30")
 
 
@@ -146,9 +143,8 @@ class Optim(Group):
         self._require(self.lr > 0, "lr", "above 0")
         for name in ("momentum", "label_smoothing", "ema"):
             self._require(0 <= getattr(self, name) < 1, name, "at least 0 and under 1")
-        self._require(self.accumulate >= 1, "accumulate", "at least 1")
-        for name in ("lr_reference_batch", "weight_decay", "clip_norm", "warmup_epochs", "drop_factor"):
-            self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._at_least(1, "accumulate")
+        self._at_least(0, "lr_reference_batch", "weight_decay", "clip_norm", "warmup_epochs", "drop_factor")
         self._require(list(self.drop_epochs) == sorted(set(self.drop_epochs)), "drop_epochs", "in rising order")
 
 
@@ -179,7 +175,7 @@ class Hosts(Group):
         self._require(self.timeout > 0, "timeout", "above 0 (seconds)")
         if self.count is None or self.index is None or self.address is None:
             return
-        self._require(self.count >= 1, "count", "at least 1")
+        self._at_least(1, "count")
         self._require(0 <= self.index < self.count, "index", f"0 to {self.count - 1}")
         host, _, port = self.address.rpartition(":")
         self._require(bool(host) and port.isdecimal() and 0 < int(port) < 65535, "address", "HOST:PORT, port 1 to 65534")
@@ -230,10 +226,8 @@ class Config(Group):
     log: Log = field(default_factory=Log)
 
     def _check(self) -> None:
-        for name in ("epochs", "log_every", "keep_checkpoints"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("checkpoint_every", "check_every"):
-            self._require(getattr(self, name) >= 0, name, "0 or more")
+        self._at_least(1, "epochs", "log_every", "keep_checkpoints")
+        self._at_least(0, "checkpoint_every", "check_every")
         self._require(0 <= self.start_epoch < self.epochs, "start_epoch", "at least 0 and under epochs")
         self._require(0 <= self.seed < 2**31, "seed", "at least 0 and under 2**31")
         self._require(self.optim.warmup_epochs < self.epochs, "epochs", "more than Optim.warmup_epochs")
