@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -205,13 +206,13 @@ def _write_cache(path: Path, records: FolderRecords, modified: dict[str, int]) -
 
     if max(modified.values()) > time.time_ns() - SETTLED_NS:
         return
-    arrays = {name: getattr(records, name) for name in ("labels", "starts", "names", "offsets")}
-    texts = {"classes": records.classes, "folders": records.folders, "watched": modified}
-    times = np.asarray(list(modified.values()), np.int64)
+    arrays: dict[str, Any] = {name: getattr(records, name) for name in ("labels", "starts", "names", "offsets")}
+    arrays |= {"classes": _joined(records.classes), "folders": _joined(records.folders), "watched": _joined(modified)}
+    arrays["times"] = np.asarray(list(modified.values()), np.int64)
     with contextlib.suppress(OSError):  # without a cache, the next start only takes longer
         path.parent.mkdir(parents=True, exist_ok=True)
         with scconv_jax.files.replacing(path) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays, **{name: _joined(text) for name, text in texts.items()}, times=times)
+            np.savez(file, **arrays)
 
 
 def _joined(texts: Iterable[str]) -> np.ndarray:
