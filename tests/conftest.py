@@ -4,16 +4,32 @@ Eight simulated CPU devices, no implicit rank promotion, warnings as errors (pyp
 are checked on every call. Torch is optional here: only the files named `test_*_equivalence.py` need it.
 """
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 import zlib
 
 DEVICES = 8
 
+# The environment also reaches the workers of pytest-xdist and every process that a test starts.
 _flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _flags:  # must stand before the first import of jax
-    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count={DEVICES}".strip()
+for _flag in (
+    f"--xla_force_host_platform_device_count={DEVICES}",
+    # LLVM's optimisations take half of the suite's time and change no result beyond rounding. The equivalence tests in
+    # float32 switch them on again (`tests.equivalence.jit`).
+    "--xla_backend_optimization_level=0",
+):
+    if _flag.split("=")[0] not in _flags:
+        _flags = f"{_flags} {_flag}".strip()
+os.environ["XLA_FLAGS"] = _flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # A program that several tests or processes need is compiled once. The cache starts empty and goes at the end.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="scconv-jax-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -24,7 +40,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if importlib.util.find_spec("torch") is not None:
     import torch
 
-    torch.set_num_threads(2)  # a test run shares its machine
+    torch.set_num_threads(1)  # each worker of pytest-xdist has a core; waiting threads would take the other's
 
 
 @pytest.fixture
