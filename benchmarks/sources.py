@@ -34,9 +34,9 @@ pytorchcv_resnet50b = partial(PytorchCV, "resnetb")
 pytorchcv_ghostnet = PytorchCVGhostNet
 mmpose_scnet50 = MMPose
 
-ONE = SIZES[2:]
+ONE = SIZES[224][2:]
 SOURCES = (  # source, network, output stride, sizes of the images
-    ("SCNet's authors", "scnet50", 32, SIZES),
+    ("SCNet's authors", "scnet50", 32, SIZES[224]),
     ("SCNet's authors, dilated", "scnet50_dilated", 8, ONE),
     ("SCNet's authors", "scnet50_v1d", 32, ONE),
     ("SCNet's authors", "scnet101", 32, ONE),

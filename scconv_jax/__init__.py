@@ -23,7 +23,14 @@ from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
 from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
 from scconv_jax.models.complexity import multiply_adds
-from scconv_jax.models.registry import create_model, list_models, list_pretrained, prepare_images
+from scconv_jax.models.registry import (
+    create_model,
+    feature_info,
+    list_models,
+    list_pretrained,
+    model_info,
+    prepare_images,
+)
 from scconv_jax.weights import WeightsError, runs
 
 __version__ = "0.1.0"
@@ -38,6 +45,7 @@ __all__ = [
     "SelfCalibration",
     "WeightsError",
     "create_model",
+    "feature_info",
     "files",
     "from_torch",
     "functional",
@@ -49,6 +57,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "messages",
+    "model_info",
     "models",
     "multiply_adds",
     "prepare_images",

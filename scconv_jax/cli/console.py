@@ -1,4 +1,4 @@
-"""What commands print: tables of rich, on a terminal as wide as that is."""
+"""Printing of rich's tables on standard output."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from rich.console import Console, RenderableType
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a table on standard output."""
-    # A table read by another program, or kept in a file, is not cut to 80 columns.
+    """Print a table, as wide as the terminal."""
+    # In a file or a pipe, rich would cut a table to 80 columns.
     Console(width=None if sys.stdout.isatty() else 170).print(renderable)

@@ -13,8 +13,8 @@ from scconv_jax.cli.console import show
 from scconv_jax.cli.convert import ANY, add_source, model_options, open_source
 from scconv_jax.interop.conversion import ConversionError
 from scconv_jax.interop.loading import choose_model, convert_for_model
-from scconv_jax.interop.verification import LIMITS, SIZES, SMALL_SIZES, Difference, compare
-from scconv_jax.models.registry import create_model
+from scconv_jax.interop.verification import LIMITS, SIZES, Difference, compare
+from scconv_jax.models.registry import create_model, model_info
 
 
 def add(commands: Any) -> None:
@@ -58,7 +58,7 @@ def _verify(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     checkpoint = open_source(options)
     name, arguments = choose_model(checkpoint, options.model, model_options(options))
-    sizes = sizes or (SMALL_SIZES if name.endswith("_small") else SIZES)
+    sizes = sizes or SIZES[model_info(name).image_size]
     loaded = convert_for_model(checkpoint, name, create_model(name, **arguments))
     without = ["logits"] if loaded.conversion.kept else []
     largest: dict[tuple[str, str], Difference] = {}

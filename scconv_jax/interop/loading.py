@@ -166,8 +166,6 @@ def choose_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str
         arguments.pop("num_classes", None)  # a file cannot ask for a head that it does not have
         arguments |= {key: value for key, value in options_shown(named, checkpoint.arrays).items() if key == "num_classes"}
         try:
-            if arguments.get("depth", 0) > len(checkpoint.arrays):  # the only option that could make an endless network
-                raise ValueError("its depth is larger than the number of entries in the file")
             template(create_model(named, **arguments))
         except Exception as error:  # options from a file may be wrong in any way
             raise WeightsError(

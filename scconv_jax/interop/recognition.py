@@ -1,7 +1,7 @@
-"""Which network a checkpoint is of: by comparing its names and shapes with the networks' own, not by rules for each.
+"""Recognises the network of a checkpoint by comparing its keys and shapes with those of every network.
 
-Residual networks are told by a part first, the number of blocks of each stage, then by stem and first block. Only one that agrees
-so far is looked at whole, and the blocks of a stage after its first, being alike, are traced once.
+Tracing every network is slow. Residual networks are therefore compared step by step: the number of blocks of each stage, then
+the stem and the first block, then the whole network. All blocks of a stage after the first are alike and are traced once.
 """
 
 from __future__ import annotations
@@ -19,50 +19,51 @@ from flax import linen as nn
 
 from scconv_jax.interop.conventions import scconv_options
 from scconv_jax.interop.conversion import ConversionError, is_counter, shapes
-from scconv_jax.models.registry import MODELS, create_model, options_of
-from scconv_jax.models.resnet import ResNet
+from scconv_jax.models.registry import MODELS, create_model
 
-SIZE = 128  # pixels; every network takes such images
+SIZE = 128  # pixels; every network accepts such images
 
 
 class Recognised(NamedTuple):
-    """A network by name, and the options with which its entries are those of the checkpoint."""
+    """The name of a network and the options that give it the checkpoint's keys and shapes."""
 
     model: str
     options: dict[str, Any]
 
 
 def template(model: nn.Module) -> dict[str, Any]:
-    """Return the shapes and dtypes of a network's variables, as `jax.eval_shape(model.init, ...)` does, only sooner."""
-    if not isinstance(model, ResNet) or max(model.stage_sizes) <= 2:
+    """Return the shapes and dtypes of a network's variables, like `jax.eval_shape(model.init, ...)` but faster."""
+    sizes = _stage_sizes(model)
+    if max(sizes, default=0) <= 2:
         return _traced(model)
-    variables = _traced(model.clone(stage_sizes=tuple(min(size, 2) for size in model.stage_sizes)))
+    variables = _traced(model.clone(stage_sizes=tuple(min(size, 2) for size in sizes)))
     for collection in variables.values():
-        for i, size in enumerate(model.stage_sizes):
+        for i, size in enumerate(sizes):
             stage = collection[f"layer{i + 1}"]
             stage |= {str(block): stage["1"] for block in range(2, size)}
     return variables
 
 
 def head(template: Mapping[str, Any]) -> str | None:
-    """Return the name of a network's head, the one dense layer at the top of its variables; None where there is no such."""
+    """Return the name of the only linear layer at the top level of a template, or None if there is none or more than one."""
     modules = {name: leaves for name, leaves in template["params"].items() if isinstance(leaves, Mapping)}
     dense = [name for name, leaves in modules.items() if len(getattr(leaves.get("kernel"), "shape", ())) == 2]
     return dense[0] if len(dense) == 1 else None
 
 
 def template_from_entries(entries: Mapping[str, Any], ignore: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the variables' shapes of a Flax network that has modules of the checkpoint's names, whatever it computes.
+    """Return a template for a checkpoint of an unknown network, from its keys and shapes alone.
 
     Args:
-        entries: name to array, or to what has its shape.
-        ignore: patterns of names to leave out.
+        entries: Arrays, or objects with a shape, by state-dict key.
+        ignore: Patterns of keys to leave out.
 
     Returns:
-        A template: kernels of 2-D and 4-D weights, scales of vectors called weight, biases, γ and β, running statistics.
+        The template. 2-D and 4-D weights become kernels, 1-D weights become scales; biases, γ, β and running statistics keep
+        their kind.
 
     Raises:
-        ConversionError: for an entry of another kind.
+        ConversionError: An entry is of another kind.
     """
     tree: dict[str, Any] = {"params": {}}
     for name, value in entries.items():
@@ -77,8 +78,8 @@ def template_from_entries(entries: Mapping[str, Any], ignore: Sequence[str] = ()
             leaf = _LEAVES.get(kind, "") if vector else ""
         if not leaf:
             raise ConversionError(
-                f"Entry {name} of shape {shape} is of no kind that can be converted without a network: there are 2-D and 4-D "
-                "weights, and vectors called weight, bias, gamma, beta, running_mean, running_var. Pass over it by --ignore."
+                f"Entry {name} of shape {shape} cannot be converted without a network. Supported are 2-D and 4-D weights, and "
+                "vectors called weight, bias, gamma, beta, running_mean or running_var. Skip the entry with --ignore."
             )
         node = tree.setdefault("batch_stats" if kind.startswith("running") else "params", {})
         for module in modules:
@@ -91,39 +92,43 @@ _LEAVES = {"weight": "scale", "bias": "bias", "gamma": "gamma", "beta": "beta", 
 
 
 def options_shown(name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those options of the network called `name` that show in a checkpoint: number of classes, ScConv's α and version."""
-    dense = [value for value in entries.values() if len(value.shape) == 2]
-    shown = scconv_options(entries) | ({"num_classes": dense[-1].shape[0]} if dense else {})
-    return {option: value for option, value in shown.items() if option in options_of(name)}
+    """Return the options of a network that a checkpoint determines: `num_classes`, and `alpha` and `variant` of ScConv."""
+    spec = MODELS[name]
+    shown = scconv_options(entries)
+    weight = entries.get(f"{spec.head}.weight")
+    if weight is not None and len(weight.shape) == 2:
+        shown["num_classes"] = weight.shape[0]
+    return {option: value for option, value in shown.items() if option in spec.options}
 
 
 def recognise(entries: Mapping[str, Any]) -> Recognised | None:
-    """Say which network a checkpoint is of.
+    """Return the network of a checkpoint, or None if it is none of `list_models()`.
 
     Args:
-        entries: name, in our naming, to array, or to what has its shape; nothing but the weights.
+        entries: Arrays, or objects with a shape, by the key that the network has here; weights only.
 
     Returns:
-        The network, with the options that show in its entries: `num_classes`, and ScConv's `alpha` and `variant`. None if it is
-        none of `list_models()`. Output strides do not show.
+        The network with the options that the checkpoint determines (`options_shown`). The output stride is not among them.
     """
     found = {name: tuple(value.shape) for name, value in entries.items() if not is_counter(name)}
-    dense = [name for name, shape in found.items() if len(shape) == 2]
     blocks = _blocks(found)
-    for name in MODELS:
+    for name, spec in MODELS.items():
         options = options_shown(name, entries)
         try:
             model = create_model(name, **options)
-        except ValueError:  # α of a file that is no network of ours
+        except ValueError:  # an α that no network can have
             continue
-        if isinstance(model, ResNet):
-            if model.stage_sizes != blocks or not _begins(model, found):
-                continue
-        elif blocks:
+        headless = f"{spec.head}." if f"{spec.head}.weight" not in found else None
+        if _stage_sizes(model) != blocks or (blocks and not _begins(model, found, f"{spec.head}.")):
             continue
-        if _without_head(shapes(template(model)), dense) == _without_head(found, dense):
+        if _without(headless, shapes(template(model))) == found:
             return Recognised(name, options)
     return None
+
+
+def _stage_sizes(model: Any) -> tuple[int, ...]:
+    """Return the number of blocks of each stage of a residual network; empty for other networks."""
+    return getattr(model, "stage_sizes", ())
 
 
 def _traced(model: nn.Module) -> dict[str, Any]:
@@ -132,21 +137,17 @@ def _traced(model: nn.Module) -> dict[str, Any]:
 
 
 def _blocks(names: Mapping[str, Any]) -> tuple[int, ...]:
-    """Number of blocks of each stage."""
+    """Return the number of blocks of each stage of a checkpoint."""
     numbers = {(int(found[1]), int(found[2])) for name in names if (found := re.match(r"layer(\d+)\.(\d+)\.", name))}
     return tuple(sum(stage == i for stage, _ in numbers) for i in sorted({stage for stage, _ in numbers}))
 
 
-def _begins(model: ResNet, found: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether stem and first block are those of the network."""
+def _begins(model: Any, found: Mapping[str, tuple[int, ...]], head: str) -> bool:
+    """Return whether a checkpoint has the stem and the first block of a residual network."""
     first = model.clone(stage_sizes=(1,), planes=model.planes[:1], output_stride=model.stem_stride)
-    wanted = {name: shape for name, shape in shapes(_traced(first)).items() if len(shape) != 2 and name != "fc.bias"}
-    return {name: shape for name, shape in found.items() if name.startswith(("conv1.", "bn1.", "layer1.0."))} == wanted
+    start = {name: shape for name, shape in found.items() if name.startswith(("conv1.", "bn1.", "layer1.0."))}
+    return _without(head, shapes(_traced(first))) == start
 
 
-def _without_head(found: Mapping[str, tuple[int, ...]], dense: list[str]) -> dict[str, tuple[int, ...]]:
-    """Leave out the head where the checkpoint has none."""
-    if dense:
-        return dict(found)
-    heads = {name.removesuffix("weight") for name, shape in found.items() if len(shape) == 2}
-    return {name: shape for name, shape in found.items() if not name.startswith(tuple(heads) or ("\0",))}
+def _without(prefix: str | None, found: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in found.items() if prefix is None or not name.startswith(prefix)}

@@ -11,6 +11,7 @@ convolutions, `conv` makes the second: one replaced convolution per block fits t
 
 A block is built as `block(planes=..., strides=..., dilation=..., transition=..., norm=..., dtype=..., name=...)` and called as
 `(x, train=...)`. `transition` marks the first block of a stage that halves the map, or would halve it without dilation.
+Its attribute `expansion` is the ratio of the output's channels to `planes`.
 
 Differences: none.
 """
@@ -18,6 +19,7 @@ Differences: none.
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 from flax import linen as nn
 
@@ -109,6 +111,8 @@ class BasicBlock(nn.Module):
         norm: Factory of the norms.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
+
+    expansion: ClassVar[int] = 1
 
     planes: int
     strides: int = 1

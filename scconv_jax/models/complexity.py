@@ -1,8 +1,8 @@
-"""How large a network is: parameters and multiply-adds by part, counted from shapes alone, at any size of image.
+"""Parameters and multiply-adds of a network, part by part, counted from shapes alone.
 
-A multiply-add is one multiplication and one addition ("FLOPs" in both papers): those of convolutions and matrix products, and
-one for each element that a norm scales and shifts. What is added, pooled or gated is not counted. Counted is the network as the
-papers write it, also where another form of the same thing is computed because it runs faster.
+A multiply-add is one multiplication and one addition ("FLOPs" in both papers). Counts follow the papers: convolutions, linear
+layers and the scales of norms; additions, activations, pooling and gates are excluded. Where a faster form of an operator
+runs, the form of the paper is counted.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ class Part(NamedTuple):
     multiply_adds: int  # for one image
 
 
-def summarise(model: nn.Module, size: tuple[int, int] = (224, 224), depth: int = 2) -> list[Part]:
-    """List a network's parts in the order in which they run.
+def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int = 2) -> list[Part]:
+    """Return a network's parts in the order in which they run.
 
     Args:
-        model: any network of this library, or another Flax module called `model(images, train=...)`.
-        size: height and width of the images, pixels.
-        depth: how far to take the network apart: 1 gives its stages, 2 their blocks.
+        model: Any network of this library, or another Flax module called as `model(images, train=...)`.
+        size: Height and width of the images, in pixels. If None, the `image_size` of the network, or 224 if it has none.
+        depth: Levels of submodules to list: 1 gives a network's stages, 2 their blocks.
 
     Returns:
-        The parts; their counts add up to those of the whole network.
+        The parts. Their counts add up to those of the whole network.
     """
+    height, width = size or [getattr(model, "image_size", 224)] * 2
     outputs: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -45,16 +46,16 @@ def summarise(model: nn.Module, size: tuple[int, int] = (224, 224), depth: int =
             outputs["/".join(context.module.path)] = type(context.module).__name__, last.shape
         return result
 
-    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     with nn.intercept_methods(record):
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     leaves = {path: math.prod(leaf.shape) for path, leaf in _leaves(variables["params"])}
-    # Each number of a kernel or scale is multiplied once for each position of the map that its module makes.
+    # Each value of a kernel or scale is used once for each pixel of its module's output.
     counts = {
-        path: number * math.prod(_owner(path, outputs)[1:-1]) for path, number in leaves.items() if path.endswith(_MULTIPLIED)
+        path: number * math.prod(_output_of(path, outputs)[1:-1]) for path, number in leaves.items() if path.endswith(_MULTIPLIED)
     }
     return [
-        Part(name, kind, shape, _within(name, leaves), _within(name, counts))
+        Part(name, kind, shape, _sum_below(name, leaves), _sum_below(name, counts))
         for name, (kind, shape) in outputs.items()
         if name and _is_listed(name, outputs, depth)
     ]
@@ -63,30 +64,31 @@ def summarise(model: nn.Module, size: tuple[int, int] = (224, 224), depth: int =
 _MULTIPLIED = ("/kernel", "/scale", "/gamma")
 
 
-def _owner(path: str, outputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
-    """Shape of the output of the innermost module that a leaf belongs to and that makes a map."""
+def multiply_adds(model: nn.Module, size: tuple[int, int] | None = None) -> int:
+    """Return a network's multiply-adds for one image.
+
+    Args:
+        model: As for `summarise`.
+        size: Height and width of the image, in pixels. If None, the size that the network was designed for: 224, or 32 for
+            the small networks.
+    """
+    return sum(part.multiply_adds for part in summarise(model, size, depth=1))
+
+
+def _output_of(path: str, outputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
+    """Return the output shape of the innermost module that holds a parameter and returns a map."""
     while path not in outputs:
         path = path.rpartition("/")[0]
     return outputs[path][1]
 
 
-def multiply_adds(model: nn.Module, size: tuple[int, int] = (224, 224)) -> int:
-    """Count a network's multiply-adds for one image of `size` pixels."""
-    return sum(part.multiply_adds for part in summarise(model, size, depth=1))
-
-
-def parameters(model: nn.Module, size: tuple[int, int] = (224, 224)) -> int:
-    """Count a network's parameters; `size`, pixels, is that of images it can take."""
-    return sum(part.parameters for part in summarise(model, size, depth=1))
-
-
 def _is_listed(name: str, names: Mapping[str, Any], depth: int) -> bool:
-    """Whether a part is at `depth`, or above it and not taken apart any further."""
+    """Return whether a part is at `depth`, or above it and has no parts of its own."""
     level = name.count("/") + 1
     return level == depth or (level < depth and not any(other.startswith(f"{name}/") for other in names))
 
 
-def _within(name: str, counts: Mapping[str, int]) -> int:
+def _sum_below(name: str, counts: Mapping[str, int]) -> int:
     return sum(count for path, count in counts.items() if path == name or path.startswith(f"{name}/"))
 
 

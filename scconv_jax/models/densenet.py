@@ -1,8 +1,8 @@
-"""Densely connected networks for small images: each layer sees the maps of all before it.
+"""Densely connected networks for small images: the input of each layer is the concatenation of all maps before it.
 
-Paper: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", CVPR 2017 (DenseNet-BC). Of ScConv
-(Li, Wen, He, CVPR 2023) the 3×3 convolution of each layer is made. It goes from 128 channels to 32; of the ways to change
-channels, the CRU's own (`widen="cru"`) fits the paper's parameter count.
+Paper: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", CVPR 2017 (DenseNet-BC). In the ScConv
+network (Li, Wen, He, CVPR 2023), ScConv replaces the 3×3 convolution of each layer, from 128 channels to 32. The CRU changes the
+channels (`widen="cru"`), which fits the paper's parameter count.
 
 Differences: none.
 """
@@ -10,6 +10,7 @@ Differences: none.
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,17 +18,18 @@ from flax import linen as nn
 from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Dense, Dtype, Factory, check_images, conv1x1, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
+from scconv_jax.models.spec import ALIKE, COMMON, RECONSTRUCTION, SMALL_IMAGES, Feature, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1×1, norm, ReLU, 3×3, added as further channels: `(n, h, w, c)` to `(n, h, w, growth + c)`.
+    """Norm, ReLU, 1×1, norm, ReLU, 3×3, concatenated with the input: `(n, h, w, c)` to `(n, h, w, growth + c)`.
 
     Attributes:
-        growth: channels that the layer adds.
-        conv: factory of the 3×3 convolution, or of what stands in for it.
-        norm: factory of the norms.
-        dtype: of the computation.
+        growth: Channels that the layer adds.
+        conv: Factory of the 3×3 convolution or its replacement.
+        norm: Factory of the norms.
+        dtype: Computation dtype.
     """
 
     growth: int
@@ -37,7 +39,7 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
-        """Apply the layer; `train` is the norms'."""
+        """Apply the layer. `train` selects the statistics of the norms."""
         norm = partial(self.norm, dtype=self.dtype)
         y = conv1x1(4 * self.growth, dtype=self.dtype, name="conv1")(nn.relu(norm(name="bn1")(x, train=train)))
         y = self.conv(self.growth, dtype=self.dtype, name="conv2")(nn.relu(norm(name="bn2")(y, train=train)), train=train)
@@ -45,7 +47,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Layers one after the other: `(n, h, w, c)` to `(n, h, w, c + size growth)`; attributes as of `DenseLayer`."""
+    """`size` layers, made by the factory `layer`: `(n, h, w, c)` to `(n, h, w, c + size growth)`."""
 
     size: int
     layer: Factory
@@ -62,8 +64,8 @@ class Transition(nn.Module):
     """Norm, ReLU, 1×1 and an average pool: `(n, h, w, c)` to `(n, h / 2, w / 2, c / 2)`.
 
     Attributes:
-        norm: factory of the norm.
-        dtype: of the computation.
+        norm: Factory of the norm.
+        dtype: Computation dtype.
     """
 
     norm: Factory
@@ -71,7 +73,7 @@ class Transition(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Apply the transition; `train` is the norm's."""
+        """Apply the transition. `train` selects the statistics of the norm."""
         y = nn.relu(self.norm(dtype=self.dtype, name="bn")(x, train=train))
         return F.avg_pool(conv1x1(x.shape[-1] // 2, dtype=self.dtype, name="conv")(y), 2)
 
@@ -80,16 +82,18 @@ class DenseNet(nn.Module):
     """A densely connected network: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
-        block_sizes: number of layers of each block.
-        growth: channels that each layer adds.
-        conv: factory of the layers' 3×3 convolution.
-        num_classes: length of the logits.
-        dtype: of the computation; logits are float32 at least.
-        axis_name: mapped axis over which BatchNorm takes its statistics; where not given, each device takes its own.
+        block_sizes: Number of layers of each block.
+        growth: Channels that each layer adds.
+        conv: Factory of the layers' 3×3 convolution.
+        num_classes: Length of the logits.
+        dtype: Computation dtype. Logits are float32, or float64 for a float64 network.
+        axis_name: Mapped axis over which BatchNorm computes its statistics. If None, each device computes its own.
 
     Raises:
-        ValueError: for images that are not float `(n, h, w, 3)`, or smaller than the network halves them.
+        ValueError: The images are not float `(n, h, w, 3)`, or too small for the transitions to halve.
     """
+
+    image_size: ClassVar[int] = 32
 
     block_sizes: tuple[int, ...] = (6, 12, 24, 16)
     growth: int = 32
@@ -99,7 +103,7 @@ class DenseNet(nn.Module):
     axis_name: str | tuple[str, ...] | None = None
 
     def setup(self) -> None:
-        """Name the parts: conv1, dense1, trans1 and so on, bn, linear."""
+        """Create conv1, dense1, trans1, dense2, ..., bn and linear."""
         norm = partial(BatchNorm, axis_name=self.axis_name)
         layer = partial(DenseLayer, self.growth, self.conv, norm, self.dtype)
         self.conv1 = conv3x3(2 * self.growth, dtype=self.dtype)
@@ -110,10 +114,25 @@ class DenseNet(nn.Module):
         self.bn = norm(dtype=self.dtype)
         self.linear = Dense(self.num_classes, dtype=self.dtype)
 
+    @property
+    def smallest_image(self) -> int:
+        """Smallest height and width of the images, in pixels."""
+        return 1 << (len(self.block_sizes) - 1)
+
+    @nn.nowrap
+    def feature_info(self) -> dict[str, Feature]:
+        """Return channels and stride of each map that `features` returns."""
+        maps, channels = {}, 2 * self.growth
+        for i, size in enumerate(self.block_sizes):
+            channels += size * self.growth
+            maps[f"layer{i + 1}"] = Feature(channels, 1 << i)
+            channels //= 2
+        return maps
+
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
-        """Return the map after each block: `{"layer1": (n, h, w, 256), ...}`; the last after the last norm and ReLU."""
+        """Return the map after each block, the last one after `bn` and ReLU: `{"layer1": (n, h, w, 256), ...}`."""
         last = len(self.block_sizes)
-        check_images(images, smallest=2 ** (last - 1))
+        check_images(images, smallest=self.smallest_image)
         x, maps = self.conv1(images), {}
         for i in range(1, last + 1):
             maps[f"layer{i}"] = x = getattr(self, f"dense{i}")(x, train=train)
@@ -135,12 +154,20 @@ def scconv_densenet(
     dtype: Dtype = jnp.float32,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> DenseNet:
-    """Make a densely connected network of ScConv; see `ScConv` for `alpha` and `variant`, `DenseNet` for the rest."""
+    """Return a densely connected network of ScConv. `alpha` and `variant` are ScConv's, the others are `DenseNet`'s."""
     conv = scconv_factory(alpha=alpha, variant=variant, widen="cru")
     return DenseNet(conv=conv, num_classes=num_classes, dtype=dtype, axis_name=axis_name)
 
 
-MODELS = {
-    "densenet121_small": DenseNet,
-    "scconv_densenet121_small": scconv_densenet,
-}
+_SMALL = partial(ModelSpec, head="linear", preparation=SMALL_IMAGES)
+_CIFAR100 = {"num_classes": 100}
+
+SPECS = (
+    _SMALL("densenet121_small", DenseNet, COMMON, rows=(Row(2023, "DenseNet-121", 7.05, 0.898, (0.5, 1.0), ALIKE, _CIFAR100),)),
+    _SMALL(
+        "scconv_densenet121_small",
+        scconv_densenet,
+        COMMON | RECONSTRUCTION,
+        rows=(Row(2023, "DenseNet-121, ScConv", 5.45, 0.594, (1.0, 1.0), ALIKE, _CIFAR100),),
+    ),
+)

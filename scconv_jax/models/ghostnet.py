@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
 from scconv_jax.models.resnet import NARROW, ResNet
+from scconv_jax.models.spec import COMMON, DILATED, SMALL_IMAGES, Feature, ModelSpec
 from scconv_jax.shapes import Array, Float
 
 
@@ -207,6 +208,9 @@ class GhostNet(nn.Module):
     dtype: Dtype = jnp.float32
     axis_name: str | tuple[str, ...] | None = None
 
+    image_size: ClassVar[int] = 224
+    smallest_image: ClassVar[int] = 1
+
     def setup(self) -> None:
         """Create the parts: conv_stem, bn1, blocks, conv_head, bn_head, classifier."""
         norm = partial(BatchNorm, axis_name=self.axis_name)
@@ -217,9 +221,16 @@ class GhostNet(nn.Module):
         self.bn_head = norm(dtype=self.dtype) if self.version.head_norm else None
         self.classifier = Dense(self.num_classes, dtype=self.dtype)
 
+    @nn.nowrap
+    def feature_info(self) -> dict[str, Feature]:
+        """Return channels and stride of each map that `features` returns."""
+        halvings = [i for i, rows in enumerate(GHOSTNET) if rows[0].strides == 2]
+        channels = [GHOSTNET[i - 1][-1].features for i in halvings] + [GHOSTNET[-1][-1].expansion]
+        return {f"layer{i + 1}": Feature(width, 2 << i) for i, width in enumerate(channels)}
+
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the last map of each size, `{"layer1": (n, h / 2, w / 2, 16), ..., "layer5": (n, h / 32, w / 32, 960)}`."""
-        check_images(images, smallest=1)
+        check_images(images, smallest=self.smallest_image)
         x = nn.relu(self.bn1(self.conv_stem(images), train=train))
         return self.blocks(x, train=train)
 
@@ -235,9 +246,11 @@ class GhostNet(nn.Module):
 _GHOST_BOTTLENECK = partial(Bottleneck, conv=GhostConv, pointwise=partial(GhostConv, kernel_size=1))
 _GHOST_BASIC = partial(BasicBlock, conv=GhostConv, first=GhostConv)
 
-MODELS = {
-    "ghostnet_100": GhostNet,
-    "ghostnet_100_pytorchcv": partial(GhostNet, version=PYTORCHCV),
-    "ghost_resnet50": partial(ResNet, _GHOST_BOTTLENECK, (3, 4, 6, 3)),
-    "ghost_resnet56_small": partial(ResNet, _GHOST_BASIC, (9, 9, 9), **NARROW),
-}
+_GHOSTNET = partial(ModelSpec, options=COMMON, head="classifier")
+
+SPECS = (
+    _GHOSTNET("ghostnet_100", GhostNet, conventions=("timm-ghostnet",)),
+    _GHOSTNET("ghostnet_100_pytorchcv", partial(GhostNet, version=PYTORCHCV), conventions=("pytorchcv-ghostnet",)),
+    ModelSpec("ghost_resnet50", partial(ResNet, _GHOST_BOTTLENECK, (3, 4, 6, 3)), DILATED),
+    ModelSpec("ghost_resnet56_small", partial(ResNet, _GHOST_BASIC, (9, 9, 9), **NARROW), DILATED, preparation=SMALL_IMAGES),
+)

@@ -1,120 +1,173 @@
-"""The one table of networks by name."""
+"""All networks by name: `create_model`, `list_models`, `model_info`, `feature_info`."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from scconv_jax.functional.checks import check_whole
 from scconv_jax.images import OneImage, Preparation, prepare
+from scconv_jax.messages import did_you_mean
 from scconv_jax.models import densenet, ghostnet, resnet, scconv_resnet, scnet, wide_resnet
+from scconv_jax.models.spec import Feature, ModelSpec
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    **resnet.MODELS,
-    **scnet.MODELS,
-    **scconv_resnet.MODELS,
-    **wide_resnet.MODELS,
-    **densenet.MODELS,
-    **ghostnet.MODELS,
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for file in (resnet, scnet, scconv_resnet, wide_resnet, densenet, ghostnet)
+    for spec in file.SPECS
+}  # fmt: skip
+
+# Address of the published weights by the name of the network.
+PUBLISHED = {name: spec.weights for name, spec in MODELS.items() if spec.weights}
+
+# What to do instead of an option that other libraries have.
+_NO_DROPOUT = "These networks have no dropout and no stochastic depth, as in the papers."
+_MAPS = (
+    'model.apply(variables, images, train=False, method="features") returns the map of every stage; feature_info describes them.'
+)
+_BUILD = (
+    "A network by name has a fixed structure: build another with the classes of scconv_jax.models, such as ResNet or WideResNet."
+)
+INSTEAD = {
+    **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "drop_connect_rate", "dropout"), _NO_DROPOUT),
+    **dict.fromkeys(("features_only", "out_indices"), _MAPS),
+    **dict.fromkeys(("block", "stage_sizes", "planes", "stem", "depth", "width", "growth", "block_sizes", "conv"), _BUILD),
+    **dict.fromkeys(("checkpoint_path", "weights"), "Load weights with scconv_jax.load_model(SOURCE)."),
+    **dict.fromkeys(
+        ("in_chans", "in_channels"), "Images have three channels: repeat a grey one with jnp.repeat(images, 3, axis=-1)."
+    ),
+    **dict.fromkeys(("img_size", "input_size"), "A network accepts images of any size from its smallest on; see model_info."),
+    **dict.fromkeys(("act_layer", "norm_layer", "zero_init_residual"), _BUILD),
+    "global_pool": f"The head averages the last map. {_MAPS}",
+    "num_features": "The number of channels before the head is in feature_info.",
+    "replace_stride_with_dilation": "Use output_stride=16 or output_stride=8.",
 }
 
-# Address of the weights that the authors of a network published, by its name.
-PUBLISHED = scnet.PUBLISHED
 
-TRUNK_OPTIONS = ("num_classes", "output_stride", "dtype", "axis_name")
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """Return the names of networks, sorted.
 
-
-def list_models() -> list[str]:
-    """Return the names of all networks, sorted."""
-    return sorted(MODELS)
+    Args:
+        pattern: Shell pattern that the names match: `"scnet*"`.
+        pretrained: Whether to list only networks with published weights, which `load_model` takes by name.
+    """
+    return sorted(name for name, spec in MODELS.items() if fnmatchcase(name, pattern) and (spec.weights or not pretrained))
 
 
 def list_pretrained() -> list[str]:
     """Return the names of the networks with published weights, sorted: `load_model` takes such a name."""
-    return sorted(PUBLISHED)
+    return list_models(pretrained=True)
+
+
+def model_info(name: str) -> ModelSpec:
+    """Return the record of a network; print it to read it.
+
+    Raises:
+        ValueError: There is no such network.
+    """
+    if not isinstance(name, str) or name not in MODELS:
+        raise ValueError(f"There is no model {name!r}.{did_you_mean(name, MODELS)} All: {', '.join(list_models())}.")
+    return MODELS[name]
+
+
+def feature_info(model: str | nn.Module, **options: Any) -> dict[str, Feature]:
+    """Return channels and stride of each map that a network's `features` returns, without tracing it.
+
+    Args:
+        model: Name of a network, or a network.
+        **options: Options of `create_model`, if `model` is a name.
+
+    Returns:
+        `{"layer1": Feature(channels=256, stride=4), ...}`. The map of an h×w image has height h / stride, rounded up or down.
+
+    Raises:
+        ValueError: There is no such network or option, or the module does not know its channels.
+    """
+    if isinstance(model, str):
+        model = create_model(model, **options)
+    elif options:
+        raise ValueError(f"{', '.join(options)}: a network that is given as a module already has its options.")
+    describe = getattr(model, "feature_info", None)
+    if describe is None:
+        raise ValueError(f"{type(model).__name__} has no method feature_info; trace its maps with jax.eval_shape.")
+    return describe()
 
 
 def create_model(name: str, **options: Any) -> nn.Module:
-    """Make a network by its name.
+    """Return a network by its name.
 
     Args:
-        name: one of `list_models()`.
-        **options: what the network is to differ in. All take
-
-            - `num_classes`: length of the logits; 1000 for the ImageNet networks, 10 for the small ones;
-            - `dtype`: of the computation: `jnp.float32`, `jnp.bfloat16` or, with 64-bit JAX, `jnp.float64`;
-            - `axis_name`: mapped axis over which BatchNorm takes its statistics; None for each device its own;
-
-            the residual networks
-
-            - `output_stride`: size of the images over size of the last map: 32, 16 or 8 for the ImageNet networks;
-
-            and those of ScConv
-
-            - `alpha` and `variant`: see `ScConv`.
+        name: One of `list_models()`.
+        **options: Those in `model_info(name).options`, which gives the meaning of each. All networks have `num_classes`,
+            `dtype` and `axis_name`; residual networks have `output_stride`, and networks of ScConv `alpha` and `variant`.
 
     Returns:
         A Flax module: `model.init(key, images, train=False)`, `model.apply(variables, images, train=False)`.
 
     Raises:
-        ValueError: for a name or an option that does not exist, whose nearest are named; for less than one class; for
-            an `alpha` or a `variant` that cannot be.
+        ValueError: There is no such network or option, or an option has an impossible value.
     """
-    if name not in MODELS:
-        raise ValueError(f"There is no model {name!r}.{_nearest(str(name), MODELS)} All: {', '.join(list_models())}.")
-    known = options_of(name)
+    spec = model_info(name)
     for option in options:
-        if option not in known:
-            raise ValueError(f"Model {name!r} has no option {option!r}.{_nearest(option, known)} All: {', '.join(known)}.")
+        if option not in spec.options:
+            hint = f" {_instead(name, option)}" if _instead(name, option) else did_you_mean(option, spec.options)
+            raise ValueError(f"Model {name!r} has no option {option!r}.{hint} Its options: {', '.join(spec.options)}.")
     classes = options.get("num_classes", 1)
-    if isinstance(classes, int) and classes < 1:
-        raise ValueError(f"num_classes={classes}: a network has at least one class.")
-    return MODELS[name](**options)
+    if classes is None or isinstance(classes, bool):
+        raise ValueError(f"num_classes={classes!r} must be one whole number, 1 or more.")
+    check_whole(num_classes=classes)
+    if "dtype" in options:
+        _check_dtype(options["dtype"])
+    return spec.build(**options)
 
 
 def prepare_images(images: OneImage | Iterable[OneImage], model: str | Preparation, *, exif: bool = False) -> np.ndarray:
-    """Make the float batch that a network expects of images of any size.
+    """Return the float batch that a network expects for images of any size.
 
-    The images are resized, cropped and normalised as torchvision does it in testing, and equal those that the trainer tests on,
-    bit for bit. Needs Pillow: `pip install 'scconv-jax[images]'`.
+    The images are resized, cropped and normalised like torchvision's test images, and equal the trainer's test images bit for
+    bit. Needs Pillow: `pip install 'scconv-jax[images]'`.
 
     Args:
-        images: one image or several: paths, bytes of image files, PIL images, or uint8 arrays (h, w, 3) in RGB. An array
+        images: One image or several: paths, bytes of image files, PIL images, or uint8 RGB arrays (h, w, 3). An array
             (n, h, w, 3) is n images.
-        model: name of the network, or how to prepare its images.
-        exif: whether to turn files and PIL images as their EXIF orientation says. PyTorch's `ImageFolder` does not.
+        model: Name of the network, or the preparation of its images.
+        exif: Whether to rotate files and PIL images by their EXIF orientation. PyTorch's `ImageFolder` does not.
 
     Returns:
-        float32 (n, size, size, 3); n is 1 for a single image.
+        float32 (n, size, size, 3), where n is 1 for a single image.
 
     Raises:
-        ImageError: (a ValueError in `scconv_jax.images`) an image cannot be decoded; the message names its path or position.
-        OSError: a file cannot be opened.
-        TypeError: an image is of another type, such as an array of floats.
-        ValueError: there is no such network, no image, or an array has another shape.
+        ImageError: An image cannot be decoded; the message names its path or position. It is a ValueError of
+            `scconv_jax.images`.
+        OSError: A file cannot be opened.
+        TypeError: An image has another type, such as an array of floats.
+        ValueError: There is no such network, there is no image, or an array has another shape.
         ModuleNotFoundError: Pillow is not installed.
     """
-    return prepare(images, model if isinstance(model, Preparation) else _preparation(model), exif=exif)
+    return prepare(images, model if isinstance(model, Preparation) else model_info(model).preparation, exif=exif)
 
 
-def _preparation(name: str) -> Preparation:
-    create_model(name)  # an unknown name is an error
-    return Preparation(32, 32) if name.endswith("_small") else Preparation(224, 256)
+def _instead(name: str, option: str) -> str:
+    """Return the advice for an option of another library, or an empty string."""
+    if option != "pretrained":
+        return INSTEAD.get(option, "")
+    if name in PUBLISHED:
+        return f"Load the published weights with scconv_jax.load_model({name!r})."
+    return f"Only {', '.join(list_pretrained())} have published weights; load your own with scconv_jax.load_model(SOURCE)."
 
 
-def options_of(name: str) -> list[str]:
-    """Return the names of the options that the network called `name` takes."""
-    parameters = inspect.signature(MODELS[name]).parameters.values()
-    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in ("parent", "name")]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):  # a constructor that passes on what the trunk takes
-        known += [option for option in TRUNK_OPTIONS if option not in known]
-    return known
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+def _check_dtype(dtype: Any) -> None:
+    try:
+        possible = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        possible = False
+    if not possible:
+        raise ValueError(
+            f"dtype={dtype!r} is not a floating-point dtype. Use jnp.float32, jnp.bfloat16, jnp.float16 or, with 64-bit JAX, "
+            "jnp.float64."
+        )

@@ -1,10 +1,10 @@
-"""The trunk that the residual networks share: stem, stages of blocks, head; and the plain networks by name.
+"""`ResNet`, the stem, stages and head that all residual networks share, and the plain networks.
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016; parameter names are torchvision's.
 Tricks of the "v1d" networks: He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019.
 Dilated networks: Yu, Koltun, Funkhouser, "Dilated Residual Networks", CVPR 2017.
 
-The trunk knows no operator by name: it takes a block, any factory that can be called as `blocks.py` says.
+`ResNet` depends on no operator: it accepts any block that can be called as `blocks.py` says.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from flax import linen as nn
 from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
+from scconv_jax.models.spec import ALIKE, DILATED, SMALL_IMAGES, UNNAMED, Feature, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
 class DeepStem(nn.Module):
-    """Three 3×3 convolutions in place of one 7×7, the first of stride 2: `(n, h, w, 3)` to `(n, h / 2, w / 2, widths[2])`.
+    """Three 3×3 convolutions, the first with stride 2: `(n, h, w, 3)` to `(n, h / 2, w / 2, widths[2])`.
 
     Attributes:
-        widths: channels after each convolution.
-        norm: factory of the norms between them.
-        dtype: of the computation.
+        widths: Output channels of each convolution.
+        norm: Factory of the norms between them.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
 
     widths: tuple[int, int, int]
@@ -36,7 +37,7 @@ class DeepStem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Convolve three times; `train` is the norms'."""
+        """Apply the convolutions. `train` selects the statistics of the norms."""
         first, second, third = self.widths
         x = conv3x3(first, strides=2, dtype=self.dtype, name="0")(x)
         x = nn.relu(self.norm(dtype=self.dtype, name="1")(x, train=train))
@@ -46,23 +47,23 @@ class DeepStem(nn.Module):
 
 
 def stem(features: int, kernel_size: int, strides: int, *, norm: Factory, **options: Any) -> Conv:
-    """Make the plain stem: one convolution, whose norm the trunk adds as `bn1`."""
+    """Return the plain stem: one convolution. `ResNet` adds its norm as `bn1`."""
     del norm
     return Conv(features, kernel_size, strides=strides, padding=kernel_size // 2, **options)
 
 
 class Stage(nn.Module):
-    """Blocks of one width; the first changes the size and the channels.
+    """Blocks of one width. The first changes the size and the channels.
 
     Attributes:
-        block: factory of the blocks.
-        size: number of blocks.
-        planes: width of the blocks.
-        strides: of the first block.
-        dilation: of the first block, and of the others.
-        transition: whether the stage halves the map, or would, were the network not dilated.
-        norm: factory of the norms.
-        dtype: of the computation.
+        block: Factory of the blocks.
+        size: Number of blocks.
+        planes: Width of the blocks.
+        strides: Stride of the first block.
+        dilation: Dilation of the first block and of the others.
+        transition: Whether the stage halves the map, or would halve it in a network without dilation.
+        norm: Factory of the norms.
+        dtype: Computation dtype.
     """
 
     block: Factory
@@ -89,21 +90,22 @@ class ResNet(nn.Module):
     """A residual network of any block: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
-        block: factory of the blocks; see `blocks.py`.
-        stage_sizes: number of blocks of each stage.
-        planes: width of the blocks of each stage.
-        stem: factory of what comes before `bn1` and the stages, called `stem(norm=..., dtype=...)(x, train=...)`.
-        stem_pool: whether a max-pool 3×3 of stride 2 follows the stem.
-        stem_stride: size of the images over size of the first stage's map, pool included.
-        smallest_map: least height and width of the last map that the block can take, pixels.
-        num_classes: length of the logits.
-        output_stride: size of the images over size of the last map. Smaller than by nature, the last stages keep their size
-            and dilate their convolutions instead.
-        dtype: of the computation; logits are float32 all the same (float64 for a float64 model), and so are parameters.
-        axis_name: mapped axis over which BatchNorm takes its statistics; where not given, each device takes its own.
+        block: Factory of the blocks; see `blocks.py`.
+        stage_sizes: Number of blocks of each stage.
+        planes: Width of the blocks of each stage.
+        stem: Factory of the layers before `bn1` and the stages, called as `stem(norm=..., dtype=...)(x, train=...)`.
+        stem_pool: Whether a 3×3 max-pool with stride 2 follows the stem.
+        stem_stride: Image size divided by the size of the first stage's map. The pool counts.
+        smallest_map: Smallest height and width of the last map that the block accepts, in pixels.
+        num_classes: Length of the logits.
+        output_stride: Image size divided by the size of the last map. At a half or a quarter of the natural output stride, the
+            last one or two stages keep their size and dilate their convolutions.
+        dtype: Computation dtype. Logits are float32, or float64 for a float64 network; parameters are float32.
+        axis_name: Mapped axis over which BatchNorm computes its statistics. If None, each device computes its own.
+        image_size: Height and width, in pixels, of the images that the network is designed for.
 
     Raises:
-        ValueError: for an output stride that cannot be had, and for images that are not float `(n, h, w, 3)` or too small.
+        ValueError: The output stride is not possible, or the images are not float `(n, h, w, 3)` or too small.
     """
 
     block: Factory
@@ -117,24 +119,28 @@ class ResNet(nn.Module):
     output_stride: int = 32
     dtype: Dtype = jnp.float32
     axis_name: str | tuple[str, ...] | None = None
+    image_size: int = 224
+
+    def __post_init__(self) -> None:
+        """Check the output stride, which needs no input."""
+        natural = self.stem_stride << (len(self.stage_sizes) - 1)
+        possible = [natural, natural // 2, natural // 4]
+        if isinstance(self.output_stride, bool) or self.output_stride not in possible:
+            raise ValueError(
+                f"output_stride={self.output_stride!r} is not possible for this network. "
+                f"It can be {natural}, or with dilation {natural // 2} or {natural // 4}."
+            )
+        super().__post_init__()
 
     def setup(self) -> None:
-        """Name the parts as torchvision does: conv1, bn1, layer1 and so on, fc."""
-        total = self.stem_stride * 2 ** (len(self.stage_sizes) - 1)
-        if self.output_stride not in (total, total // 2, total // 4):
-            raise ValueError(
-                f"output_stride={self.output_stride} cannot be had from this network; "
-                f"it has {total}, or dilated {total // 2} or {total // 4}."
-            )
+        """Create conv1, bn1, layer1, layer2, ... and fc, which are torchvision's names."""
         norm = partial(BatchNorm, axis_name=self.axis_name)
         self.conv1 = self.stem(norm=norm, dtype=self.dtype)
         self.bn1 = norm(dtype=self.dtype)
-        stride, dilation = self.stem_stride, 1
+        dilation = 1
         for i, (size, planes) in enumerate(zip(self.stage_sizes, self.planes, strict=True)):
-            before, strides = dilation, 1
-            if i > 0 and stride < self.output_stride:
-                strides, stride = 2, 2 * stride
-            elif i > 0:
+            before, strides = dilation, self._stride(i) // self._stride(max(i - 1, 0))
+            if i > 0 and strides == 1:
                 dilation *= 2
             stage = Stage(
                 self.block,
@@ -149,9 +155,33 @@ class ResNet(nn.Module):
             setattr(self, f"layer{i + 1}", stage)
         self.fc = Dense(self.num_classes, dtype=self.dtype)
 
+    def _stride(self, stage: int) -> int:
+        """Return the image size divided by the size of a stage's map."""
+        return min(self.stem_stride << stage, self.output_stride)
+
+    @property
+    def smallest_image(self) -> int:
+        """Smallest height and width of the images, in pixels."""
+        return (self.smallest_map - 1) * self.output_stride + 1
+
+    @nn.nowrap
+    def feature_info(self) -> dict[str, Feature]:
+        """Return channels and stride of each map that `features` returns.
+
+        Raises:
+            ValueError: The block has no `expansion`.
+        """
+        expansion = getattr(self.block(planes=self.planes[0]), "expansion", None)
+        if expansion is None:
+            raise ValueError(
+                f"The channels of {self.block} are unknown: give the block an attribute `expansion`, its output channels divided "
+                "by `planes`, or trace `features` with jax.eval_shape."
+            )
+        return {f"layer{i + 1}": Feature(expansion * planes, self._stride(i)) for i, planes in enumerate(self.planes)}
+
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
-        """Return the map after each stage, by the stage's name: `{"layer1": (n, h / 4, w / 4, 256), ...}`."""
-        check_images(images, smallest=(self.smallest_map - 1) * self.output_stride + 1)
+        """Return the map after each stage by the stage's name: `{"layer1": (n, h / 4, w / 4, 256), ...}`."""
+        check_images(images, smallest=self.smallest_image)
         x = self.conv1(images, train=train)
         x = nn.relu(self.bn1(x, train=train))
         if self.stem_pool:
@@ -163,26 +193,51 @@ class ResNet(nn.Module):
         return maps
 
     def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
-        """Return the logits; in training, normalise by the batch's statistics (`mutable=["batch_stats"]`)."""
+        """Return the logits. `train=True` normalises by the batch's statistics and needs `mutable=["batch_stats"]`."""
         last = self.features(images, train=train)[f"layer{len(self.stage_sizes)}"]
         logits = self.fc(F.global_avg_pool(last))
         return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
 
-# For images of 32×32 or so: a 3×3 stem and no pool.
-SMALL = {"stem_pool": False, "stem_stride": 1, "num_classes": 10}
-# He et al. 2016, section 4.2: three stages, 16, 32 and 64 wide.
+# For images of about 32×32: a 3×3 stem and no pool.
+SMALL = {"stem_pool": False, "stem_stride": 1, "num_classes": 10, "image_size": 32}
+# He et al. 2016, section 4.2: three stages with widths 16, 32 and 64.
 NARROW = {**SMALL, "planes": (16, 32, 64), "stem": partial(stem, 16, 3, 1), "output_stride": 4}
-# An ImageNet network with the stem changed: four stages.
+# An ImageNet network with this stem: four stages.
 WIDE = {**SMALL, "stem": partial(stem, 64, 3, 1), "output_stride": 8}
-# Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017; 4 groups, 64 channels each at first.
+# Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017: 4 groups of 64 channels in stage 1.
 RESNEXT29 = {**SMALL, "planes": (256, 512, 1024), "stem": partial(stem, 64, 3, 1), "output_stride": 4}
 
-MODELS = {
-    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
-    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
-    "resnet20_small": partial(ResNet, Bottleneck, (2, 2, 2), **NARROW),
-    "resnet56_small": partial(ResNet, BasicBlock, (9, 9, 9), **NARROW),
-    "resnet50_small": partial(ResNet, Bottleneck, (3, 4, 6, 3), **WIDE),
-    "resnext29_small": partial(ResNet, partial(Bottleneck, expansion=2, conv=partial(conv3x3, groups=4)), (3, 3, 3), **RESNEXT29),
-}
+_IMAGENET = partial(ModelSpec, options=DILATED, conventions=("torchvision", "pytorchcv"))
+_SMALL = partial(_IMAGENET, preparation=SMALL_IMAGES, conventions=("torchvision",))
+_RESNEXT = partial(Bottleneck, expansion=2, conv=partial(conv3x3, groups=4))
+_EXACT = ((0.5, 0.5), ALIKE)
+
+SPECS = (
+    _IMAGENET(
+        "resnet50",
+        partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+        rows=(Row(2020, "ResNet-50", 25.6, 4.1), Row(2023, "ResNet-50", 25.56, 4.09, *_EXACT)),
+    ),
+    _IMAGENET(
+        "resnet101",
+        partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+        rows=(Row(2020, "ResNet-101", 44.5, 7.8), Row(2023, "ResNet-101", 44.55, 7.83, *_EXACT)),
+    ),
+    _SMALL("resnet20_small", partial(ResNet, Bottleneck, (2, 2, 2), **NARROW)),
+    _SMALL(
+        "resnet56_small",
+        partial(ResNet, BasicBlock, (9, 9, 9), **NARROW),
+        rows=(Row(2023, "ResNet-56", 0.86, 0.12684, *_EXACT),),
+    ),
+    _SMALL(
+        "resnet50_small",
+        partial(ResNet, Bottleneck, (3, 4, 6, 3), **WIDE),
+        rows=(Row(2023, "ResNet-50", 23.52, 1.30, *_EXACT),),
+    ),
+    _SMALL(
+        "resnext29_small",
+        partial(ResNet, _RESNEXT, (3, 3, 3), **RESNEXT29),
+        rows=(Row(2023, "ResNeXt-29", 28.27, 4.55, (4.5, 7.5), UNNAMED),),
+    ),
+)

@@ -1,9 +1,9 @@
-"""Residual networks whose 3×3 convolutions are spatial and channel reconstruction convolutions.
+"""Residual networks with ScConv in place of their 3×3 convolutions.
 
 Paper: Li, Wen, He, "SCConv: Spatial and Channel Reconstruction Convolution for Feature Redundancy", CVPR 2023, pp. 6153-6162.
 
-Differences: the paper does not say which convolutions it replaced. Here it is the 3×3 of every bottleneck, and in blocks of two
-3×3 convolutions the second; by the parameter counts of its tables nothing fits better.
+Differences: the paper does not say which convolutions it replaced. Here ScConv replaces the 3×3 convolution of every bottleneck
+and the second convolution of every basic block, which fits the paper's parameter counts best.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from scconv_jax.layers.core import Factory
 from scconv_jax.layers.reconstruction import scconv_factory
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
 from scconv_jax.models.resnet import NARROW, RESNEXT29, WIDE, ResNet
+from scconv_jax.models.spec import ABOVE, DILATED, RECONSTRUCTION, SMALL_IMAGES, UNNAMED, ModelSpec, Row
 
 
 def scconv_resnet(
@@ -27,21 +28,18 @@ def scconv_resnet(
     num_classes: int = 1000,
     **trunk: Any,
 ) -> ResNet:
-    """Make a residual network of ScConv.
+    """Return a residual network of ScConv.
 
     Args:
-        block: factory of a block that takes its 3×3 convolution as `conv`.
-        stage_sizes: number of blocks of each stage.
-        alpha: α of the operators, between 0 and 1.
-        variant: of the operators: "paper", "2023-07", "2023-09" or "2023-10".
-        num_classes: length of the logits.
-        **trunk: other attributes of `ResNet`.
-
-    Returns:
-        The network, a Flax module.
+        block: Factory of a block that accepts its 3×3 convolution as `conv`.
+        stage_sizes: Number of blocks of each stage.
+        alpha: α of the ScConvs, between 0 and 1.
+        variant: Version of the ScConvs: "paper", "2023-07", "2023-09" or "2023-10".
+        num_classes: Length of the logits.
+        **trunk: Other attributes of `ResNet`.
 
     Raises:
-        ValueError: for an `alpha` or a `variant` that does not exist.
+        ValueError: `alpha` is out of range, or there is no such `variant`.
     """
     block = _with_conv(block, scconv_factory(alpha=alpha, variant=variant))
     return ResNet(block, stage_sizes, num_classes=num_classes, **trunk)
@@ -49,15 +47,42 @@ def scconv_resnet(
 
 @functools.cache
 def _with_conv(block: Factory, conv: Factory) -> Factory:
-    """Hand a block its convolution; cached, since two partial objects are never equal, and networks made alike should be."""
+    """Return the block with this convolution. Two partial objects are never equal, so the cache keeps equal networks equal."""
     return partial(block, conv=conv)
 
 
-MODELS = {
-    "scconv_resnet50": partial(scconv_resnet, Bottleneck, (3, 4, 6, 3)),
-    "scconv_resnet101": partial(scconv_resnet, Bottleneck, (3, 4, 23, 3)),
-    "scconv_resnet20_small": partial(scconv_resnet, Bottleneck, (2, 2, 2), **NARROW),
-    "scconv_resnet56_small": partial(scconv_resnet, BasicBlock, (9, 9, 9), **NARROW),
-    "scconv_resnet50_small": partial(scconv_resnet, Bottleneck, (3, 4, 6, 3), **WIDE),
-    "scconv_resnext29_small": partial(scconv_resnet, partial(Bottleneck, expansion=2), (3, 3, 3), **RESNEXT29),
-}
+_IMAGENET = partial(ModelSpec, options=DILATED | RECONSTRUCTION, conventions=("torchvision",))
+_SMALL = partial(_IMAGENET, preparation=SMALL_IMAGES)
+_RESNEXT = partial(Bottleneck, expansion=2)
+
+SPECS = (
+    _IMAGENET(
+        "scconv_resnet50",
+        partial(scconv_resnet, Bottleneck, (3, 4, 6, 3)),
+        rows=(
+            Row(2023, "ResNet-50, α = 1/2", 16.78, 2.70, (2.0, 3.0), ABOVE),
+            Row(2023, "ResNet-50, α = 3/4", 17.69, 2.87, (2.0, 4.0), ABOVE, {"alpha": 0.75}),
+        ),
+    ),
+    _IMAGENET(
+        "scconv_resnet101",
+        partial(scconv_resnet, Bottleneck, (3, 4, 23, 3)),
+        rows=(Row(2023, "ResNet-101, α = 1/2", 28.00, 4.90, (2.0, 3.0), ABOVE),),
+    ),
+    _SMALL("scconv_resnet20_small", partial(scconv_resnet, Bottleneck, (2, 2, 2), **NARROW)),
+    _SMALL(
+        "scconv_resnet56_small",
+        partial(scconv_resnet, BasicBlock, (9, 9, 9), **NARROW),
+        rows=(Row(2023, "ResNet-56, ScConv", 0.52, 0.07955, (2.0, 5.0), ABOVE),),
+    ),
+    _SMALL(
+        "scconv_resnet50_small",
+        partial(scconv_resnet, Bottleneck, (3, 4, 6, 3), **WIDE),
+        rows=(Row(2023, "ResNet-50, ScConv", 14.69, 0.831, (2.0, 2.0), ABOVE),),
+    ),
+    _SMALL(
+        "scconv_resnext29_small",
+        partial(scconv_resnet, _RESNEXT, (3, 3, 3), **RESNEXT29),
+        rows=(Row(2023, "ResNeXt-29, ScConv", 22.31, 3.57, (14.0, 12.0), UNNAMED),),
+    ),
+)

@@ -1,20 +1,21 @@
-"""SCNet: residual networks whose bottleneck is built of self-calibrated convolutions.
+"""SCNet: residual networks with self-calibrated convolutions in their bottlenecks.
 
 Paper: Liu, Hou, Cheng, Wang, Feng, "Improving Convolutional Networks with Self-Calibrated Convolutions", CVPR 2020,
-pp. 10096-10105. Reference implementation: https://github.com/MCG-NKU/SCNet, whose parameter names these are.
+pp. 10096-10105. Reference implementation: https://github.com/MCG-NKU/SCNet; parameter names are the same.
 
     a = ReLU(BN(x ∗ 1×1))       a = ReLU(K1(a))
     b = ReLU(BN(x ∗ 1×1))       b = ReLU(calibrate(b))       y = ReLU(x + BN([a, b] ∗ 1×1))
 
 The SE variants rescale the channels of BN([a, b] ∗ 1×1): Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018.
 
-Differences: none for the networks of which checkpoints were published (scnet50, scnet101, scnet50_v1d). SCNeXt and the SE
-variants follow the paper's description; their code was not published, so the SE parameters take timm's names.
+Differences: none for the networks with published checkpoints (scnet50, scnet101, scnet50_v1d). The code of SCNeXt and of the SE
+variants was not published: they follow the paper's description, and the SE parameters have timm's names.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,27 +26,31 @@ from scconv_jax.layers.self_calibrated import SelfCalibration
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
 from scconv_jax.models.blocks import shortcut
 from scconv_jax.models.resnet import NARROW, DeepStem, ResNet
+from scconv_jax.models.spec import DILATED, SMALL_IMAGES, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
-POOLING = 4  # r in every published network
+POOLING = 4  # r of every published network
 
 
 class SCBottleneck(nn.Module):
-    """Two 1×1, K1 beside the calibrated branch, 1×1 and a shortcut: `(n, h, w, c)` to `(n, h / s, w / s, 4 planes)`.
+    """The block of SCNet: `(n, h, w, c)` to `(n, h / s, w / s, 4 planes)`, where s is `strides`.
 
     Attributes:
-        planes: width of the block; each of the two branches has `int(planes * bottleneck_width / 64) * groups` channels.
-        strides: s, of K1 and K4, or of the average pool after them (`avd`).
-        dilation: of K1 to K4.
-        transition: whether the block begins a stage that halves the map, or would, were the network not dilated.
-        groups: of K1 to K4.
-        bottleneck_width: channels of a branch per group, for planes of 64.
-        avd: in a transition, stride by an average pool 3×3 after the branches, not by K1 and K4 ("v1d").
-        avg_down: stride in the shortcut by an average pool ("v1d").
-        se_reduction: channels over the hidden ones of a `SqueezeExcitation` before the addition; where not given, there is none.
-        norm: factory of the norms.
-        dtype: of the computation.
+        planes: Width of the block. Each of the two branches has `int(planes * bottleneck_width / 64) * groups` channels.
+        strides: Stride of K1 and K4, or of the average pool after them (`avd`).
+        dilation: Dilation of K1 to K4.
+        transition: Whether the block starts a stage that halves the map, or would halve it in a network without dilation.
+        groups: Groups of K1 to K4.
+        bottleneck_width: Channels per group of a branch with 64 planes.
+        avd: In a transition, a 3×3 average pool after the branches has the stride instead of K1 and K4 ("v1d").
+        avg_down: An average pool has the stride of the shortcut ("v1d").
+        se_reduction: Output channels divided by the hidden channels of a `SqueezeExcitation` before the addition. If None,
+            there is none.
+        norm: Factory of the norms.
+        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
+
+    expansion: ClassVar[int] = 4
 
     planes: int
     strides: int = 1
@@ -61,7 +66,7 @@ class SCBottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Apply the block; `train` is the norms'."""
+        """Apply the block. `train` selects the statistics of the norms."""
         features = 4 * self.planes
         width = int(self.planes * self.bottleneck_width / 64) * self.groups
         pools = self.avd and self.transition
@@ -95,22 +100,36 @@ SCNet = partial(ResNet, smallest_map=POOLING)
 _V1D = partial(SCBottleneck, avd=True, avg_down=True)
 _NEXT = partial(SCBottleneck, groups=32, bottleneck_width=2)
 _SE = partial(SCBottleneck, se_reduction=16)
+_SIZES50, _SIZES101 = (3, 4, 6, 3), (3, 4, 23, 3)
 
-MODELS = {
-    "scnet50": partial(SCNet, SCBottleneck, (3, 4, 6, 3)),
-    "scnet101": partial(SCNet, SCBottleneck, (3, 4, 23, 3)),
-    "scnet50_v1d": partial(SCNet, _V1D, (3, 4, 6, 3), stem=partial(DeepStem, (32, 32, 64))),
-    "scnet101_v1d": partial(SCNet, _V1D, (3, 4, 23, 3), stem=partial(DeepStem, (64, 64, 128))),
-    "scnext50": partial(SCNet, _NEXT, (3, 4, 6, 3)),
-    "scnext101": partial(SCNet, _NEXT, (3, 4, 23, 3)),
-    "se_scnet50": partial(SCNet, _SE, (3, 4, 6, 3)),
-    "se_scnet101": partial(SCNet, _SE, (3, 4, 23, 3)),
-    "scnet20_small": partial(SCNet, SCBottleneck, (2, 2, 2), **NARROW),
-}
+_WEIGHTS = "https://backseason.oss-cn-beijing.aliyuncs.com/scnet/"
+_SCNET = partial(ModelSpec, options=DILATED, conventions=("reference", "pytorchcv", "mmpose"))
+_V1D_SPEC = partial(_SCNET, conventions=("reference", "pytorchcv"))
+_SPEC = partial(_SCNET, conventions=("reference",))
 
-_ADDRESS = "https://backseason.oss-cn-beijing.aliyuncs.com/scnet/"
-PUBLISHED = {
-    "scnet50": f"{_ADDRESS}scnet50-dc6a7e87.pth",
-    "scnet101": f"{_ADDRESS}scnet101-44c5b751.pth",
-    "scnet50_v1d": f"{_ADDRESS}scnet50_v1d-4109d1e1.pth",
-}
+SPECS = (
+    _SCNET(
+        "scnet50",
+        partial(SCNet, SCBottleneck, _SIZES50),
+        weights=_WEIGHTS + "scnet50-dc6a7e87.pth",
+        rows=(Row(2020, "SCNet-50", 25.6, 4.0),),
+    ),
+    _SCNET(
+        "scnet101",
+        partial(SCNet, SCBottleneck, _SIZES101),
+        weights=_WEIGHTS + "scnet101-44c5b751.pth",
+        rows=(Row(2020, "SCNet-101", 44.6, 7.2),),
+    ),
+    _V1D_SPEC(
+        "scnet50_v1d",
+        partial(SCNet, _V1D, _SIZES50, stem=partial(DeepStem, (32, 32, 64))),
+        weights=_WEIGHTS + "scnet50_v1d-4109d1e1.pth",
+        rows=(Row(2020, "SCNet-50 v1d", 25.6, 4.7),),
+    ),
+    _V1D_SPEC("scnet101_v1d", partial(SCNet, _V1D, _SIZES101, stem=partial(DeepStem, (64, 64, 128)))),
+    _SPEC("scnext50", partial(SCNet, _NEXT, _SIZES50), rows=(Row(2020, "SCNeXt-50", 25.0, 4.3),)),
+    _SPEC("scnext101", partial(SCNet, _NEXT, _SIZES101), rows=(Row(2020, "SCNeXt-101", 44.2, 8.0),)),
+    _SPEC("se_scnet50", partial(SCNet, _SE, _SIZES50), rows=(Row(2020, "SE-SCNet-50", 28.1, 4.0),)),
+    _SPEC("se_scnet101", partial(SCNet, _SE, _SIZES101), rows=(Row(2020, "SE-SCNet-101", 49.3, 7.2),)),
+    _SPEC("scnet20_small", partial(SCNet, SCBottleneck, (2, 2, 2), **NARROW), preparation=SMALL_IMAGES),
+)

@@ -1,18 +1,18 @@
 """Wide residual networks for small images: norm and ReLU come before each convolution.
 
-Paper: Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016. Of ScConv (Li, Wen, He, CVPR 2023) one of a block's two
-convolutions is made, the second: then the parameter count fits the paper's.
+Paper: Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016. In the ScConv network (Li, Wen, He, CVPR 2023), ScConv replaces
+the second convolution of each block, which fits the paper's parameter count.
 
-Differences: dropout, which neither paper's tables use, is left out; and where a block strides. Wide ResNets do so in the first
-convolution. The ScConv paper's multiply-adds, 5.96 billion for WRN-28-10 and 3.75 for its twin, are those of networks that stride
-in the second (5.95 and 3.69 here; in the first, 5.25 and 2.99), so that the networks by name do too; the weights are the same.
-`WideResNet(strided="conv1")` is the first paper's.
+Differences: there is no dropout, which the tables of neither paper use. By default, the second convolution of a block has the
+stride (`strided="conv2"`); in the first paper the first has it (`strided="conv1"`). The ScConv paper's multiply-adds, 5.96
+billion for WRN-28-10 and 3.75 with ScConv, fit the second (5.95 and 3.69 here) and not the first (5.25 and 2.99). The weights are
+the same.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -21,19 +21,20 @@ from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_choice
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
+from scconv_jax.models.spec import ABOVE, ALIKE, COMMON, RECONSTRUCTION, SMALL_IMAGES, Feature, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
 class PreActivationBlock(nn.Module):
-    """Norm, ReLU, 3×3, norm, ReLU, 3×3, and a shortcut: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`.
+    """Norm, ReLU, 3×3, norm, ReLU, 3×3 and a shortcut: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`.
 
     Attributes:
-        features: channels of the output.
-        strides: of the convolution that `strided` names.
+        features: Output channels.
+        strides: Stride of the convolution named by `strided`.
         strided: "conv1" or "conv2".
-        conv: factory of the second convolution, or of what stands in for it.
-        norm: factory of the norms.
-        dtype: of the computation.
+        conv: Factory of the second convolution or its replacement.
+        norm: Factory of the norms.
+        dtype: Computation dtype.
     """
 
     features: int
@@ -45,7 +46,7 @@ class PreActivationBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Apply the block; `train` is the norms'."""
+        """Apply the block. `train` selects the statistics of the norms."""
         norm = partial(self.norm, dtype=self.dtype)
         first, second = (self.strides, 1) if self.strided == "conv1" else (1, self.strides)
         y = nn.relu(norm(name="bn1")(x, train=train))
@@ -60,17 +61,20 @@ class WideResNet(nn.Module):
     """A wide residual network: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
-        depth: number of layers, 6 k + 4.
-        width: channels over those of a plain network (16, 32, 64).
-        conv: factory of each block's second convolution.
-        strided: the convolution of a block that strides, "conv2" as the ScConv paper counts, or "conv1".
-        num_classes: length of the logits.
-        dtype: of the computation; logits are float32 at least.
-        axis_name: mapped axis over which BatchNorm takes its statistics; where not given, each device takes its own.
+        depth: Number of layers, 6 k + 4.
+        width: Channels divided by those of the plain network (16, 32, 64).
+        conv: Factory of each block's second convolution.
+        strided: Convolution with the stride: "conv2", as the ScConv paper counts, or "conv1".
+        num_classes: Length of the logits.
+        dtype: Computation dtype. Logits are float32, or float64 for a float64 network.
+        axis_name: Mapped axis over which BatchNorm computes its statistics. If None, each device computes its own.
 
     Raises:
-        ValueError: for images that are not float `(n, h, w, 3)`, or a `strided` that is neither.
+        ValueError: `strided` is neither, or the images are not float `(n, h, w, 3)`.
     """
+
+    image_size: ClassVar[int] = 32
+    smallest_image: ClassVar[int] = 1
 
     depth: int = 28
     width: int = 10
@@ -81,12 +85,12 @@ class WideResNet(nn.Module):
     axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without an input."""
+        """Check `strided`, which needs no input."""
         check_choice("strided", self.strided, ("conv1", "conv2"))
         super().__post_init__()
 
     def setup(self) -> None:
-        """Name the parts as the common PyTorch code does: conv1, block1 and so on, bn1, fc."""
+        """Create conv1, block1 to block3, bn1 and fc, the names of the common PyTorch code."""
         norm = partial(BatchNorm, axis_name=self.axis_name)
         block = partial(PreActivationBlock, strided=self.strided, conv=self.conv, norm=norm, dtype=self.dtype)
         size = (self.depth - 4) // 6
@@ -96,9 +100,14 @@ class WideResNet(nn.Module):
         self.bn1 = norm(dtype=self.dtype)
         self.fc = Dense(self.num_classes, dtype=self.dtype)
 
+    @nn.nowrap
+    def feature_info(self) -> dict[str, Feature]:
+        """Return channels and stride of each map that `features` returns."""
+        return {f"layer{i + 1}": Feature((16 << i) * self.width, 1 << i) for i in range(3)}
+
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
-        """Return the map after each stage: `{"layer1": (n, h, w, 160), ...}`; the last after the last norm and ReLU."""
-        check_images(images, smallest=1)
+        """Return the map after each stage, the last one after `bn1` and ReLU: `{"layer1": (n, h, w, 160), ...}`."""
+        check_images(images, smallest=self.smallest_image)
         x, maps = self.conv1(images), {}
         for i in range(3):
             x = getattr(self, f"block{i + 1}")(x, train=train)
@@ -134,12 +143,29 @@ def scconv_wide_resnet(
     dtype: Dtype = jnp.float32,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> WideResNet:
-    """Make a wide residual network of ScConv; see `ScConv` for `alpha` and `variant`, `WideResNet` for the rest."""
+    """Return a wide residual network of ScConv. `alpha` and `variant` are ScConv's, the others are `WideResNet`'s."""
     conv = scconv_factory(alpha=alpha, variant=variant)
     return WideResNet(conv=conv, strided=strided, num_classes=num_classes, dtype=dtype, axis_name=axis_name)
 
 
-MODELS = {
-    "wrn28_10_small": WideResNet,
-    "scconv_wrn28_10_small": scconv_wide_resnet,
+_OPTIONS = COMMON | {
+    "strided": 'Convolution of a block with the stride: "conv2" (default), as the ScConv paper counts, or "conv1".'
 }
+_CIFAR100 = {"num_classes": 100}
+
+SPECS = (
+    ModelSpec(
+        "wrn28_10_small",
+        WideResNet,
+        _OPTIONS,
+        preparation=SMALL_IMAGES,
+        rows=(Row(2023, "WRN-28-10", 36.55, 5.96, (0.5, 0.5), ALIKE, _CIFAR100),),
+    ),
+    ModelSpec(
+        "scconv_wrn28_10_small",
+        scconv_wide_resnet,
+        _OPTIONS | RECONSTRUCTION,
+        preparation=SMALL_IMAGES,
+        rows=(Row(2023, "WRN-28-10, ScConv", 21.12, 3.75, (0.5, 2.0), ABOVE, _CIFAR100),),
+    ),
+)

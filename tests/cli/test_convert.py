@@ -198,11 +198,17 @@ def test_no_network_at_all(capsys):
             ["theirs.pth", "--naming", "torchvison", "--out", "new.pth"],
             "There is no key convention 'torchvison'. Did you mean 'torchvision'?",
         ),
-        (["theirs.pth", "--output-stride", "5", "--out", "new.pth"], "output_stride=5 cannot be had from this network; it has 4"),
+        (
+            ["theirs.pth", "--output-stride", "5", "--out", "new.pth"],
+            "output_stride=5 is not possible for this network. It can be 4",
+        ),
         (["theirs.pth", "--variant", "paper", "--out", "new.pth"], "Model 'scnet20_small' has no option 'variant'."),
         (["other.safetensors", "--out", "new.pth"], "No model here has the keys and shapes of other.safetensors"),
         (["broken.pth", "--out", "new.pth"], "broken.pth"),
-        (["cube.safetensors", "--model", "any", "--out", "new.pth"], "Entry x.weight of shape (2, 2, 2) is of no kind"),
+        (
+            ["cube.safetensors", "--model", "any", "--out", "new.pth"],
+            "Entry x.weight of shape (2, 2, 2) cannot be converted without a network",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_leaves_nothing(capsys, tmp_path, variables, arguments, message):

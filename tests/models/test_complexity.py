@@ -1,9 +1,10 @@
-"""What is counted, and the papers' tables beside it; the command line that prints them."""
+"""Counts of parameters and multiply-adds, the papers' tables, and the command `summary`."""
 
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from scconv_jax import create_model, list_models
 from scconv_jax.cli import main
 from scconv_jax.models.complexity import multiply_adds, summarise
-from scconv_jax.models.published import ROWS
+from scconv_jax.models.registry import MODELS
 
 
 @pytest.mark.parametrize("name", ["scnet20_small", "scconv_resnet20_small", "ghost_resnet56_small"])
@@ -25,6 +26,12 @@ def test_parts_add_up_to_the_whole(name, depth):
     assert sum(part.parameters for part in parts) == sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
     assert sum(part.multiply_adds for part in parts) == multiply_adds(model, (32, 32))
     assert len({part.name for part in parts}) == len(parts)
+
+
+@pytest.mark.parametrize(("name", "size"), [("scnet20_small", 32), ("wrn28_10_small", 32), ("ghostnet_100", 224)])
+def test_the_default_size_is_the_one_that_the_network_was_designed_for(name, size):
+    model = create_model(name)
+    assert multiply_adds(model) == multiply_adds(model, (size, size))
 
 
 def test_multiply_adds_by_hand():
@@ -40,7 +47,7 @@ def test_multiply_adds_by_hand():
 
 
 def test_scconv_is_counted_as_the_paper_writes_it():
-    """Eq. 11 for each pixel, and the norms': what is computed in another form is not counted in it."""
+    """Eq. 11 and the norm for each pixel, although another form may run."""
     inner = {part.name: part for part in summarise(create_model("scconv_resnet20_small"), (32, 32), depth=4)}
     assert inner["layer1/0/conv2/CRU"].multiply_adds == 1.8125 * 16**2 * 32**2
     assert inner["layer1/0/conv2/SRU"].multiply_adds == 16 * 32**2
@@ -61,7 +68,7 @@ def test_summary_of_one_network(capsys):
 def test_the_papers_tables(capsys):
     assert main(["summary", "--all", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
-    assert len(records) == len(ROWS)
+    assert len(records) == sum(len(spec.rows) for spec in MODELS.values()) == 24
     for record in records:
         assert abs(record["parameters_percent"]) <= record["margins_percent"][0], record
         assert abs(record["multiply_adds_percent"]) <= record["margins_percent"][1], record
@@ -71,13 +78,17 @@ def test_the_papers_tables(capsys):
     ("arguments", "message"),
     [
         (["summary", "scnet5"], "There is no model 'scnet5'. Did you mean 'scnet50'"),
-        (["summary", "scnet50", "--output-stride", "4"], "output_stride=4 cannot be had from this network; it has 32"),
+        (
+            ["summary", "scnet50", "--output-stride", "4"],
+            "output_stride=4 is not possible for this network. It can be 32, or with dilation 16 or 8.",
+        ),
         (["summary", "scnet50", "--size", "96"], "This network needs images of at least 97×97 px; got 96×96."),
         (["summary", "scnet50", "--depth", "0"], "--depth 0 must be 1 or more"),
         (["summary", "scnet50", "--size", "0"], "--size 0 must be 1 or more"),
-        (["summary", "scnet50", "--num-classes", "-2"], "num_classes=-2: a network has at least one class."),
-        (["summary", "--all", "scnet50"], "--all shows both papers' tables as they stand; leave it out, or MODEL."),
-        (["summary", "--all", "--num-classes", "7"], "leave it out, or --num-classes."),
+        (["summary", "scnet50", "--num-classes", "-2"], "num_classes=-2 must be one whole number, 1 or more."),
+        (["summary", "--all", "scnet50"], "--all shows all networks as they are and cannot be combined with MODEL."),
+        (["summary", "--all", "--num-classes", "7"], "cannot be combined with --num-classes."),
+        (["summary", "--markdown", "--json"], "--markdown shows all networks as they are and cannot be combined with --json."),
         (["summary", "wrn28_10_small", "--output-stride", "8"], "has no option 'output_stride'."),
     ],
 )
@@ -93,6 +104,14 @@ def test_bad_input_is_one_line_and_code_2(capsys, arguments, message):
 def test_the_names_as_json(capsys):
     assert main(["summary", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == list_models()
+
+
+@pytest.mark.slow
+def test_the_page_of_all_networks_is_up_to_date(capsys):
+    """`python -m scconv_jax summary --markdown > docs/networks.md` writes it."""
+    assert main(["summary", "--markdown"]) == 0
+    page = Path(__file__).parents[2] / "docs" / "networks.md"
+    assert capsys.readouterr().out == page.read_text(encoding="utf-8")
 
 
 def test_as_a_program():

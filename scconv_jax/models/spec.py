@@ -1,0 +1,138 @@
+"""`ModelSpec`, the one record of a network: what this library knows of it stands there and nowhere else.
+
+Each model file ends with its records; `registry.py` merges them into one table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from scconv_jax.images import Preparation
+from scconv_jax.models.complexity import summarise
+
+# Options of `create_model`, each with its meaning.
+COMMON = {
+    "num_classes": "Number of classes: the length of the logits. 1000 by default, 10 for the small networks.",
+    "dtype": "Computation dtype: `jnp.float32` (default), `jnp.bfloat16`, `jnp.float16` or, with 64-bit JAX, `jnp.float64`.",
+    "axis_name": "Mapped axis over which BatchNorm computes its statistics. None (default): each device computes its own.",
+}
+DILATED = COMMON | {
+    "output_stride": "Image size divided by the size of the last map. A half or a quarter of the default dilates the last stages."
+}
+RECONSTRUCTION = {
+    "alpha": "ScConv's α, between 0 and 1: share of the channels in the branch with the k×k convolution. 0.5 by default.",
+    "variant": 'Version of ScConv: "paper" (default), "2023-07", "2023-09" or "2023-10".',
+}
+
+IMAGENET = Preparation(size=224, resize=256)
+SMALL_IMAGES = Preparation(size=32, resize=32)
+
+# Why our counts differ from a paper's.
+ROUNDED = "printed with one decimal"
+ALIKE = "the same count"
+ABOVE = "the paper's figure is above its own Eq. 11"
+UNNAMED = "groups and width not given; 4×64d is nearest"
+
+
+class Feature(NamedTuple):
+    """The map after one stage of a network."""
+
+    channels: int
+    stride: int  # image size divided by the size of the map
+
+
+class Row(NamedTuple):
+    """One row of a paper's table. 2020: Liu et al., CVPR, and the README of MCG-NKU/SCNet. 2023: Li et al., CVPR."""
+
+    paper: int  # year
+    label: str  # the paper's name of the network
+    parameters: float  # millions
+    multiply_adds: float  # billions
+    margins: tuple[float, float] = (0.5, 2.0)  # percent within which our parameters and multiply-adds agree
+    reason: str = ROUNDED  # for the margins
+    options: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ModelSpec:
+    """What is known of one network. Printing it shows everything.
+
+    Attributes:
+        name: Name for `create_model`.
+        build: Returns the network, given any of `options`.
+        options: Meaning of each option of `create_model`.
+        head: Name of the last, fully connected layer.
+        preparation: How images are prepared.
+        conventions: Key conventions of its checkpoints, the most common first. If empty, no other project's are known.
+        weights: Address of the published weights, or None.
+        rows: Its rows in the tables of the two papers.
+    """
+
+    name: str
+    build: Callable[..., Any]
+    options: Mapping[str, str]
+    head: str = "fc"
+    preparation: Preparation = IMAGENET
+    conventions: tuple[str, ...] = ()
+    weights: str | None = None
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the images that the network was designed for."""
+        return self.preparation.size
+
+    @property
+    def smallest_image(self) -> int:
+        """Smallest height and width, in pixels, that the network accepts."""
+        return self.build().smallest_image
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        """Channels and stride of the map after each stage."""
+        return self.build().feature_info()
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return self._counts[0]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one image of `image_size`."""
+        return self._counts[1]
+
+    @property
+    def sha256(self) -> str | None:
+        """First eight hex digits of the SHA-256 of the published weights, or None."""
+        found = re.search(r"-([0-9a-f]{8})\.", self.weights or "")
+        return found[1] if found else None
+
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        parts = summarise(self.build(), depth=1)
+        return sum(part.parameters for part in parts), sum(part.multiply_adds for part in parts)
+
+    def __repr__(self) -> str:
+        """Return the record as lines of text."""
+        images = self.preparation
+        lines = {
+            "parameters": [f"{self.parameters:,}"],
+            "multiply-adds": [f"{self.multiply_adds:,} at {self.image_size}×{self.image_size} px"],
+            "smallest image": [f"{self.smallest_image}×{self.smallest_image} px"],
+            "features": [f"{stage}: {channels} channels, stride {stride}" for stage, (channels, stride) in self.features.items()],
+            "images": [f"resize {images.resize}, crop {images.size}, mean {images.mean}, std {images.std}"],
+            "weights": [f"{self.weights} (SHA-256 {self.sha256}…)" if self.weights else "none published"],
+            "conventions": [", ".join(self.conventions) or "its own"],
+            "head": [self.head],
+            "options": [f"{option}: {meaning}" for option, meaning in self.options.items()],
+            "papers": [f"{row.paper}, {row.label}: {row.parameters} M, {row.multiply_adds} G" for row in self.rows] or ["none"],
+        }
+        text = [self.name]
+        for title, (first, *others) in lines.items():
+            text += [f"  {title:15} {first}", *(f"  {'':15} {other}" for other in others)]
+        return "\n".join(text)
