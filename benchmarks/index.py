@@ -1,4 +1,4 @@
-"""An index of as many files as ImageNet has: the time to make it, the time to load it, and the memory that it takes.
+"""Index of as many files as ImageNet has: time to make it, time to load it, and memory.
 
 `python -m benchmarks.index [FILES]` makes 1.28 million empty files in a temporary folder and removes them.
 """
@@ -28,7 +28,7 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 
 def fill(root: Path, images: int) -> None:
-    """Names as ImageNet's: `n01440764/n01440764_10026.JPEG`, hard links to one empty file per class."""
+    """Make files with names like ImageNet's (`n01440764/n01440764_10026.JPEG`), as hard links to one empty file per class."""
     for label in range(CLASSES):
         folder = root / f"n{1440764 + 7 * label:08}"
         folder.mkdir(parents=True)
@@ -39,7 +39,7 @@ def fill(root: Path, images: int) -> None:
 
 
 def open_once(root: Path, cache: Path) -> tuple[float, float, int]:
-    """Seconds, GiB and images of a fresh process that opens the data set."""
+    """Open the data set in a fresh process; return seconds, GiB and the number of images."""
     command = [sys.executable, "-c", OPEN, str(root)]
     environment = os.environ | {"SCCONV_JAX_CACHE": str(cache)}
     found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()

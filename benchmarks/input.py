@@ -1,7 +1,6 @@
-"""Reading images: this project's input, torch's DataLoader and tf.data side by side; and what a step waits for its data.
+"""Rate of reading images, beside torch's DataLoader and tf.data; and the time that a step waits for its data.
 
-tf.data is measured where TensorFlow is installed, or by the interpreter that `TENSORFLOW_PYTHON` names: it need not be in this
-environment.
+tf.data is measured if TensorFlow is installed here, or with the Python interpreter that `TENSORFLOW_PYTHON` names.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ for _ in sys.stdin:
 
 
 def photo(rng: np.random.Generator, height: int = 375, width: int = 500) -> np.ndarray:
-    """Noise whose spectrum falls as that of photographs: uint8 (h, w, 3)."""
+    """Return noise with the spectrum of photographs: uint8 (h, w, 3)."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = 1
     spectrum = rng.normal(size=(3, *frequency.shape)) + 1j * rng.normal(size=(3, *frequency.shape))
@@ -69,7 +68,7 @@ def photo(rng: np.random.Generator, height: int = 375, width: int = 500) -> np.n
 
 
 def write_photos(root: Path) -> float:
-    """Write `IMAGES` JPEG files of quality 90 as two classes; returns their mean size in kB."""
+    """Write `IMAGES` JPEG files of quality 90 in two classes; return their mean size in kB."""
     rng, sizes = np.random.default_rng(0), []
     for split, count in (("train", IMAGES), ("val", 2)):
         for i in range(count):
@@ -81,7 +80,7 @@ def write_photos(root: Path) -> float:
 
 
 def ours(root: Path) -> Callable[[], None]:
-    """An epoch of the trainer's batches; the flip, which there is the device's work, is done here."""
+    """Return a function that reads an epoch of the trainer's batches and flips on the host, as the others do."""
     source = load_dataset(Data(name="folder", dir=str(root), image_size=SIZE)).train
     rng = np.random.default_rng(0)
 
@@ -117,7 +116,7 @@ class Photos(torch.utils.data.Dataset):
 
 
 def data_loader(root: Path) -> Callable[[], None]:
-    """An epoch of torch's DataLoader, in processes that stay."""
+    """Return a function that reads an epoch with torch's DataLoader, whose processes persist."""
     loader = torch.utils.data.DataLoader(
         Photos(root), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True, multiprocessing_context="forkserver"
     )
@@ -129,7 +128,7 @@ def data_loader(root: Path) -> Callable[[], None]:
 
 
 def tf_data(python: str, root: Path) -> tuple[subprocess.Popen[str], Callable[[], None]]:
-    """An epoch of tf.data, in a process of its own that waits between epochs; and the process."""
+    """Start a process for tf.data; return it and a function that makes it read an epoch."""
     constants = f"SIZE, BATCH, WORKERS = {SIZE}, {BATCH}, {WORKERS}\n"
     quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
@@ -153,7 +152,7 @@ def tf_data(python: str, root: Path) -> tuple[subprocess.Popen[str], Callable[[]
 
 
 def rates() -> str:
-    """Images/s of each, and ours over theirs, epoch by epoch."""
+    """Return a table of images per second, and of our rate over theirs, epoch by epoch."""
     with tempfile.TemporaryDirectory(prefix="photos-") as folder:
         root = Path(folder)
         size = write_photos(root)
@@ -181,9 +180,9 @@ def rates() -> str:
 
 
 def overlap(steps: int = 150, step_seconds: float = 0.05) -> str:
-    """The share of its time that a loop like the trainer's waits for data, by how long a batch takes to make.
+    """Return a table: the share of its time that a loop like the trainer's waits for data, by the time to make a batch.
 
-    Step and data sleep, as a host does while an accelerator or a disk is at work: so nothing here depends on other load.
+    Step and data sleep, as a host does while an accelerator or a disk works. So other load does not matter.
     """
     batch = {"image": np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)}
 
@@ -196,7 +195,7 @@ def overlap(steps: int = 150, step_seconds: float = 0.05) -> str:
         return {"loss": jax.pure_callback(wait, loss, loss + batch["image"][0, 0, 0, 0])}
 
     def run(seconds: float) -> tuple[float, float]:
-        """Seconds of a step, and the share of them spent waiting."""
+        """Return the seconds per step, and the share of them spent waiting."""
 
         def batches() -> Iterator[dict[str, np.ndarray]]:
             while True:

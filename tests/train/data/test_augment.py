@@ -12,7 +12,7 @@ KEYS = jax.random.split(jax.random.key(0), 200)
 
 
 def test_a_crop_is_a_shift_by_up_to_the_padding():
-    """All 25 shifts occur, each is the image moved, and what comes in is black."""
+    """All 25 shifts occur, and nothing but them; pixels from outside are black."""
     crops = np.asarray(jax.vmap(random_crop, (0, None, None))(KEYS, IMAGE, 2))
     assert crops.dtype == np.uint8
     padded = np.pad(np.asarray(IMAGE), ((2, 2), (2, 2), (0, 0)))

@@ -1,4 +1,4 @@
-"""Folders of images and sets of TensorFlow Datasets through the whole command line, with a tiny network."""
+"""Folders of images and data sets of TensorFlow Datasets, through the whole command line with a tiny network."""
 
 import json
 import shutil
@@ -56,13 +56,13 @@ def metrics(workdir):
 
 
 def run(capsys, *arguments):
-    """Exit code, and the last line of the errors."""
+    """Return the exit code and the last line on stderr."""
     code = main([*map(str, arguments), "--config", "small.py"])
     return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
 
 def test_a_folder_trains_and_so_does_the_same_prepared(digits, capsys):
-    """The two runs agree in every number: same images, same order, same crops."""
+    """Both runs have the same images in the same order with the same crops, so every number agrees."""
     pytest.importorskip("tensorflow_datasets", reason="a test of the extra tfds")
     assert run(capsys, digits, "--workdir", "a")[0] == 0
     prepare_folder(str(digits), Path("prepared"), workers=2)
@@ -73,7 +73,7 @@ def test_a_folder_trains_and_so_does_the_same_prepared(digits, capsys):
     assert "validation" not in str(metrics("a")[-1])
 
 
-def test_a_run_on_a_folder_goes_on_where_it_stopped(digits, capsys):
+def test_a_run_on_a_folder_resumes_where_it_stopped(digits, capsys):
     assert run(capsys, digits, "--workdir", "whole")[0] == 0
     assert run(capsys, digits, "--workdir", "halved", "--epochs", "1", "--optim.schedule", "step")[0] == 0
     assert run(capsys, digits, "--workdir", "step", "--optim.schedule", "step")[0] == 0
@@ -81,14 +81,14 @@ def test_a_run_on_a_folder_goes_on_where_it_stopped(digits, capsys):
     assert metrics("halved")[-1] == metrics("step")[-1]
 
 
-def test_weights_are_tested_where_there_are_fewer_images_to_train_on_than_in_a_batch(digits, capsys):
+def test_weights_can_be_tested_with_fewer_training_images_than_a_batch(digits, capsys):
     assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
     assert main(["--config", "small.py", "--evaluate", "--init", "a", "-b", "80", str(digits)]) == 0
     assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} %" in capsys.readouterr().out
 
 
-def test_a_run_does_not_go_on_with_more_images(digits, capsys):
-    """Its step would be another position in another order."""
+def test_a_run_does_not_resume_with_more_images(digits, capsys):
+    """The step would mean another position in another order."""
     assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
     image = next(iter(digits.glob("train/*/*.jpg")))
     shutil.copy(image, image.with_name("copy.jpg"))
@@ -119,7 +119,7 @@ def test_a_test_image_that_cannot_be_read_is_not_counted(digits, capsys):
     assert f"({round(19 * last['eval/top1'])} of 19) after the last epoch" in capsys.readouterr().out
 
 
-def test_not_one_readable_test_image_is_an_error(digits, capsys):
+def test_a_test_set_without_a_readable_image_is_an_error(digits, capsys):
     for path in digits.glob("val/*/*.jpg"):
         path.write_bytes(b"")
     code, error = run(capsys, digits, "--workdir", "a", "--data.max-bad-images", "100")
@@ -143,7 +143,7 @@ def test_a_wrong_folder_is_one_line_and_nothing_is_written(digits, capsys, spoil
     assert not Path("a").exists()
 
 
-def test_a_run_with_another_number_of_classes_does_not_go_on(digits, capsys):
+def test_a_run_does_not_resume_with_another_number_of_classes(digits, capsys):
     assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
     for split in ("train", "val"):
         shutil.copytree(digits / split / "2", digits / split / "3")

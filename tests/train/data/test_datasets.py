@@ -1,4 +1,6 @@
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ def test_digits_are_1437_and_360_in_proportion(digits):
 
 
 def test_no_test_scan_is_a_training_scan(digits):
-    """Not even two scans by chance alike: as 8×8 numbers, and as the images made of them."""
+    """No two scans are equal, neither as 8×8 numbers nor as images."""
     from sklearn.datasets import load_digits
 
     scans = load_digits().data
@@ -34,7 +36,7 @@ def test_no_test_scan_is_a_training_scan(digits):
 
 
 def test_the_split_of_digits_never_changes(digits):
-    """Another release of scikit-learn or NumPy must not deal the scans anew: results would not compare."""
+    """With another release of scikit-learn or NumPy, results must stay comparable."""
     assert digits.test.labels[:10].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3]
     assert hashlib.sha256(digits.test.images.tobytes()).hexdigest()[:16] == "0071901659f01116"
 
@@ -68,6 +70,14 @@ def test_synthetic_data_is_as_large_as_asked_and_the_same_each_time():
     assert dataset.num_classes == 3
     assert set(dataset.train.labels.tolist()) == {0, 1, 2}
     np.testing.assert_array_equal(load_dataset(asked).train.images, dataset.train.images)
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    """`train.prepare` and its help use these modules."""
+    code = "import sys, train.data.datasets, train.data.folder, train.data.tfds; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"jax", "flax", "grain", "scconv_jax", "cv2", "PIL", "sklearn", "tensorflow_datasets"}
+    assert not heavy & set(done.stdout.split())
 
 
 def test_the_table_has_what_the_config_allows():

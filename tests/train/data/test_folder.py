@@ -19,7 +19,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def fill(root, files):
-    """Empty files; long unchanged, as a data set is."""
+    """Make empty files that have not changed for a long time, like those of a data set."""
     for name in files:
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def listed(records):
 
 
 def as_imagefolder(root):
-    """What torchvision's `ImageFolder` lists, by the rules of its documentation and code."""
+    """Return the classes, paths and labels that torchvision's `ImageFolder` lists, by the rules of its documentation."""
     extensions = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     return classes, [
@@ -109,7 +109,7 @@ def test_a_change_anywhere_is_seen(tmp_path, place):
 
 
 def test_a_folder_that_has_only_just_changed_is_not_kept(tmp_path, cache):
-    """A second change within the same tick of the clock would go unseen."""
+    """A second change within the same clock tick would not be noticed."""
     fill(tmp_path / "set", NAMES)
     (tmp_path / "set" / "a" / "new.png").touch()
     load_index(tmp_path / "set")
@@ -127,7 +127,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, content):
     assert path.stat().st_size > 100
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, cache):
+def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path, cache):
     cache.parent.touch()  # a file in the way: root may write anywhere else
     fill(tmp_path / "set", NAMES)
     assert len(load_index(tmp_path / "set")) == len(load_index(tmp_path / "set")) > 0
@@ -170,7 +170,7 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
 
 
 def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
-    """Said by a stand-in: the root user may read everything."""
+    """A replaced `scandir` refuses, because the root user may read everything."""
     fill(tmp_path, ["train/a/x.jpg", "val/a/x.jpg"])
 
     def scandir(path, scandir=os.scandir):
@@ -247,7 +247,7 @@ def test_unreadable_images_are_named_and_skipped_up_to_the_limit(colors, capsys)
     (batch,) = eval_batches(dataset.test, 4, threads=2)
     assert batch["weight"].tolist() == [1, 1, 0, 0]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2, "each once"
+    assert len(lines) == 2, "one line for each image"
     assert lines[0].startswith("skipped unreadable image ")
     assert lines[0].endswith("train/red/3.jpg: not an image (1 of at most 2)")
     assert lines[1].endswith("val/sky/0.jpg: not an image (2 of at most 2)")

@@ -80,7 +80,7 @@ def test_a_crop_is_decided_by_its_key_alone():
 @pytest.mark.parametrize(("height", "width"), [(80, 90), (100, 120), (330, 500), (1030, 900)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_training_pixels_are_near_those_of_an_antialiased_resize(height, width, kind):
-    """At every factor of scaled decoding, also where the image is enlarged: of the same part."""
+    """For the same box, at every factor of scaled decoding, and also if the image is enlarged."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[:height, :width] * 2 * np.pi / min(height, width)
     smooth = 128 + 60 * np.stack([np.sin(x + y), np.cos(x - y), np.sin(2 * x)], axis=-1)
@@ -98,7 +98,7 @@ def test_training_pixels_are_near_those_of_an_antialiased_resize(height, width, 
 @pytest.mark.parametrize("options", [{"subsampling": s} for s in (0, 1, 2)] + [{"progressive": True}, {"restart_marker_rows": 1}])
 @pytest.mark.parametrize(("height", "width"), [(211, 300), (1031, 900)])
 def test_leaving_out_the_rows_below_a_crop_changes_no_pixel(height, width, options):
-    """A byte after the end makes a file whose rows are all decoded."""
+    """All rows are decoded of a file with a byte after its end."""
     rng = np.random.default_rng(2)
     for quality in (50, 95):
         data = encoded(photo(height, width), quality=quality, **options)
@@ -109,7 +109,7 @@ def test_leaving_out_the_rows_below_a_crop_changes_no_pixel(height, width, optio
 
 
 def test_boxes_have_the_distribution_of_torchvision():
-    """Area uniform, ratio log-uniform, place uniform: moments of 4,000 boxes of a square that all fit."""
+    """Area and position are uniform, the ratio log-uniform: moments of 4,000 boxes that all fit in a square."""
     rng = np.random.default_rng(0)
     boxes = np.array([crop_box(1000, 1000, rng, (0.1, 0.5), (0.8, 1.25)) for _ in range(4000)], float)
     top, left, height, width = boxes.T

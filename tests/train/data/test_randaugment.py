@@ -1,4 +1,4 @@
-"""RandAugment against PIL's own operations, by which torchvision does it."""
+"""RandAugment against PIL's operations, which torchvision calls."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ SIZES = [(31, 40), (24, 24)]
 
 
 def picture(size, seed=0):
-    """Smooth colours with an edge and noise: values of all sizes, none everywhere."""
+    """Return smooth colours with an edge and noise: values of all sizes, no constant channel."""
     rng = np.random.default_rng(seed)
     height, width = size
     y, x = np.mgrid[:height, :width]
@@ -24,7 +24,7 @@ def picture(size, seed=0):
 
 
 def with_pil(name, image, magnitude, sign):
-    """The operation by PIL, of a strength that counts in 30ths."""
+    """Return the image after PIL's operation; the strength is `magnitude` / 30."""
     pil, share = Image.fromarray(image), magnitude / 30
     width, height = pil.size
 
@@ -87,7 +87,7 @@ def test_a_picture_of_one_colour_stays(name):
 
 
 def test_all_operations_are_drawn_alike_in_both_directions():
-    """Told apart by what comes out: identity and, with signs, 9 operations twice and 4 once."""
+    """The results tell operations apart: the identity, 9 operations with two signs, and 4 without."""
     image = picture((24, 24))
     keys = jax.random.split(jax.random.key(0), 600)
     results = np.asarray(jax.jit(jax.vmap(lambda key: rand_augment(key, jnp.asarray(image), 1, 20)))(keys))
