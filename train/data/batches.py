@@ -170,8 +170,12 @@ def _read_ahead(
     def new_batch() -> Batch:
         return {"image": np.empty((size, *image_shape), np.uint8)} | {key: np.empty(size, fields[key]) for key in fields}
 
+    closed = threading.Event()
+
     def fill(batch: Batch, step: int, task: range) -> None:
         for i in task:
+            if closed.is_set():
+                return
             for key, value in read(step, positions[i], batch["image"][i]).items():
                 batch[key][i] = value
 
@@ -196,7 +200,8 @@ def _read_ahead(
                 future.result()
             yield batch
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        closed.set()
+        pool.shutdown(cancel_futures=True)
 
 
 class DevicePrefetcher(Iterator[Any]):

@@ -226,6 +226,24 @@ def test_an_error_reaches_the_reader_of_transferred_batches():
                 next(batches)
 
 
+def test_after_closing_nothing_is_read():
+    read = []
+
+    class Slow(Numbered):
+        def load(self, index, key, out):
+            time.sleep(0.05)
+            read.append(index)
+            return super().load(index, key, out)
+
+    batches = training(Slow(4000), 64, threads=3)
+    next(batches)
+    batches.close()
+    count = len(read)
+    assert count < 128, "the second batch is not read to its end"
+    time.sleep(0.1)
+    assert len(read) == count
+
+
 def test_closing_ends_all_threads():
     before = threading.active_count()
     for _ in range(3):
