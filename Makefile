@@ -1,4 +1,4 @@
-# Every target makes the environment that it needs, once, in .venv; a second call starts at once.
+# Every target creates the environment that it needs in .venv, once.
 #   make train   train the embedded default (real handwritten digits)       make test    the whole test suite
 #   make setup   the environment alone                                      make lint    ruff and pyright
 #   make bench   side-by-side timings against PyTorch                       make docs    the documentation as a site
@@ -8,7 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NEWEST_VENV := .venv-newest
-# XLA on CPU asks for its buffers anew at every step; in huge pages (where the system has them) that costs a fifth less time.
+# The equivalence tests need PyTorch. Every build of it will do: pip takes the one that its own settings name.
+TORCH ?= torch==2.13.0
+# XLA allocates its CPU buffers anew at every step. Huge pages, where the system has them, make a step a fifth faster.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
@@ -23,7 +25,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "scconv_jax needs Python 3.11 or newer; $$($(PYTHON) --version 2>&1) is first on PATH." \
 	       "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
-	@echo "Making the environment in $(VENV) (once; one to three minutes) ..."
+	@echo "Creating the environment in $(VENV) (once; one to three minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: pyproject.toml | $(BIN)/python
@@ -31,7 +33,7 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	@$(PIP) torch==2.13.0
+	@$(PIP) $(TORCH)
 	@$(PIP) --editable '.[train,tfds,test]'
 	@touch $@ $(VENV)/.train
 
@@ -56,9 +58,9 @@ $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
-# What a user on a newer Python gets: the newest jax and flax there are, the tests that need no torch.
+# The tests that need no PyTorch, on a newer Python with the newest jax and flax.
 test-newest:
-	@PYTHON_NEWEST="$(PYTHON_NEWEST)" VENV="$(NEWEST_VENV)" sh .ci/test-newest
+	@PYTHON_NEWEST="$(PYTHON_NEWEST)" TESTED="$(BIN)/python" VENV="$(NEWEST_VENV)" sh .ci/test-newest
 
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) build dist
