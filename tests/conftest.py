@@ -1,7 +1,7 @@
-"""The strictest JAX that the library must live with, set up before anything imports it.
+"""Sets up JAX for the tests, before anything imports it, and defines the shared fixtures.
 
-Eight simulated CPU devices, no implicit rank promotion, warnings as errors (pyproject.toml), and shape annotations that
-are checked on every call. Torch is optional here: only the files named `test_*_equivalence.py` need it.
+JAX runs at its strictest: eight simulated CPU devices and no implicit rank promotion. pyproject.toml adds the rest: warnings
+are errors, and each call is checked against its shape annotations. Only the files `test_*_equivalence.py` need PyTorch.
 """
 
 import atexit
@@ -45,21 +45,21 @@ if importlib.util.find_spec("torch") is not None:
 
 @pytest.fixture
 def x64():
-    """64-bit JAX for one test. Compilation caches are keyed on the flag, so nothing leaks into the next test."""
+    """Switches JAX to 64 bits for one test. JAX's caches distinguish the two modes, so nothing leaks into the next test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(params=["float64", "float32"])
 def precision(request):
-    """Runs a test in float64, where no tolerance can hide a mistake, and in float32, which users compute in."""
+    """Runs a test twice: in float64, where no tolerance can hide a mistake, and in float32, as users do."""
     with jax.enable_x64(request.param == "float64"):
         yield np.dtype(request.param)
 
 
 @pytest.fixture
 def unchecked():
-    """The library as its users have it, without the checks of shapes that would find a wrong input before it does."""
+    """Switches the shape checks off, so that the library itself must find a wrong input, as it must for users."""
     import jaxtyping
 
     jaxtyping.config.update("jaxtyping_disable", True)
@@ -69,19 +69,19 @@ def unchecked():
 
 @pytest.fixture
 def seed(request) -> int:
-    """A seed of the test's own: the same in every run, another in every test."""
+    """A seed that depends on the test's name only."""
     return zlib.crc32(request.node.nodeid.encode())
 
 
-# Largest difference from PyTorch, as a share of the largest value. float64: thousands of roundings of 1e-16 each, at
-# worst; anything systematic is far above it. float32: outputs sum up to 9·512 products in an order that differs between
-# the two libraries, through up to 100 layers; each rounding is about 6e-8, and they add up like a random walk.
+# Largest difference from PyTorch allowed, relative to the largest value. float64: thousands of roundings of 1e-16 each
+# stay below the limit; a systematic error is far above it. float32: outputs sum up to 9·512 products, in an order that
+# differs between the two libraries, through up to 100 layers. Each rounding is about 6e-8, and they add up like a random walk.
 LIMITS = {"float64": 1e-12, "float32": 2e-5}
 
 
 @pytest.fixture
 def close(request):
-    """`close(ours, theirs, what)` asserts equality up to rounding, and notes the difference for the final report."""
+    """Returns `close(ours, theirs, what)`, which asserts equality up to rounding and records the difference for the report."""
 
     def check(ours, theirs, what: str = "output", *, limit: float | None = None) -> None:
         ours, theirs = np.asarray(ours), np.asarray(theirs)
@@ -101,7 +101,7 @@ def close(request):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Says how near the library came to the PyTorch oracles, per file of equivalence tests."""
+    """Reports the largest difference from PyTorch for each file of equivalence tests."""
     found: dict[tuple[str, str], list[float]] = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties if report.when == "call" else ():

@@ -1,4 +1,4 @@
-"""How a Flax module is compared with its PyTorch oracle: same state, same input, every number that comes out."""
+"""Compares a Flax module with its PyTorch oracle: same state, same input, and all outputs, gradients and statistics."""
 
 import copy
 from collections.abc import Callable, Collection
@@ -28,21 +28,21 @@ def torch_dtype(dtype: np.dtype) -> torch.dtype:
 
 
 def variables_of(oracle: torch.nn.Module, model: Any, x: np.ndarray) -> dict[str, Any]:
-    """The oracle's state as the variables of `model`, whose input is like `x`."""
+    """Returns the oracle's state as variables of `model`, for inputs of the shape of `x`."""
     template = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.asarray(x))
     return jax.tree.map(jnp.asarray, from_torch(oracle.state_dict(), template))
 
 
 def compare_module(close, model: Any, oracle: torch.nn.Module, x: np.ndarray, *, train: bool, dead: Collection[str] = ()) -> None:
-    """Compares outputs, gradients to the input and to each parameter, and each running statistic.
+    """Compares the output, the gradients of the input and of each parameter, and each running statistic.
 
     Args:
-        close: the fixture.
-        model: Flax module, called `(x, train=train)`.
-        oracle: its counterpart, in any dtype; it is left as it is.
-        x: input, `(n, h, w, c)` or `(n, c)`; both sides compute in its dtype.
-        train: whether to normalise by the batch's statistics.
-        dead: names of parameters that must get no gradient.
+        close: The fixture `close`.
+        model: Flax module, called as `model(x, train=train)`.
+        oracle: PyTorch module, in any dtype. It is copied, not changed.
+        x: Input, `(n, h, w, c)` or `(n, c)`. Both sides compute in its dtype.
+        train: Whether to normalise by the statistics of the batch.
+        dead: Names of the parameters that must get no gradient.
     """
     to_torch_layout, from_torch_layout = (nchw, nhwc) if x.ndim == 4 else (torch.from_numpy, lambda t: t.detach().numpy())
     oracle = copy.deepcopy(oracle).to(torch_dtype(x.dtype)).train(train)
@@ -73,7 +73,7 @@ def compare_module(close, model: Any, oracle: torch.nn.Module, x: np.ndarray, *,
 
 
 def compare_gradients(close, gradients: Any, oracle: torch.nn.Module, dead: Collection[str] = ()) -> None:
-    """Compares a tree of gradients with what `backward` left in the oracle, name by name."""
+    """Compares a tree of gradients with the oracle's after `backward`, name by name."""
     found = to_torch({"params": gradients})
     expected = {name: parameter.grad for name, parameter in oracle.named_parameters()}
     assert set(found) == set(expected)

@@ -1,4 +1,4 @@
-"""Who may import whom, folder by folder: read off the files, so that an import against the direction of the layout fails."""
+"""Checks which folder imports which, by reading the import statements of every file."""
 
 import ast
 import sys
@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = {"scconv_jax", "train", "configs", "benchmarks", "tests"}
 
-# Files of the package itself that know no other part of it; every folder may import them.
+# Files directly in scconv_jax/ that import nothing else of it; every folder may import them.
 SHARED = {"files", "images", "messages", "shapes"}
-# Folder → the folders of its package that it may import; each may import itself.
+# For each folder, the other folders of its package that it may import.
 LIBRARY = {
     "functional": set(),
     "layers": {"functional"},
@@ -23,7 +23,7 @@ LIBRARY = {
 TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}}
 
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors"}  # ml_dtypes is jax's, rich flax's
-LATE_OF = {  # what a file may import where it uses it
+LATE_OF = {  # optional packages that a file may import inside a function
     "images.py": {"PIL"},
     "interop/torch_networks.py": {"torch"},
     "interop/verification.py": {"torch"},
@@ -38,12 +38,12 @@ def files(package):
 
 
 def folder(path):
-    """`scconv_jax/weights/files.py` → `weights`; "" for a file of the package itself."""
+    """Returns `weights` for `scconv_jax/weights/files.py`, and "" for a file directly in the package."""
     return "/".join(path.relative_to(ROOT).parts[1:-1])
 
 
 def imports(path):
-    """Dotted names of what a file imports: (name, whether at the top level)."""
+    """Returns each dotted name that a file imports, and whether it does so at the top level."""
     tree = ast.parse(path.read_text(), str(path))
     found = []
     for node in ast.walk(tree):
@@ -59,7 +59,7 @@ def imports(path):
 
 
 def folders(path, package):
-    """Folders of `package` that a file imports; "" for the package itself."""
+    """Returns the folders of `package` that a file imports, with "" for files directly in the package."""
     known = {folder(file) for file in files(package)}
     parts = [name.split(".") for name, _ in imports(path)]
     found = {part[1] if len(part) > 1 else "" for part in parts if part[0] == package} - SHARED
@@ -79,10 +79,10 @@ def relative(path):
 
 
 @pytest.mark.parametrize("path", files("scconv_jax"), ids=relative)
-def test_the_library_points_downwards(path):
+def test_library_imports_follow_the_layout(path):
     assert ours(path) <= {"scconv_jax"}
     late = LATE_OF.get(relative(path).removeprefix("scconv_jax/"), set())
-    assert others(path) <= LIBRARY_NEEDS | late, "an optional or foreign package; the library needs these alone"
+    assert others(path) <= LIBRARY_NEEDS | late, "the library depends on LIBRARY_NEEDS alone; LATE_OF lists the optional packages"
     if folder(path):
         assert folders(path, "scconv_jax") <= LIBRARY[folder(path)] | {folder(path)}
     elif path.stem in SHARED:
@@ -90,12 +90,12 @@ def test_the_library_points_downwards(path):
 
 
 @pytest.mark.parametrize("path", files("scconv_jax/functional"), ids=relative)
-def test_the_pure_functions_know_no_flax(path):
+def test_functional_imports_no_flax(path):
     assert others(path) <= {"jax", "numpy"}
 
 
 @pytest.mark.parametrize("path", files("train"), ids=relative)
-def test_the_trainer_points_downwards_and_uses_the_library_by_its_public_names(path):
+def test_trainer_imports_follow_the_layout_and_use_public_names(path):
     assert ours(path) <= {"train", "scconv_jax"}
     if folder(path):
         assert folders(path, "train") <= TRAINER[folder(path)] | {folder(path)}
@@ -108,32 +108,31 @@ def test_the_trainer_points_downwards_and_uses_the_library_by_its_public_names(p
 
 
 @pytest.mark.parametrize("path", files("configs"), ids=relative)
-def test_configs_know_only_what_a_config_is(path):
+def test_configs_import_train_config_only(path):
     assert {".".join(name.split(".")[:2]) for name, _ in imports(path)} == {"train.config"}
 
 
 @pytest.mark.parametrize("path", files("train") + files("scconv_jax"), ids=relative)
-def test_heavy_packages_are_imported_where_they_are_used(path):
+def test_heavy_packages_are_imported_inside_functions(path):
     assert not {name.split(".")[0] for name, top in imports(path) if top} & LATE_ONLY
 
 
 @pytest.mark.parametrize("package", ["scconv_jax", "train"])
-def test_no_folder_and_no_file_has_grown_out_of_hand(package):
+def test_files_and_folders_stay_small(package):
     for path in files(package):
-        assert len(path.read_text().splitlines()) <= 350, f"{relative(path)} is two files"
-        assert len(list(path.parent.glob("*.py"))) <= 12, f"{relative(path.parent)} is two folders"
+        assert len(path.read_text().splitlines()) <= 350, f"{relative(path)} has more than 350 lines: split it"
+        assert len(list(path.parent.glob("*.py"))) <= 12, f"{relative(path.parent)} has more than 12 modules: split it"
 
 
 def exported(path):
-    """The names in `__all__`."""
+    """Returns the names in `__all__`."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == ["__all__"]:
             return ast.literal_eval(node.value)
     raise AssertionError(f"{path} has no __all__")
 
 
-def test_the_check_sees_what_it_should(tmp_path):
-    """Each way to write an import is seen."""
+def test_every_form_of_import_is_found(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
         "import train.run.workdir\nfrom train import loop\nfrom scconv_jax import models\n"

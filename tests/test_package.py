@@ -1,4 +1,4 @@
-"""What `import scconv_jax` does and does not do, each time in a fresh interpreter."""
+"""What `import scconv_jax` loads and costs, measured in fresh interpreters, and which names it exports."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ import scconv_jax
 
 
 def python(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """Runs `code` in a fresh interpreter and returns its output."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -21,13 +21,13 @@ def test_import_loads_nothing_heavy():
     modules = json.loads(python("import scconv_jax, sys, json; print(json.dumps(sorted(sys.modules)))"))
     roots = {name.partition(".")[0] for name in modules}
     assert {"jax", "flax", "scconv_jax"} <= roots
-    # flax itself imports optax and orbax; what only the tests or only the training program need must not be there.
+    # Packages that only the tests or only the trainer need. flax itself imports optax and orbax.
     unwanted = {"torch", "tensorflow", "train", "matplotlib", "tyro", "grain", "sklearn", "jaxtyping", "beartype", "timm", "PIL"}
     assert not roots & unwanted
 
 
 def test_import_adds_little_to_that_of_flax():
-    """Processor time, which other processes on the machine disturb least; the median of three."""
+    """Takes the median CPU time of three runs: other processes disturb CPU time less than wall time."""
     code = """
 import time, flax.linen, jax.numpy
 start = time.process_time()
@@ -38,24 +38,24 @@ print(time.process_time() - start)
 
 
 def test_import_allocates_nothing():
-    """No array on a device and no backend: users set platform and precision after their imports too."""
+    """No backend is initialised, so users can still choose the platform and the precision after the import."""
     code = "import scconv_jax; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     assert python(code).strip() == "False"
 
 
-def test_the_ambiguous_name_is_explained():
+def test_the_error_for_scconv_names_both_operators():
     with pytest.raises(AttributeError) as error:
         scconv_jax.SCConv  # noqa: B018
     assert "SelfCalibratedConv" in str(error.value)
     assert "ScConv" in str(error.value).replace("SCConv", "")
 
 
-def test_an_unknown_name_is_refused_as_python_does():
+def test_an_unknown_name_gives_the_usual_attribute_error():
     with pytest.raises(AttributeError, match=r"module 'scconv_jax' has no attribute 'SelfCalibratedConvs'"):
         scconv_jax.SelfCalibratedConvs  # noqa: B018
 
 
-def test_everything_that_is_exported_exists():
+def test_every_exported_name_exists():
     assert sorted(scconv_jax.__all__) == sorted(set(scconv_jax.__all__))
     for name in scconv_jax.__all__:
         assert getattr(scconv_jax, name) is not None
