@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from scconv_jax.functional.checks import check_whole
 from scconv_jax.images import OneImage, Preparation, prepare
 from scconv_jax.messages import did_you_mean
 from scconv_jax.models import densenet, ghostnet, resnet, scconv_resnet, scnet, wide_resnet
@@ -118,9 +118,8 @@ def create_model(name: str, **options: Any) -> nn.Module:
             hint = f" {_instead(name, option)}" if _instead(name, option) else did_you_mean(option, spec.options)
             raise ValueError(f"Model {name!r} has no option {option!r}.{hint} Its options: {', '.join(spec.options)}.")
     classes = options.get("num_classes", 1)
-    if classes is None or isinstance(classes, bool):
-        raise ValueError(f"num_classes={classes!r} must be one whole number, 1 or more.")
-    check_whole(num_classes=classes)
+    if isinstance(classes, bool) or not isinstance(classes, Integral) or classes < 1:
+        raise ValueError(f"num_classes={classes!r} must be one positive integer.")
     if "dtype" in options:
         _check_dtype(options["dtype"])
     return spec.build(**options)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from scconv_jax import create_model, list_models
+from scconv_jax import create_model, list_models, model_info
+from scconv_jax.interop import conventions
 from scconv_jax.interop.conversion import shapes
 from scconv_jax.interop.recognition import _traced, head, recognise, template
 
@@ -40,6 +41,18 @@ def test_every_network_is_recognised(name):
     assert found is not None
     assert found.model == name
     assert found.options["num_classes"] == 7
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name not in SLOW])
+def test_the_record_names_the_key_convention(name):
+    conventions_of = model_info(name).conventions or ("own",)
+    own = "ghostnet_100_pytorchcv"  # its keys here are those of GhostNet's authors
+    assert conventions.identify(entries_of(name)).name == conventions_of[0] or name == own
+
+
+def test_every_convention_of_a_record_exists():
+    known = {found.name for found in conventions.CONVENTIONS}
+    assert {name for spec in map(model_info, list_models()) for name in spec.conventions} <= known
 
 
 @pytest.mark.parametrize(("alpha", "variant"), [(0.75, "2023-10"), (0.5, "2023-07"), (0.5, "2023-09")])
