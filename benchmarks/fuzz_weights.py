@@ -1,8 +1,8 @@
 """Thousands of damaged and hostile files of weights: `python -m benchmarks.fuzz_weights [FILES]`.
 
-Each must end in arrays or in one `WeightsError`, within seconds and a bounded memory, and nothing may be run. File number n
-is the same in every run. Worker processes read them, so that one that crashed would be seen; anything but those two ends
-is printed with its number, and the exit code is 1.
+Each must end in arrays or in one `WeightsError`, within seconds of processor time and a bounded memory, and nothing may be run.
+File number n is the same in every run. Worker processes read the files, so that a crash would be seen. Any other outcome is
+printed with the file's number, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from tests.weights.test_weights_hostile import BOMBS, OPCODES
 
 FILES = 10_000
 BATCH = 1000
-SECONDS = 10  # for one file
-MEMORY = 1 << 30  # bytes, over what a worker has before it begins
+SECONDS = 10  # of processor time for one file, whatever else the machine does
+MEMORY = 1 << 30  # bytes, beyond those of a worker before its first file
 
 ARRAYS = {
     "conv1.weight": np.arange(96, dtype=np.float32).reshape(4, 3, 4, 2),
@@ -45,12 +45,12 @@ NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 
 
 
 def state_dict() -> bytes:
-    """The opcodes of an honest state dict, its first dtypes all float32."""
+    """Return the opcodes of a valid state dict."""
     return state_dicts.write_pickle(ARRAYS)
 
 
 def checkpoint() -> bytes:
-    """The opcodes of what a training script keeps."""
+    """Return the opcodes of a training script's checkpoint."""
     inner = state_dict()[2:-1]
     return made.whole(
         made.dictionary([("epoch", made.text(3)), ("state_dict", inner), ("args", made.text({"lr": [0.1, None, "x"]}))])
@@ -58,7 +58,7 @@ def checkpoint() -> bytes:
 
 
 def container(kind: str, pickled: bytes) -> bytes:
-    """A file of either format around a pickle, its checksums right."""
+    """Return a file of either format around a pickle, with correct checksums."""
     storages = [np.ascontiguousarray(array).tobytes() for array in ARRAYS.values()]
     if kind == "zip":
         return made.zip_file(pickled, storages)
@@ -66,7 +66,7 @@ def container(kind: str, pickled: bytes) -> bytes:
 
 
 def safetensors() -> bytes:
-    """An honest safetensors file."""
+    """Return a valid safetensors file."""
     header: dict = {"__metadata__": {"model": "x"}}
     data = b""
     for name in ("conv1.weight", "fc.bias"):
@@ -77,7 +77,7 @@ def safetensors() -> bytes:
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
-    """Change a few places: bits, bytes, numbers, cuts, repetitions, pieces swapped."""
+    """Return the content with a few changes: bits, bytes, numbers, cuts, repetitions, copied pieces."""
     data = bytearray(content)
     for _ in range(chance.choice([1, 1, 2, 4, 16])):
         at = chance.randrange(len(data) + 1)
@@ -105,7 +105,7 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 
 def rearranged(pickled: bytes, chance: random.Random, canary: Path) -> bytes:
-    """A pickle some of whose opcodes are left out, repeated, or followed by others."""
+    """Return a pickle with some opcodes left out, repeated, or followed by others."""
     places = [place for _, _, place in pickletools.genops(pickled) if place is not None]
     operations = [pickled[a:b] for a, b in itertools.pairwise([*places, len(pickled)])]
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
@@ -121,7 +121,7 @@ def rearranged(pickled: bytes, chance: random.Random, canary: Path) -> bytes:
 
 
 def opcodes(chance: random.Random, canary: Path, most: int) -> bytes:
-    """Random opcodes, names and pieces of tensors, among them calls that would make a file."""
+    """Return random opcodes, names and pieces of tensors, among them calls that would make a file."""
     payloads = list(made.live_payloads(canary).values())
     pieces = []
     for _ in range(chance.randrange(1, most)):
@@ -144,7 +144,7 @@ def opcodes(chance: random.Random, canary: Path, most: int) -> bytes:
 
 
 def hostile(number: int, canary: Path) -> tuple[str, bytes]:
-    """File `number`, and how it was made."""
+    """Return how file `number` was made, and its content."""
     bombs = list(BOMBS)
     if number < 2 * len(bombs):
         kind = ("zip", "legacy")[number % 2]
@@ -178,16 +178,16 @@ def hostile(number: int, canary: Path) -> tuple[str, bytes]:
 
 
 class TookTooLongError(BaseException):
-    """Not an Exception, so that nothing on the way takes it for an ordinary one."""
+    """Not an `Exception`, so that no handler on the way catches it."""
 
 
 def work(first: int, last: int) -> None:
-    """Read the files of these numbers; print one line of JSON for each."""
+    """Read the files with these numbers, and print a line of JSON for each."""
 
     def stop(*_: object) -> None:
         raise TookTooLongError
 
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGPROF, stop)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -197,8 +197,8 @@ def work(first: int, last: int) -> None:
             kind, content = hostile(number, canary)
             path.write_bytes(content)
             print(json.dumps({"number": number, "begun": True}), flush=True)
-            start = time.perf_counter()
-            signal.alarm(SECONDS)
+            start = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 weights.read(path)
                 end = "read"
@@ -206,16 +206,16 @@ def work(first: int, last: int) -> None:
                 end = "refused"
             except BaseException as error:
                 end = f"{type(error).__name__}: {error}"
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             left = sorted(found.name for found in Path(name).iterdir())
             if left != ["x.pth"]:
                 end = f"it left {left}"
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             print(json.dumps({"number": number, "kind": kind, "end": end, "seconds": seconds}), flush=True)
 
 
 def main(files: int = FILES) -> int:
-    """Read them all, record the counts, and return the exit code."""
+    """Read all files, record the counts, and return the exit code."""
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     slowest: collections.Counter = collections.Counter()
     failures = []
@@ -240,8 +240,9 @@ def main(files: int = FILES) -> int:
         for kind, found in sorted(counts.items())
     ]
     text = (
-        f"{files:,} files; each must be read or be refused by one error of our own, within {SECONDS} s and {MEMORY >> 20} MB, "
-        "and nothing may be run.\n\n" + table(["files", "read", "refused", "anything else", "slowest, s"], rows)
+        f"{files:,} files; each must be read, or refused with a `WeightsError`, within {SECONDS} s of processor time and "
+        f"{MEMORY >> 20} MB, and nothing may be run.\n\n"
+        + table(["files", "read", "refused", "anything else", "slowest, s"], rows)
     )
     record("fuzz_weights", "Damaged and hostile files of weights", "\n\n".join([text, *failures]))
     return 1 if failures else 0
