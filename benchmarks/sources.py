@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import record, table
-from scconv_jax.interop.loading import choose_model, convert_for_model, open_checkpoint
+from scconv_jax.interop.loading import build_model, open_checkpoint
 from scconv_jax.interop.verification import SIZES, compare
-from scconv_jax.models.registry import create_model
 from tests.reference.namings import MMPose, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import randomise
@@ -67,13 +66,12 @@ def measure(source: str, network: str, output_stride: int, sizes: Sequence[tuple
         path = Path(folder) / f"{network}.pth"
         torch.save(randomise(globals()[network](), 0).state_dict(), path)
         checkpoint = open_checkpoint(path)
-    name, options = choose_model(checkpoint, None, {} if output_stride == 32 else {"output_stride": output_stride})
-    loaded = convert_for_model(checkpoint, name, create_model(name, **options))
+    loaded = build_model(checkpoint, None, {} if output_stride == 32 else {"output_stride": output_stride})
     largest = {"float64": 0.0, "float32": 0.0}
-    for difference in compare(checkpoint, name, options, loaded.variables, reference=f"{__file__}:{network}", sizes=sizes):
+    for difference in compare(checkpoint, loaded, reference=f"{__file__}:{network}", sizes=sizes):
         largest[difference.dtype] = max(largest[difference.dtype], difference.value)
     pixels = ", ".join("×".join(map(str, size)) for size in sizes)
-    return [source, path.name, checkpoint.convention.name, name, pixels, *(f"{value:.1e}" for value in largest.values())]
+    return [source, path.name, checkpoint.convention.name, loaded.name, pixels, *(f"{value:.1e}" for value in largest.values())]
 
 
 if __name__ == "__main__":

@@ -16,18 +16,10 @@ from scconv_jax import __version__
 from scconv_jax.cli.console import show
 from scconv_jax.interop.conventions import CONVENTIONS, OWN
 from scconv_jax.interop.conversion import Conversion, is_counter
-from scconv_jax.interop.loading import (
-    Checkpoint,
-    LoadedVariables,
-    choose_model,
-    convert_checkpoint,
-    convert_for_model,
-    open_checkpoint,
-)
+from scconv_jax.interop.loading import Checkpoint, LoadedModel, LoadedVariables, build_model, convert_checkpoint, open_checkpoint
 from scconv_jax.interop.recognition import template_from_entries
 from scconv_jax.interop.variables import save, variables_in
 from scconv_jax.messages import listed
-from scconv_jax.models.registry import create_model
 from scconv_jax.weights.files import WeightsError, check_writable, sha256
 
 ANY = "any"
@@ -42,7 +34,7 @@ def add(commands: Any) -> None:
         description="Convert weights. The source's key convention and network are recognised unless they are given. Every entry "
         "on either side is accounted for: any mismatch is an error, and nothing is written.",
     )
-    add_source(parser)
+    add_source(parser, f"; '{ANY}' for a network of your own: each entry is converted by its kind")
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="file to write: .safetensors for Flax, .pth or .pt for PyTorch"
     )
@@ -50,18 +42,14 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=_convert)
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say where weights come from and what they are."""
+def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
+    """Add the arguments that say where weights come from and what they are; `more_models` extends the help of --model."""
     parser.add_argument(
         "source",
         metavar="SOURCE",
         help="a file (.pth, .pt, .safetensors), a run's folder, the name of published weights (scnet50), or an http(s) address",
     )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help=f"the network (default: recognised); '{ANY}' for a network of your own: each entry is converted by its kind",
-    )
+    parser.add_argument("--model", metavar="NAME", help=f"the network (default: recognised){more_models}")
     parser.add_argument(
         "--output-stride",
         type=int,
@@ -106,8 +94,8 @@ def _convert(options: argparse.Namespace) -> None:
     _check_out(out, options.force)
     started = time.perf_counter()
     checkpoint = open_source(options)
+    metadata: dict[str, Any] = {}
     if options.model == ANY:
-        name, arguments, metadata = "", {}, {}
         template = (
             variables_in(checkpoint.source)
             if checkpoint.source.is_flax
@@ -115,14 +103,12 @@ def _convert(options: argparse.Namespace) -> None:
         )
         loaded = convert_checkpoint(checkpoint, template)
     else:
-        name, arguments = choose_model(checkpoint, options.model, model_options(options))
-        loaded = convert_for_model(checkpoint, name, create_model(name, **arguments))
-        metadata = {"model": name, "arguments": arguments}
+        loaded = build_model(checkpoint, options.model, model_options(options))
+        metadata = {"model": loaded.name, "arguments": loaded.options}
     source = checkpoint.source.path.name.encode(errors="surrogateescape").decode(errors="replace")  # may not be UTF-8
     origin = {"source": source, "source_sha256": checkpoint.source.sha256, "naming": checkpoint.convention.name}
     save(out, loaded.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
-    seconds = time.perf_counter() - started
-    _report(options, checkpoint, loaded, _describe_network(options, checkpoint, name, arguments), out, seconds)
+    _report(options, checkpoint, loaded, out, time.perf_counter() - started)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -133,20 +119,20 @@ def _check_out(out: Path, force: bool) -> None:
     check_writable(out)  # before the work
 
 
-def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, name: str, arguments: dict[str, Any]) -> str:
+def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedModel | LoadedVariables) -> str:
     """Return the network and its options, and how they are known."""
-    if not name:
+    if isinstance(loaded, LoadedVariables):
         return "none: each entry converted by its kind (as given)"
     how = "recognised" if options.model is None else "as given"
-    if "variant" in arguments and options.variant is not None:
+    if "variant" in loaded.options and options.variant is not None:
         how += ", variant as given"
-    elif arguments.get("variant") == "2023-10" and "variant" not in checkpoint.source.metadata.get("arguments", ""):
+    elif loaded.options.get("variant") == "2023-10" and "variant" not in checkpoint.source.metadata.get("arguments", ""):
         how += ", or --variant paper, which has the same keys"
-    return ", ".join([name, *(f"{key}={value}" for key, value in arguments.items())]) + f" ({how})"
+    return ", ".join([loaded.name, *(f"{key}={value}" for key, value in loaded.options.items())]) + f" ({how})"
 
 
 def _report(
-    options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedVariables, network: str, out: Path, seconds: float
+    options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedModel | LoadedVariables, out: Path, seconds: float
 ) -> None:
     source, conversion, convention = checkpoint.source, loaded.conversion, checkpoint.convention
     recognised = "recognised" if options.naming is None else "as given"
@@ -155,7 +141,7 @@ def _report(
         ("source", f"{source.path.name}: {source.format}, {source.bytes:,} bytes"),
         ("SHA-256", source.sha256 or "(none for a folder)"),
         ("key convention", f"{convention.name}: {convention.description} ({recognised})"),
-        ("network", network),
+        ("network", _describe_network(options, checkpoint, loaded)),
         ("entries", f"{len(checkpoint.arrays)} read, {converted} converted, {ignored} ignored"),
         ("ignored", _explain_ignored(checkpoint, conversion)),
         ("also in the file", listed([f"{key} ({kind})" for key, kind in source.skipped.items()], 20)),

@@ -12,9 +12,9 @@ from rich.text import Text
 from scconv_jax.cli.console import show
 from scconv_jax.cli.convert import ANY, add_source, model_options, open_source
 from scconv_jax.interop.conversion import ConversionError
-from scconv_jax.interop.loading import choose_model, convert_for_model
+from scconv_jax.interop.loading import build_model
 from scconv_jax.interop.verification import LIMITS, SIZES, Difference, compare
-from scconv_jax.models.registry import create_model, model_info
+from scconv_jax.models.registry import model_info
 
 
 def add(commands: Any) -> None:
@@ -57,19 +57,20 @@ def _verify(options: argparse.Namespace) -> int:
         raise ConversionError(f"verify needs a network to run; --model {ANY} names none.")
     started = time.perf_counter()
     checkpoint = open_source(options)
-    name, arguments = choose_model(checkpoint, options.model, model_options(options))
-    sizes = sizes or SIZES[model_info(name).image_size]
-    loaded = convert_for_model(checkpoint, name, create_model(name, **arguments))
+    loaded = build_model(checkpoint, options.model, model_options(options))
+    sizes = sizes or SIZES[model_info(loaded.name).image_size]
     without = ["logits"] if loaded.conversion.kept else []
     largest: dict[tuple[str, str], Difference] = {}
-    for difference in compare(
-        checkpoint, name, arguments, loaded.variables, reference=options.reference, sizes=sizes, without=without
-    ):
+    for difference in compare(checkpoint, loaded, reference=options.reference, sizes=sizes, without=without):
         key = difference.stage, difference.dtype
         if key not in largest or difference.value > largest[key].value:
             largest[key] = difference
     judged = ["float64"] if any(".SRU." in f".{key}" for key in checkpoint.arrays) else list(limits)
-    show(_table(f"{checkpoint.source.path.name} as {name}: JAX and {options.reference or 'PyTorch'}", largest, limits, judged))
+    show(
+        _table(
+            f"{checkpoint.source.path.name} as {loaded.name}: JAX and {options.reference or 'PyTorch'}", largest, limits, judged
+        )
+    )
     for note in loaded.notes:
         print(f"note: {note}")
     if "float32" not in judged:

@@ -65,12 +65,10 @@ def load_model(source: str | os.PathLike[str], model: str | None = None, **optio
         ValueError: there is no such network or option.
     """
     checkpoint = open_checkpoint(source)
-    name, options = choose_model(checkpoint, model, options)
-    network = create_model(name, **options)
-    loaded = convert_for_model(checkpoint, name, network)
+    loaded = build_model(checkpoint, model, options)
     for note in loaded.notes:
         _log.warning("%s: %s", checkpoint.source.path.name, note)
-    return network, loaded.variables
+    return loaded.module, loaded.variables
 
 
 def load_weights(
@@ -127,6 +125,17 @@ class LoadedVariables(NamedTuple):
     notes: list[str]
 
 
+class LoadedModel(NamedTuple):
+    """A network with the variables of a checkpoint; see `LoadedVariables`."""
+
+    name: str
+    options: dict[str, Any]
+    module: nn.Module
+    variables: Variables
+    conversion: Conversion
+    notes: list[str]
+
+
 def open_checkpoint(
     source: str | os.PathLike[str], *, convention: str | None = None, rename: Sequence[Rename] = (), ignore: Sequence[str] = ()
 ) -> Checkpoint:
@@ -153,49 +162,50 @@ def open_checkpoint(
     return Checkpoint(arrays, original, found, contents, (*found.ignore, *ignore))
 
 
-def choose_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name and options of the network for a checkpoint; the caller's `model` and `options` take precedence.
-
-    Raises:
-        ConversionError: no network is given, none is named in the file, and no network has its entries.
-    """
-    metadata = checkpoint.source.metadata
-    if model is None and (named := metadata.get("model")) in MODELS:
-        arguments = json.loads(metadata.get("arguments", "{}"))
-        description = f"{named} with {json.dumps(arguments):.200}"
-        arguments.pop("num_classes", None)  # a file cannot ask for a head that it does not have
-        arguments |= {key: value for key, value in options_shown(named, checkpoint.arrays).items() if key == "num_classes"}
-        try:
-            template(create_model(named, **arguments))
-        except Exception as error:  # options from a file may be wrong in any way
-            raise WeightsError(
-                f"{checkpoint.source.path} says that it is {description}, which cannot be made: {error!s:.300}"
-            ) from error
-        return named, {**arguments, **options}
+def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> LoadedModel:
+    """Do what `load_model` does with an open checkpoint; the caller's `model` and `options` take precedence over the file's."""
+    path, shapes = checkpoint.source.path, None
+    named = checkpoint.source.metadata.get("model")
     if model is not None:
-        return model, {**(options_shown(model, checkpoint.arrays) if model in MODELS else {}), **options}
-    recognised = recognise(checkpoint.weights)
-    if recognised is None:
+        name, options = model, {**(options_shown(model, checkpoint.arrays) if model in MODELS else {}), **options}
+    elif named in MODELS:
+        name, options = named, {**_options_in_metadata(checkpoint, named), **options}
+    elif recognised := recognise(checkpoint.weights):
+        if options.items() <= recognised.options.items():
+            shapes = recognised.template
+        name, options = recognised.model, {**recognised.options, **options}
+    else:
         raise ConversionError(
-            f"No model here has the keys and shapes of {checkpoint.source.path} (key convention: "
-            f"{checkpoint.convention.description}). To see how it differs from a model, name that model; for a network or layer "
-            "of your own, use from_torch with its variables, or `convert --model any`."
+            f"No model here has the keys and shapes of {path} (key convention: {checkpoint.convention.description}). To see how "
+            "it differs from a model, name that model; for a network or layer of your own, use from_torch with its variables, or "
+            "`convert --model any`."
         )
-    return recognised.model, {**recognised.options, **options}
-
-
-def convert_for_model(checkpoint: Checkpoint, name: str, model: nn.Module) -> LoadedVariables:
-    """Convert a checkpoint to the variables of the model called `name`; if another model fits, the error names it."""
+    module = create_model(name, **options)
     try:
-        return convert_checkpoint(checkpoint, template(model))
+        return LoadedModel(name, dict(options), module, *convert_checkpoint(checkpoint, shapes or template(module)))
     except ConversionError:
         other = recognise(checkpoint.weights)
         if other is None or other.model == name:
             raise
         raise ConversionError(
-            f"{checkpoint.source.path} is not of {name}: it looks like {other.model}, which has every key and shape in it. "
+            f"{path} is not of {name}: it looks like {other.model}, which has every key and shape in it. "
             f"Give {other.model} as the model, or leave it out."
         ) from None
+
+
+def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Return the options of the network that the file names, after checking that they make a network."""
+    options = json.loads(checkpoint.source.metadata.get("arguments", "{}"))
+    description = f"{name} with {json.dumps(options):.200}"
+    options.pop("num_classes", None)  # a file cannot ask for a head that it does not have
+    options |= {key: value for key, value in options_shown(name, checkpoint.arrays).items() if key == "num_classes"}
+    try:
+        template(create_model(name, **options))
+    except Exception as error:  # options from a file may be wrong in any way
+        raise WeightsError(
+            f"{checkpoint.source.path} says that it is {description}, which cannot be made: {error!s:.300}"
+        ) from error
+    return options
 
 
 def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> LoadedVariables:

@@ -25,10 +25,11 @@ SIZE = 128  # pixels; every network accepts such images
 
 
 class Recognised(NamedTuple):
-    """The name of a network and the options that give it the checkpoint's keys and shapes."""
+    """The name of a network, the options that give it the checkpoint's keys and shapes, and its variables as shapes."""
 
     model: str
     options: dict[str, Any]
+    template: dict[str, Any]
 
 
 def template(model: nn.Module) -> dict[str, Any]:
@@ -121,8 +122,9 @@ def recognise(entries: Mapping[str, Any]) -> Recognised | None:
         headless = f"{spec.head}." if f"{spec.head}.weight" not in found else None
         if _stage_sizes(model) != blocks or (blocks and not _begins(model, found, f"{spec.head}.")):
             continue
-        if _without(headless, shapes(template(model))) == found:
-            return Recognised(name, options)
+        variables = template(model)
+        if _without(headless, shapes(variables)) == found:
+            return Recognised(name, options, variables)
     return None
 
 

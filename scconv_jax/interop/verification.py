@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scconv_jax.interop.conversion import ConversionError, Variables
-from scconv_jax.interop.loading import Checkpoint
+from scconv_jax.interop.loading import Checkpoint, LoadedModel
 from scconv_jax.interop.recognition import options_shown
 from scconv_jax.interop.torch_ghostnet import TorchGhostNet
 from scconv_jax.interop.torch_networks import TorchResNet
@@ -60,9 +60,7 @@ def sample_images(size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 def compare(
     checkpoint: Checkpoint,
-    name: str,
-    options: Mapping[str, Any],
-    variables: Variables,
+    loaded: LoadedModel,
     *,
     reference: str | None = None,
     sizes: Sequence[tuple[int, int]] = SIZES[224],
@@ -71,10 +69,8 @@ def compare(
     """Run a network in JAX and in PyTorch.
 
     Args:
-        checkpoint: the checkpoint.
-        name: network to which the checkpoint was converted.
-        options: its options for `create_model`.
-        variables: its variables.
+        checkpoint: entries for PyTorch's side.
+        loaded: the network and variables made from them.
         reference: `FILE.py:NAME`, a function or class that makes the network in PyTorch. The file is run. If None, PyTorch's
             operators compute the network from the checkpoint's own entries.
         sizes: heights and widths of the images, pixels.
@@ -92,21 +88,21 @@ def compare(
         raise ConversionError("verify compares with PyTorch, which is not installed: pip install torch") from error
     # In float32, the dtype of parameters here.
     entries = {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in checkpoint.original.items()}
-    module = None if reference is None else load_reference(reference, entries, options_shown(name, checkpoint.arrays))
+    module = None if reference is None else load_reference(reference, entries, options_shown(loaded.name, checkpoint.arrays))
     for dtype in LIMITS:
         with jax.enable_x64(dtype == "float64"), jax.default_device(_cpu()), torch.no_grad():
-            model = create_model(name, **{**options, "dtype": jnp.dtype(dtype)})
+            model = create_model(loaded.name, **{**loaded.options, "dtype": jnp.dtype(dtype)})
             convention = checkpoint.convention.name
             if module is not None:
                 run_torch = partial(_run_module, module.to(getattr(torch, dtype)))
             elif isinstance(model, ResNet):
-                run_torch = TorchResNet(entries, convention, model.output_stride, options.get("variant", "paper"), dtype)
+                run_torch = TorchResNet(entries, convention, model.output_stride, loaded.options.get("variant", "paper"), dtype)
             elif isinstance(model, GhostNet):
                 run_torch = TorchGhostNet(entries, convention, dtype)
             else:
-                raise ConversionError(f"{name} has no PyTorch counterpart here; give one by --reference FILE.py:NAME.")
+                raise ConversionError(f"{loaded.name} has no PyTorch counterpart here; give one by --reference FILE.py:NAME.")
             run_jax = _compiled(model, dtype)
-            cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)  # noqa: B023 (used at once)
+            cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), loaded.variables)  # noqa: B023 (used at once)
             for size in sizes:
                 images = sample_images(size)
                 batch = np.stack(list(images.values())).astype(dtype)
