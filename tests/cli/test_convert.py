@@ -1,4 +1,4 @@
-"""`python -m scconv_jax convert`: what it writes, what it says, and that bad input leaves nothing behind."""
+"""`python -m scconv_jax convert`: its files, its table, and that bad input leaves nothing behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whose names a checkpoint's are, and what they become here."""
+"""Key conventions: how a checkpoint's is identified, and what its keys become here."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from scconv_jax import ConversionError
 from scconv_jax.interop.conventions import CONVENTIONS, by_name, identify, scconv_options
 from scconv_jax.interop.conversion import rename_keys
 
-# An entry or two of each, copied from lists of real entries where there are such, else from the sources' attributes.
+# A few keys of each, copied from lists of real entries if there are any, else from the sources' attributes.
 FIRST = {
     "reference": ["conv1.weight", "layer1.0.conv1_a.weight", "layer1.0.scconv.k2.1.weight"],
     "pytorchcv": ["features.init_block.conv1.conv.weight", "features.stage1.unit1.body.conv1a.conv.weight"],

@@ -1,4 +1,4 @@
-"""The converter by itself, on state dicts of plain NumPy arrays: nothing is lost, nothing is guessed."""
+"""The converter alone, on state dicts of NumPy arrays: nothing is lost, nothing is guessed."""
 
 import time
 from functools import partial
@@ -144,7 +144,7 @@ def test_one_pattern_in_place_of_a_sequence_does_not_ignore_everything(variables
     ("rename", "message"),
     [(("a", "b"), "'a': not enough"), ([("(", "")], "unterminated"), ([("k", r"\9")], "invalid group"), ([("k", 3)], "k', 3")],
 )
-def test_a_rename_that_is_none(variables, state_dict, rename, message):
+def test_invalid_renames(variables, state_dict, rename, message):
     with pytest.raises(ConversionError, match=f"rename is a sequence of pairs.*{message}"):
         from_torch(state_dict, variables, rename=rename)
 
@@ -158,14 +158,14 @@ def test_a_rename_that_is_none(variables, state_dict, rename, message):
         ({0: np.zeros(3)}, "are strings; one of them is 0"),
     ],
 )
-def test_what_is_no_state_dict(variables, given, message):
+def test_values_that_are_not_state_dicts(variables, given, message):
     with pytest.raises(ConversionError, match=message):
         from_torch(given, variables)
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("given", [SelfCalibratedConv(8), None, [1]])
-def test_what_is_no_variables(state_dict, given):
+def test_values_that_are_not_variables(state_dict, given):
     with pytest.raises(ConversionError, match=rf"Variables are .*; got {type(given).__name__}"):
         to_torch(given)
     with pytest.raises(ConversionError, match=rf"Variables are .*; got {type(given).__name__}"):
@@ -178,7 +178,7 @@ def test_variables_without_the_name_of_their_collection(variables, state_dict):
 
 
 @pytest.mark.parametrize("outer", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_what_wrapped_the_network_is_taken_away(variables, state_dict, outer):
+def test_prefixes_of_wrappers_are_removed(variables, state_dict, outer):
     """DataParallel, torch.compile, both; and AveragedModel, which counts beside them."""
     wrapped = {f"{outer}{key}": value for key, value in state_dict.items()}
     assert_same(from_torch(wrapped, variables), variables)

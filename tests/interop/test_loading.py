@@ -1,4 +1,4 @@
-"""From files of weights to variables: what is taken, what is left, what is said."""
+"""From files of weights to variables: what is loaded, what is left out, which notes there are."""
 
 import logging
 import re

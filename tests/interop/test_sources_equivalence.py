@@ -1,4 +1,4 @@
-"""Each source of weights, from a file on disk in its own naming to outputs equal to the PyTorch network's that wrote it."""
+"""Each source of weights: a file with its own keys gives outputs equal to those of the PyTorch network that wrote it."""
 
 from functools import partial
 
@@ -41,7 +41,7 @@ def data_parallel(state_dict):
 
 OLD = {"wrap": data_parallel, "legacy": True}  # DataParallel's names, in the format before PyTorch 1.6
 
-# The network that writes the file, our counterpart, whose names it has, and how it is saved.
+# The network that writes the file, our counterpart, the key convention, and how the file is saved.
 SOURCES = {
     "reference": (lambda: build("scnet50", depths=SHALLOW, num_classes=7), SCNET, "reference", {}),
     "reference, old": (lambda: build("scnet50", depths=SHALLOW, num_classes=7), SCNET, "reference", OLD),
@@ -79,7 +79,7 @@ def test_from_a_file_to_equal_outputs(close, tmp_path, name):
                 close(found, expected.numpy(), name)
 
 
-# Whole networks, whose names and shapes must all be there: which is recognised.
+# Whole networks, which are recognised by all their keys and shapes, and the key convention.
 NETWORKS = {
     "scnet50_v1d": (lambda: PytorchCV("scneta"), "pytorchcv"),
     "resnet50": (lambda: PytorchCV("resnetb"), "pytorchcv"),

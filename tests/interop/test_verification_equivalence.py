@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SHALLOW = (1, 2, 1, 1)
 SIZES = {32: (97, 113), 16: (49, 71), 8: (25, 39), 4: (13, 21)}
 
-# (a network, whose names it has, output stride)
+# (network, key convention, output stride)
 COUNTERPARTS = {
     "scnet50 dilated by 8": (lambda: build("scnet50", depths=SHALLOW, output_stride=8), "reference", 8),
     "scnet50_v1d": (lambda: build("scnet50_v1d", depths=SHALLOW), "reference", 32),
@@ -179,7 +179,7 @@ def test_branches_confused_by_a_renaming(capsys, folder):
 
 
 def test_scconv_is_judged_in_float64(capsys, folder):
-    """As the public code of 2023-10, whose entries these are."""
+    """The entries are those of the public code of 2023-10."""
     out = verify(capsys, folder, "scconv_resnet20_small.pth", "--sizes", "33x29", "--tolerance", "1e-9").out
     assert "note: ScConv's gate is a step." in out
     assert "float32 (not judged)" in out

@@ -1,4 +1,4 @@
-"""Downloads from a real HTTP server on this machine that misbehaves in every way it can be told to."""
+"""Downloads from an HTTP server on this machine that misbehaves on demand."""
 
 import concurrent.futures
 import hashlib
@@ -121,8 +121,8 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server, tmp_path):
 
 
 @pytest.mark.parametrize("page", [b"", b"<html>Log in first</html>", b"PK\3\4 and no more"])
-def test_what_cannot_be_used_is_not_kept(server, tmp_path, monkeypatch, page):
-    """A hotel's page in the place of a file without a hash in its name must not be in the way for ever."""
+def test_a_download_that_cannot_be_used_is_not_kept(server, tmp_path, monkeypatch, page):
+    """A hotel's login page, stored as a file without a hash in its name, must not block later downloads."""
     monkeypatch.setenv("SCCONV_JAX_CACHE", str(tmp_path))
     server.content = page
     with pytest.raises(WeightsError, match=r"model\.pth cannot be used: it"):
@@ -193,7 +193,7 @@ def test_another_file_by_then_is_fetched_from_its_start(server, tmp_path, ranges
     assert visible(tmp_path) == ["model.pth"]
 
 
-def test_what_no_version_and_no_hash_identifies_is_not_pieced_together(server, tmp_path):
+def test_a_file_without_version_and_hash_is_not_continued(server, tmp_path):
     server.etag, server.stop_after = None, 300_000
     with pytest.raises(WeightsError):
         fetch(server.address("model.pth"), cache=tmp_path)
@@ -295,7 +295,7 @@ def test_too_long_and_compressed_files(server, tmp_path, monkeypatch):
     "source",
     ["scnet5O", "file:///etc/passwd", "ftp://host/x.pth", "http://", "http://[::1/x.pth", "", "http://a b/x", "http://a/\r\nx"],
 )
-def test_what_is_neither_a_name_nor_an_address(source, tmp_path):
+def test_a_source_that_is_neither_a_name_nor_an_address(source, tmp_path):
     with pytest.raises(WeightsError, match=r"neither a published checkpoint \(scnet50, scnet101, scnet50_v1d\) nor an http"):
         fetch(source, published=PUBLISHED, cache=tmp_path)
 
@@ -319,7 +319,7 @@ def test_keys_in_an_address_are_not_shown(server, tmp_path):
 
 
 def test_several_at_once(server, tmp_path):
-    """Threads here, for speed: the lock is of the open file, and keeps them apart as it does processes."""
+    """Threads, for speed: the lock belongs to the open file and separates threads as it does processes."""
     server.pause = 0.02
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         paths = list(pool.map(lambda _: fetch(server.address(), cache=tmp_path), range(3)))

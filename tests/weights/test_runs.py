@@ -1,4 +1,4 @@
-"""Checkpoints of training runs, as files of weights."""
+"""A training run's folder: its steps, and its checkpoints read as weights."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def state(step, ema=False):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Three steps, of which the second is the best."""
+    """A run with three steps; the second is the best."""
     folder = tmp_path_factory.mktemp("run")
     with Checkpoints(folder, keep=3) as checkpoints:
         for step, top1 in ((1, 0.2), (2, 0.9), (3, 0.4)):
@@ -58,7 +58,7 @@ def test_a_run_or_one_of_its_steps(run, inside, step):
     assert metadata == {"model": "scnet20_small", "arguments": {"num_classes": classes}, "step": str(step)}
 
 
-def test_what_is_said_of_it(run):
+def test_the_source_describes_the_run(run):
     source = weights.read(run)
     assert (source.format, source.is_flax, source.path, source.sha256) == ("orbax", True, run, "")
     assert source.bytes > 0
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint(run, tmp_path):
         weights.read(tmp_path / "1")
 
 
-def test_where_orbax_is_not_installed(run, monkeypatch):
+def test_without_orbax(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(WeightsError, match=r"pip install 'scconv-jax\[train\]'"):
         weights.read(run)

@@ -1,4 +1,4 @@
-"""Writing and reading of weights without PyTorch: nothing is lost, nothing is half written, other files are told."""
+"""Writing and reading weights without PyTorch: nothing is lost, nothing is half written, other files are recognised."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def test_over_and_back(tmp_path, variables):
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-def test_what_is_loaded_is_ones_own(tmp_path, variables):
+def test_loaded_arrays_can_be_changed(tmp_path, variables):
     path = tmp_path / "x.safetensors"
     scconv_jax.save(path, variables)
     loaded = scconv_jax.load(path).variables
@@ -279,7 +279,7 @@ def test_values_that_are_not_finite_are_counted(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, name):
-    """A limit on the length of files, in place of a disk that is full."""
+    """A limit on the length of files stands for a full disk."""
     path = tmp_path / name
     scconv_jax.save(path, {"params": {"fc": {"bias": np.zeros(3)}}})
     before = path.read_bytes()
@@ -339,7 +339,7 @@ def test_places_that_cannot_be_written(tmp_path, name, match):
 
 @pytest.mark.parametrize("variables", [{}, {"fc": {"bias": np.zeros(3)}}, {"params": {}, "opt_state": {}}])
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
-def test_what_is_no_variables_is_not_written(tmp_path, name, variables):
+def test_only_variables_are_written(tmp_path, name, variables):
     with pytest.raises(WeightsError, match=r"variables are .*; got (none|fc|params, opt_state)"):
         scconv_jax.save(tmp_path / name, variables)
     assert list(tmp_path.iterdir()) == []
@@ -428,7 +428,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_files_are_told(tmp_path, name):
+def test_other_formats_are_recognised(tmp_path, name):
     content, match = OTHERS[name]
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=match) as error:
@@ -436,7 +436,7 @@ def test_other_files_are_told(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_file(tmp_path):
+def test_a_path_that_is_not_a_file(tmp_path):
     with pytest.raises(WeightsError, match="No such file"):
         weights.read(tmp_path / "x.pth")
     os.mkfifo(tmp_path / "pipe.pth")

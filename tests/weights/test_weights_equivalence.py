@@ -23,7 +23,7 @@ from tests.reference.state import randomise
 
 @pytest.fixture(params=["torch installed", "torch absent"])
 def torch_or_not(request, monkeypatch):
-    """A function that reads: PyTorch, needed to write the files, is hidden from it or not."""
+    """A function that reads a file, with PyTorch (needed to write it) hidden or not."""
 
     def read(path):
         with monkeypatch.context() as patch:

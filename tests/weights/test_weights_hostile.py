@@ -1,4 +1,4 @@
-"""Files of weights that lie, or that were made to hurt: none may run code, hang, use much memory, or leave anything behind."""
+"""Hostile and false files of weights: none may run code, hang, use much memory, or leave anything behind."""
 
 import pickle
 import pickletools
@@ -37,7 +37,7 @@ def path(tmp_path):
 
 
 def refused(path, content, match=None):
-    """That a file ends in one clean line, soon, and that nothing is there afterwards but the file itself."""
+    """Assert that a file is refused with one clean line, soon, and that only the file is left in its folder."""
     path.write_bytes(content)
     start = time.monotonic()
     with pytest.raises(WeightsError, match=match) as error:
@@ -51,7 +51,7 @@ def refused(path, content, match=None):
 
 
 def outcome(path, content):
-    """Read a file that may be good or bad: it ends in arrays or in a clean error."""
+    """Read a file that may be good or bad; return "read" or "refused"."""
     path.write_bytes(content)
     try:
         source = weights.read(path)
@@ -69,7 +69,7 @@ LIVE = list(made.live_payloads("canary"))
 
 @pytest.mark.parametrize("name", LIVE)
 def test_the_payloads_are_live(tmp_path, name):
-    """Each does its harm where Python's own unpickler reads it; otherwise the tests below would prove nothing."""
+    """Each does its harm when Python's own unpickler reads it; otherwise the tests below would prove nothing."""
     canary = tmp_path / "canary"
     pickle.loads(whole(made.live_payloads(canary)[name]))
     assert canary.exists()
@@ -126,7 +126,7 @@ def test_other_values_in_the_smaller_pickles_of_the_legacy_format(path, value, w
 
 
 @pytest.mark.parametrize("key", ["\x1b[2J", "a\nb", "\r", "\u202e"])
-def test_names_that_a_terminal_would_obey(path, key):
+def test_keys_with_control_characters(path, key):
     refused(path, made.zip_file(whole(dictionary([(key, tensor())]))), "a key that cannot be printed")
     refused(path, made.safetensors_file({key: FLOATS}, bytes(8)), "a key that cannot be printed")
     path.write_bytes(made.zip_file(whole(dictionary([("w", tensor()), (key, text(1))]))))
@@ -136,7 +136,7 @@ def test_names_that_a_terminal_would_obey(path, key):
 @pytest.mark.parametrize(
     "module", ["os", "nt", "sys", "builtins", "__builtin__", "numpy", "torch", "torch.hub", "__main__", "models.resnet"]
 )
-def test_the_name_that_a_file_asks_for_is_said(path, module):
+def test_the_error_quotes_the_name_that_a_file_asks_for(path, module):
     refused(path, made.zip_file(whole(call(f"{module}.load", "x"))), rf"it asks for {module}\.load")
 
 
@@ -214,7 +214,7 @@ PAIRS = b"](" + b"".join(text(f"{i:05}") + b"N\x86" for i in range(20_000)) + b"
 
 
 def again(function, argument, as_tuple):
-    """Few opcodes, of which each goes through as much as all before it made."""
+    """Few opcodes, each of which walks through everything that the opcodes before it made."""
     return argument + b"q\0" + named(function) + b"q\1" + (b"h\1h\0" + as_tuple + b"R0") * 12_000 + b"N"
 
 
@@ -253,7 +253,7 @@ BOMBS = {
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs(path, name, form, monkeypatch):
-    """With a tenth of the opcodes that are allowed; benchmarks/fuzz_weights.py has them all."""
+    """With a tenth of the permitted opcodes; benchmarks/fuzz_weights.py uses all of them."""
     monkeypatch.setattr(pickles, "MAX_OPCODES", 100_000)
     refused(path, FORMATS[form](b"\x80\x02" + BOMBS[name]() + b"."))
     refused(path, FORMATS[form](b"\x80\x02" + BOMBS[name]()))  # without an end
@@ -349,7 +349,7 @@ def deflated(name, data):
 
 
 def _with_offset(content, number):
-    """An archive whose last record tells of another place of the directory."""
+    """An archive with another directory offset in its last record."""
     return content[:-6] + struct.pack("<I", number) + content[-2:]
 
 
@@ -503,7 +503,7 @@ def test_cut_off_at_every_sixteenth(path, good, kind):
 
 @pytest.mark.parametrize("kind", [*FORMATS, "safetensors"])
 def test_one_flipped_byte_anywhere(path, good, kind):
-    """All bytes, of which most are headers. In the numbers themselves only an archive's checksum can show it."""
+    """Every byte; most belong to headers. In the numbers, only an archive's checksum can show a change."""
     content = bytearray(good[kind])
     seen = set()
     for at in range(len(content)):
