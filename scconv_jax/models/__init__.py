@@ -13,10 +13,11 @@
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
 from scconv_jax.models.densenet import DenseNet
 from scconv_jax.models.ghostnet import GhostNet
+from scconv_jax.models.network import Feature
 from scconv_jax.models.registry import create_model, feature_info, list_models, model_info
 from scconv_jax.models.resnet import NARROW, ResNet
 from scconv_jax.models.scnet import SCBottleneck, SCNet
-from scconv_jax.models.spec import Feature, ModelSpec
+from scconv_jax.models.spec import ModelSpec
 from scconv_jax.models.wide_resnet import WideResNet
 
 __all__ = [

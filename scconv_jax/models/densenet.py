@@ -10,7 +10,7 @@ Differences: none.
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,7 +18,8 @@ from flax import linen as nn
 from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Dense, Dtype, Factory, check_images, conv1x1, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
-from scconv_jax.models.spec import ALIKE, COMMON, RECONSTRUCTION, SMALL_IMAGES, Feature, ModelSpec, Row
+from scconv_jax.models.network import Feature, SmallNetwork, Stage
+from scconv_jax.models.spec import ALIKE, COMMON, RECONSTRUCTION, SMALL_IMAGES, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
@@ -46,20 +47,6 @@ class DenseLayer(nn.Module):
         return jnp.concatenate([y, x], axis=-1)
 
 
-class DenseBlock(nn.Module):
-    """`size` layers, made by the factory `layer`: `(n, h, w, c)` to `(n, h, w, c + size growth)`."""
-
-    size: int
-    layer: Factory
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w d"]:
-        """Apply the layers in turn."""
-        for i in range(self.size):
-            x = self.layer(name=str(i))(x, train=train)
-        return x
-
-
 class Transition(nn.Module):
     """Norm, ReLU, 1×1 and an average pool: `(n, h, w, c)` to `(n, h / 2, w / 2, c / 2)`.
 
@@ -78,29 +65,19 @@ class Transition(nn.Module):
         return F.avg_pool(conv1x1(x.shape[-1] // 2, dtype=self.dtype, name="conv")(y), 2)
 
 
-class DenseNet(nn.Module):
+class DenseNet(SmallNetwork):
     """A densely connected network: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
         block_sizes: Number of layers of each block.
         growth: Channels that each layer adds.
         conv: Factory of the layers' 3×3 convolution.
-        num_classes: Length of the logits.
-        dtype: Computation dtype. Logits are float32, or float64 for a float64 network.
-        axis_name: Mapped axis over which BatchNorm computes its statistics. If None, each device computes its own.
-
-    Raises:
-        ValueError: The images are not float `(n, h, w, 3)`, or too small for the transitions to halve.
     """
-
-    image_size: ClassVar[int] = 32
 
     block_sizes: tuple[int, ...] = (6, 12, 24, 16)
     growth: int = 32
     conv: Factory = conv3x3
-    num_classes: int = 10
-    dtype: Dtype = jnp.float32
-    axis_name: str | tuple[str, ...] | None = None
+    head: ClassVar[str] = "linear"
 
     def setup(self) -> None:
         """Create conv1, dense1, trans1, dense2, ..., bn and linear."""
@@ -108,7 +85,7 @@ class DenseNet(nn.Module):
         layer = partial(DenseLayer, self.growth, self.conv, norm, self.dtype)
         self.conv1 = conv3x3(2 * self.growth, dtype=self.dtype)
         for i, size in enumerate(self.block_sizes):
-            setattr(self, f"dense{i + 1}", DenseBlock(size, layer))
+            setattr(self, f"dense{i + 1}", Stage((layer,) * size))
             if i + 1 < len(self.block_sizes):
                 setattr(self, f"trans{i + 1}", Transition(norm, self.dtype))
         self.bn = norm(dtype=self.dtype)
@@ -140,26 +117,13 @@ class DenseNet(nn.Module):
                 x = getattr(self, f"trans{i}")(x, train=train)
         return maps | {f"layer{last}": nn.relu(self.bn(x, train=train))}
 
-    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
-        """Return the logits."""
-        last = self.features(images, train=train)[f"layer{len(self.block_sizes)}"]
-        return self.linear(F.global_avg_pool(last)).astype(jnp.promote_types(self.dtype, jnp.float32))
+
+def scconv_densenet(*, alpha: float = 0.5, variant: str = "paper", **options: Any) -> DenseNet:
+    """Return a densely connected network of ScConv. `alpha` and `variant` are ScConv's, `options` attributes of `DenseNet`."""
+    return DenseNet(conv=scconv_factory(alpha=alpha, variant=variant, widen="cru"), **options)
 
 
-def scconv_densenet(
-    *,
-    alpha: float = 0.5,
-    variant: str = "paper",
-    num_classes: int = 10,
-    dtype: Dtype = jnp.float32,
-    axis_name: str | tuple[str, ...] | None = None,
-) -> DenseNet:
-    """Return a densely connected network of ScConv. `alpha` and `variant` are ScConv's, the others are `DenseNet`'s."""
-    conv = scconv_factory(alpha=alpha, variant=variant, widen="cru")
-    return DenseNet(conv=conv, num_classes=num_classes, dtype=dtype, axis_name=axis_name)
-
-
-_SMALL = partial(ModelSpec, head="linear", preparation=SMALL_IMAGES)
+_SMALL = partial(ModelSpec, preparation=SMALL_IMAGES)
 _CIFAR100 = {"num_classes": 100}
 
 SPECS = (

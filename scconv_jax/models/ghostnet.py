@@ -24,8 +24,9 @@ from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dense, Dtype, Fact
 from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
+from scconv_jax.models.network import Feature, Network, Stage
 from scconv_jax.models.resnet import NARROW, ResNet
-from scconv_jax.models.spec import COMMON, DILATED, SMALL_IMAGES, Feature, ModelSpec
+from scconv_jax.models.spec import COMMON, DILATED, SMALL_IMAGES, ModelSpec
 from scconv_jax.shapes import Array, Float
 
 
@@ -157,18 +158,6 @@ class _Shortcut(nn.Module):
         return norm(name="3")(x, train=train)
 
 
-class _Sequence(nn.Module):
-    """Layers applied in turn, numbered as in PyTorch's `Sequential`."""
-
-    layers: tuple[Factory, ...]
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        for i, layer in enumerate(self.layers):
-            x = layer(name=str(i))(x, train=train)
-        return x
-
-
 class _Trunk(nn.Module):
     """All blocks and the last 1×1 convolution; returns the map before each halving, and the last map."""
 
@@ -183,33 +172,22 @@ class _Trunk(nn.Module):
             if rows[0].strides == 2:
                 maps[f"layer{len(maps) + 1}"] = x
             blocks = (partial(GhostBottleneck, row, self.version, self.norm, self.dtype) for row in rows)
-            x = _Sequence(tuple(blocks), name=str(i))(x, train=train)
+            x = Stage(tuple(blocks), name=str(i))(x, train=train)
         conv = partial(ConvNorm, GHOSTNET[-1][-1].expansion, 1, names=("conv", "bn1"), relu=True)
         last = partial(conv, norm=self.norm, dtype=self.dtype)
-        x = _Sequence((last,), name=str(len(GHOSTNET)))(x, train=train)
+        x = Stage((last,), name=str(len(GHOSTNET)))(x, train=train)
         return maps | {f"layer{len(maps) + 1}": x}
 
 
-class GhostNet(nn.Module):
+class GhostNet(Network):
     """GhostNet 1.0×: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
-        num_classes: Number of classes.
         version: `REFERENCE` or `PYTORCHCV`.
-        dtype: Computation dtype. Logits are float32, or float64 for a float64 network.
-        axis_name: Mapped axis or axes to compute BatchNorm's statistics over. If None, each device computes its own.
-
-    Raises:
-        ValueError: If the images are not float `(n, h, w, 3)`.
     """
 
-    num_classes: int = 1000
     version: Version = REFERENCE
-    dtype: Dtype = jnp.float32
-    axis_name: str | tuple[str, ...] | None = None
-
-    image_size: ClassVar[int] = 224
-    smallest_image: ClassVar[int] = 1
+    head: ClassVar[str] = "classifier"
 
     def setup(self) -> None:
         """Create the parts: conv_stem, bn1, blocks, conv_head, bn_head, classifier."""
@@ -234,23 +212,19 @@ class GhostNet(nn.Module):
         x = nn.relu(self.bn1(self.conv_stem(images), train=train))
         return self.blocks(x, train=train)
 
-    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
-        """Return the logits."""
-        last = self.features(images, train=train)["layer5"]
+    def pool(self, last: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n d"]:
+        """Return the input of the linear layer: the average, widened to 1280 channels."""
         x = self.conv_head(F.global_avg_pool(last)[:, None, None])
         x = x if self.bn_head is None else self.bn_head(x, train=train)
-        logits = self.classifier(nn.relu(x)[:, 0, 0])
-        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+        return nn.relu(x)[:, 0, 0]
 
 
 _GHOST_BOTTLENECK = partial(Bottleneck, conv=GhostConv, pointwise=partial(GhostConv, kernel_size=1))
 _GHOST_BASIC = partial(BasicBlock, conv=GhostConv, first=GhostConv)
 
-_GHOSTNET = partial(ModelSpec, options=COMMON, head="classifier")
-
 SPECS = (
-    _GHOSTNET("ghostnet_100", GhostNet, conventions=("timm-ghostnet",)),
-    _GHOSTNET("ghostnet_100_pytorchcv", partial(GhostNet, version=PYTORCHCV), conventions=("pytorchcv-ghostnet",)),
+    ModelSpec("ghostnet_100", GhostNet, COMMON, conventions=("timm-ghostnet",)),
+    ModelSpec("ghostnet_100_pytorchcv", partial(GhostNet, version=PYTORCHCV), COMMON, conventions=("pytorchcv-ghostnet",)),
     ModelSpec("ghost_resnet50", partial(ResNet, _GHOST_BOTTLENECK, (3, 4, 6, 3)), DILATED),
     ModelSpec("ghost_resnet56_small", partial(ResNet, _GHOST_BASIC, (9, 9, 9), **NARROW), DILATED, preparation=SMALL_IMAGES),
 )

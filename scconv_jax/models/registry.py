@@ -14,7 +14,8 @@ from flax import linen as nn
 from scconv_jax.images import OneImage, Preparation, prepare
 from scconv_jax.messages import did_you_mean
 from scconv_jax.models import densenet, ghostnet, resnet, scconv_resnet, scnet, wide_resnet
-from scconv_jax.models.spec import Feature, ModelSpec
+from scconv_jax.models.network import Feature
+from scconv_jax.models.spec import ModelSpec
 
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec

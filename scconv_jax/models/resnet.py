@@ -12,13 +12,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
-from scconv_jax.models.spec import ALIKE, DILATED, SMALL_IMAGES, UNNAMED, Feature, ModelSpec, Row
+from scconv_jax.models.network import Feature, Network, Stage
+from scconv_jax.models.spec import ALIKE, DILATED, SMALL_IMAGES, UNNAMED, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
@@ -52,41 +52,7 @@ def stem(features: int, kernel_size: int, strides: int, *, norm: Factory, **opti
     return Conv(features, kernel_size, strides=strides, padding=kernel_size // 2, **options)
 
 
-class Stage(nn.Module):
-    """Blocks of one width. The first changes the size and the channels.
-
-    Attributes:
-        block: Factory of the blocks.
-        size: Number of blocks.
-        planes: Width of the blocks.
-        strides: Stride of the first block.
-        dilation: Dilation of the first block and of the others.
-        transition: Whether the stage halves the map, or would halve it in a network without dilation.
-        norm: Factory of the norms.
-        dtype: Computation dtype.
-    """
-
-    block: Factory
-    size: int
-    planes: int
-    strides: int
-    dilation: tuple[int, int]
-    transition: bool
-    norm: Factory
-    dtype: Dtype | None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        """Apply the blocks in turn."""
-        block = partial(self.block, planes=self.planes, norm=self.norm, dtype=self.dtype)
-        first, others = self.dilation
-        x = block(strides=self.strides, dilation=first, transition=self.transition, name="0")(x, train=train)
-        for i in range(1, self.size):
-            x = block(dilation=others, name=str(i))(x, train=train)
-        return x
-
-
-class ResNet(nn.Module):
+class ResNet(Network):
     """A residual network of any block: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
@@ -97,15 +63,11 @@ class ResNet(nn.Module):
         stem_pool: Whether a 3×3 max-pool with stride 2 follows the stem.
         stem_stride: Image size divided by the size of the first stage's map. The pool counts.
         smallest_map: Smallest height and width of the last map that the block accepts, in pixels.
-        num_classes: Length of the logits.
         output_stride: Image size divided by the size of the last map. At a half or a quarter of the natural output stride, the
             last one or two stages keep their size and dilate their convolutions.
-        dtype: Computation dtype. Logits are float32, or float64 for a float64 network; parameters are float32.
-        axis_name: Mapped axis over which BatchNorm computes its statistics. If None, each device computes its own.
-        image_size: Height and width, in pixels, of the images that the network is designed for.
 
     Raises:
-        ValueError: The output stride is not possible, or the images are not float `(n, h, w, 3)` or too small.
+        ValueError: The output stride is not possible; for other errors see `Network`.
     """
 
     block: Factory
@@ -115,11 +77,7 @@ class ResNet(nn.Module):
     stem_pool: bool = True
     stem_stride: int = 4
     smallest_map: int = 1
-    num_classes: int = 1000
     output_stride: int = 32
-    dtype: Dtype = jnp.float32
-    axis_name: str | tuple[str, ...] | None = None
-    image_size: int = 224
 
     def __post_init__(self) -> None:
         """Check the output stride, which needs no input."""
@@ -142,17 +100,10 @@ class ResNet(nn.Module):
             before, strides = dilation, self._stride(i) // self._stride(max(i - 1, 0))
             if i > 0 and strides == 1:
                 dilation *= 2
-            stage = Stage(
-                self.block,
-                size,
-                planes,
-                strides=strides,
-                dilation=(before, dilation),
-                transition=i > 0,
-                norm=norm,
-                dtype=self.dtype,
-            )
-            setattr(self, f"layer{i + 1}", stage)
+            block = partial(self.block, planes=planes, norm=norm, dtype=self.dtype)
+            first = partial(block, strides=strides, dilation=before, transition=i > 0)
+            others = partial(block, dilation=dilation)
+            setattr(self, f"layer{i + 1}", Stage((first,) + (others,) * (size - 1)))
         self.fc = Dense(self.num_classes, dtype=self.dtype)
 
     def _stride(self, stage: int) -> int:
@@ -191,12 +142,6 @@ class ResNet(nn.Module):
             name = f"layer{i + 1}"
             maps[name] = x = getattr(self, name)(x, train=train)
         return maps
-
-    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
-        """Return the logits. `train=True` normalises by the batch's statistics and needs `mutable=["batch_stats"]`."""
-        last = self.features(images, train=train)[f"layer{len(self.stage_sizes)}"]
-        logits = self.fc(F.global_avg_pool(last))
-        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
 
 # For images of about 32×32: a 3×3 stem and no pool.

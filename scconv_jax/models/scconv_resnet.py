@@ -18,37 +18,19 @@ from scconv_jax.models.blocks import BasicBlock, Bottleneck
 from scconv_jax.models.resnet import NARROW, RESNEXT29, WIDE, ResNet
 from scconv_jax.models.spec import ABOVE, DILATED, RECONSTRUCTION, SMALL_IMAGES, UNNAMED, ModelSpec, Row
 
+# Two partial objects are never equal; a cached one keeps equal networks equal.
+_cached_partial = functools.cache(partial)
+
 
 def scconv_resnet(
-    block: Factory,
-    stage_sizes: tuple[int, ...],
-    *,
-    alpha: float = 0.5,
-    variant: str = "paper",
-    num_classes: int = 1000,
-    **trunk: Any,
+    block: Factory, stage_sizes: tuple[int, ...], *, alpha: float = 0.5, variant: str = "paper", **options: Any
 ) -> ResNet:
-    """Return a residual network of ScConv.
+    """Return a residual network of ScConv, given a block that accepts its 3×3 convolution as `conv`.
 
-    Args:
-        block: Factory of a block that accepts its 3×3 convolution as `conv`.
-        stage_sizes: Number of blocks of each stage.
-        alpha: α of the ScConvs, between 0 and 1.
-        variant: Version of the ScConvs: "paper", "2023-07", "2023-09" or "2023-10".
-        num_classes: Length of the logits.
-        **trunk: Other attributes of `ResNet`.
-
-    Raises:
-        ValueError: `alpha` is out of range, or there is no such `variant`.
+    `alpha` and `variant` are ScConv's, `stage_sizes` and `options` are attributes of `ResNet`.
     """
-    block = _with_conv(block, scconv_factory(alpha=alpha, variant=variant))
-    return ResNet(block, stage_sizes, num_classes=num_classes, **trunk)
-
-
-@functools.cache
-def _with_conv(block: Factory, conv: Factory) -> Factory:
-    """Return the block with this convolution. Two partial objects are never equal, so the cache keeps equal networks equal."""
-    return partial(block, conv=conv)
+    conv = scconv_factory(alpha=alpha, variant=variant)
+    return ResNet(_cached_partial(block, conv=conv), stage_sizes, **options)
 
 
 _IMAGENET = partial(ModelSpec, options=DILATED | RECONSTRUCTION, conventions=("torchvision",))

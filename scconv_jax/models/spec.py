@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from scconv_jax.images import Preparation
 from scconv_jax.models.complexity import summarise
+from scconv_jax.models.network import Feature, Network
 
 # Options of `create_model`, each with its meaning.
 COMMON = {
@@ -38,13 +39,6 @@ ABOVE = "the paper's figure is above its own Eq. 11"
 UNNAMED = "groups and width not given; 4×64d is nearest"
 
 
-class Feature(NamedTuple):
-    """The map after one stage of a network."""
-
-    channels: int
-    stride: int  # image size divided by the size of the map
-
-
 class Row(NamedTuple):
     """One row of a paper's table. 2020: Liu et al., CVPR, and the README of MCG-NKU/SCNet. 2023: Li et al., CVPR."""
 
@@ -65,7 +59,6 @@ class ModelSpec:
         name: Name for `create_model`.
         build: Returns the network, given any of `options`.
         options: Meaning of each option of `create_model`.
-        head: Name of the last, fully connected layer.
         preparation: How images are prepared.
         conventions: Key conventions of its checkpoints, the most common first. If empty, no other project's are known.
         weights: Address of the published weights, or None.
@@ -73,13 +66,17 @@ class ModelSpec:
     """
 
     name: str
-    build: Callable[..., Any]
+    build: Callable[..., Network]
     options: Mapping[str, str]
-    head: str = "fc"
     preparation: Preparation = IMAGENET
     conventions: tuple[str, ...] = ()
     weights: str | None = None
     rows: tuple[Row, ...] = ()
+
+    @property
+    def head(self) -> str:
+        """Name of the last, fully connected layer."""
+        return self.build().head
 
     @property
     def image_size(self) -> int:

@@ -12,16 +12,15 @@ the same.
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
-import jax.numpy as jnp
 from flax import linen as nn
 
-from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_choice
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
-from scconv_jax.models.spec import ABOVE, ALIKE, COMMON, RECONSTRUCTION, SMALL_IMAGES, Feature, ModelSpec, Row
+from scconv_jax.models.network import Feature, SmallNetwork, Stage
+from scconv_jax.models.spec import ABOVE, ALIKE, COMMON, RECONSTRUCTION, SMALL_IMAGES, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
@@ -30,19 +29,19 @@ class PreActivationBlock(nn.Module):
 
     Attributes:
         features: Output channels.
-        strides: Stride of the convolution named by `strided`.
         strided: "conv1" or "conv2".
         conv: Factory of the second convolution or its replacement.
         norm: Factory of the norms.
         dtype: Computation dtype.
+        strides: Stride of the convolution named by `strided`.
     """
 
     features: int
-    strides: int
     strided: Literal["conv1", "conv2"]
     conv: Factory
     norm: Factory
     dtype: Dtype
+    strides: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
@@ -57,7 +56,7 @@ class PreActivationBlock(nn.Module):
         return x + self.conv(self.features, strides=second, dtype=self.dtype, name="conv2")(y, train=train)
 
 
-class WideResNet(nn.Module):
+class WideResNet(SmallNetwork):
     """A wide residual network: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:
@@ -65,24 +64,15 @@ class WideResNet(nn.Module):
         width: Channels divided by those of the plain network (16, 32, 64).
         conv: Factory of each block's second convolution.
         strided: Convolution with the stride: "conv2", as the ScConv paper counts, or "conv1".
-        num_classes: Length of the logits.
-        dtype: Computation dtype. Logits are float32, or float64 for a float64 network.
-        axis_name: Mapped axis over which BatchNorm computes its statistics. If None, each device computes its own.
 
     Raises:
-        ValueError: `strided` is neither, or the images are not float `(n, h, w, 3)`.
+        ValueError: `strided` is neither; for other errors see `Network`.
     """
-
-    image_size: ClassVar[int] = 32
-    smallest_image: ClassVar[int] = 1
 
     depth: int = 28
     width: int = 10
     conv: Factory = conv3x3
     strided: Literal["conv1", "conv2"] = "conv2"
-    num_classes: int = 10
-    dtype: Dtype = jnp.float32
-    axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check `strided`, which needs no input."""
@@ -96,7 +86,9 @@ class WideResNet(nn.Module):
         size = (self.depth - 4) // 6
         self.conv1 = conv3x3(16, dtype=self.dtype)
         for i in range(3):
-            setattr(self, f"block{i + 1}", _Stage(block, size, features=(16 << i) * self.width, strides=1 if i == 0 else 2))
+            others = partial(block, features=(16 << i) * self.width)
+            first = others if i == 0 else partial(others, strides=2)
+            setattr(self, f"block{i + 1}", Stage((first,) + (others,) * (size - 1)))
         self.bn1 = norm(dtype=self.dtype)
         self.fc = Dense(self.num_classes, dtype=self.dtype)
 
@@ -114,38 +106,10 @@ class WideResNet(nn.Module):
             maps[f"layer{i + 1}"] = x
         return maps | {"layer3": nn.relu(self.bn1(x, train=train))}
 
-    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
-        """Return the logits."""
-        logits = self.fc(F.global_avg_pool(self.features(images, train=train)["layer3"]))
-        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
-
-class _Stage(nn.Module):
-    block: Factory
-    size: int
-    features: int
-    strides: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
-        for i in range(self.size):
-            strides = self.strides if i == 0 else 1
-            x = self.block(features=self.features, strides=strides, name=str(i))(x, train=train)
-        return x
-
-
-def scconv_wide_resnet(
-    *,
-    alpha: float = 0.5,
-    variant: str = "paper",
-    strided: Literal["conv1", "conv2"] = "conv2",
-    num_classes: int = 10,
-    dtype: Dtype = jnp.float32,
-    axis_name: str | tuple[str, ...] | None = None,
-) -> WideResNet:
-    """Return a wide residual network of ScConv. `alpha` and `variant` are ScConv's, the others are `WideResNet`'s."""
-    conv = scconv_factory(alpha=alpha, variant=variant)
-    return WideResNet(conv=conv, strided=strided, num_classes=num_classes, dtype=dtype, axis_name=axis_name)
+def scconv_wide_resnet(*, alpha: float = 0.5, variant: str = "paper", **options: Any) -> WideResNet:
+    """Return a wide residual network of ScConv. `alpha` and `variant` are ScConv's, `options` attributes of `WideResNet`."""
+    return WideResNet(conv=scconv_factory(alpha=alpha, variant=variant), **options)
 
 
 _OPTIONS = COMMON | {
