@@ -31,11 +31,7 @@ def parse(argv: Sequence[str]) -> Flags:
 
 
 def plan_run(flags: Flags) -> tuple[Config, Path | None]:
-    """Return the experiment and the folder of the run; the folder is None if only weights of `model.init` are tested.
-
-    Raises:
-        ConfigError: The config, the folder and the flags do not fit together.
-    """
+    """Return the experiment and the folder of the run; the folder is None if only weights of `model.init` are tested."""
     for name in {"multiprocessing_distributed", "dist_backend"} & flags.given.keys():
         flag = name.replace("_", "-")
         print(f"--{flag} has no effect: one process drives all devices of a host, and JAX chooses how they communicate")
@@ -78,11 +74,7 @@ def _with_images(experiment: Config, flags: Flags) -> Config:
 
 
 def join(flags: Flags) -> HostLink:
-    """Choose the devices of this process and connect to the other hosts, if there are any.
-
-    Raises:
-        ConfigError: Hosts are missing, or were started with other flags.
-    """
+    """Choose the devices of this process and connect to the other hosts, if there are any."""
     import jax
 
     if flags.no_accel:
@@ -90,9 +82,8 @@ def join(flags: Flags) -> HostLink:
     if flags.gpu is not None:
         jax.config.update("jax_cuda_visible_devices", str(flags.gpu))
     hosts = replace(flags.hosts, address=flags.hosts.address and flags.hosts.address.removeprefix("tcp://"))
-    return HostLink(
-        find_hosts(hosts), [f"{name} {value}" for name, value in flags.given.items() if name not in ("hosts.index", "gpu")]
-    )
+    same = [f"{name} {value}" for name, value in flags.given.items() if name not in ("hosts.index", "gpu")]
+    return HostLink(find_hosts(hosts), same)
 
 
 def run(flags: Flags, link: HostLink) -> int:

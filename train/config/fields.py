@@ -1,4 +1,4 @@
-"""Base class of the config dataclasses: checks names, types and ranges when a config is built."""
+"""Base class of the config dataclasses, which checks names, types and ranges, and the errors that end a run with one line."""
 
 import math
 import types
@@ -6,7 +6,17 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from train.config.errors import ConfigError
+
+class ConfigError(Exception):
+    """A mistake that the user can correct, in the command, the config or the data. Any function may raise it. Exit code 2."""
+
+
+class DivergedError(Exception):
+    """Devices that must hold the same state do not. Exit code 1."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written: no space, no permission, no disk. Exit code 1."""
 
 
 class Group:

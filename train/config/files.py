@@ -8,8 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from train.config.errors import ConfigError
-from train.config.fields import Group
+from train.config.fields import ConfigError, Group
 from train.config.schema import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -69,11 +68,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def override(group: AnyGroup, values: dict[str, Any], prefix: str = "") -> AnyGroup:
-    """Return the config with other `values`; fields are named as in "optim.lr".
-
-    Raises:
-        ConfigError: A value does not fit the others.
-    """
+    """Return the config with other `values`; fields are named as in "optim.lr"."""
     changed = {}
     for field in dataclasses.fields(typing.cast("Any", group)):
         value, name = getattr(group, field.name), prefix + field.name
@@ -86,10 +81,8 @@ def _nearest_files(path: Path) -> str:
     import scconv_jax  # loads JAX, so only after a mistake
 
     def typed(path: Path) -> str:
-        try:
-            return str(path.resolve().relative_to(Path.cwd()))
-        except ValueError:
-            return str(path)
+        full = path.resolve()
+        return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else path)
 
     files = {*CONFIGS.glob("*.py"), *path.parent.glob("*.py")}
     by_stem = {file.stem: typed(file) for file in sorted(files) if file.name != "__init__.py"}
@@ -97,11 +90,10 @@ def _nearest_files(path: Path) -> str:
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-
-    def value_of(name: str, value: Any) -> Any:
-        if isinstance(hints.get(name), type) and issubclass(hints[name], Group):
-            return _from_dict(hints[name], value)
-        return tuple(value) if isinstance(value, list) else value
-
-    return cls(**{name: value_of(name, value) for name, value in values.items()})
+    hints, fields = typing.get_type_hints(cls), {}
+    for name, value in values.items():
+        if isinstance(hint := hints.get(name), type) and issubclass(hint, Group):
+            fields[name] = _from_dict(hint, value)
+        else:
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**fields)

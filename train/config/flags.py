@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
-from train.config.errors import ConfigError
+from train.config.fields import ConfigError
 from train.config.files import flatten
 from train.config.schema import Config, Data, Hosts
 

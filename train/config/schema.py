@@ -1,14 +1,12 @@
 """The fields of a config: frozen dataclasses of base quantities, checked when they are built.
 
-A file in `configs/` builds one `Config`; flags override single fields. A wrong name, type or value raises a `ConfigError` that
-says which field is wrong, what was found and what was expected. `make_plan` converts epochs to steps, after the overrides.
+A file in `configs/` builds one `Config`; flags override single fields. `make_plan` converts epochs to steps, after the overrides.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.config.errors import ConfigError
-from train.config.fields import Group
+from train.config.fields import ConfigError, Group
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,10 @@ class Data(Group):
         self._at_least(2, "synthetic_classes")
         self._at_least(0, "crop_padding", "threads", "max_bad_images")
         self._require(self.resize == 0 or self.resize >= self.image_size, "resize", f"0 or at least image_size {self.image_size}")
-        for name, highest in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+        for name, highest, limit in (("crop_scale", 1, ", at most 1"), ("crop_ratio", float("inf"), "")):
             pair = getattr(self, name)
             rising = len(pair) == 2 and 0 < pair[0] <= pair[1] <= highest
-            self._require(
-                rising, name, "two numbers above 0, the second not less than the first" + ", at most 1" * (highest == 1)
-            )
+            self._require(rising, name, "two numbers above 0, the second not less than the first" + limit)
         for name in ("mean", "std"):
             self._require(len(getattr(self, name)) in (0, 3), name, "three numbers, for red, green and blue")
         self._require(all(value > 0 for value in self.std), "std", "above 0")
@@ -246,11 +242,7 @@ class Plan:
 
 
 def make_plan(config: Config, train_images: int, devices: int) -> Plan:
-    """Convert epochs to steps. An incomplete last batch of an epoch is dropped; the next epoch shuffles again.
-
-    Raises:
-        ConfigError: The batch size is not divisible by devices × parts, or is larger than the training set.
-    """
+    """Convert epochs to steps. An incomplete last batch of an epoch is dropped; the next epoch shuffles again."""
     batch, parts = config.data.batch_size, config.optim.accumulate
     pairs = 2 if config.augment.mixup or config.augment.cutmix else 1
     if batch % (unit := devices * parts * pairs):
