@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from optax.tree_utils import tree_size
 
 from train.config import Config, ConfigError, make_plan
 from train.data.batches import DevicePrefetcher, train_batches
@@ -50,7 +51,8 @@ def train(config: Config, workdir: Path) -> int:
         raise ConfigError(
             f"log.profile_steps starts at step {config.log.profile_steps[0]}, but the run has {plan.total_steps} steps"
         )
-    is_host_0 = jax.process_index() == 0  # the only host that reads and writes the workdir
+    is_host_0 = jax.process_index() == 0
+    written = workdir if is_host_0 else None  # host 0 alone reads and writes the workdir
     if is_host_0:
         check_trackers(config.log)
 
@@ -60,10 +62,8 @@ def train(config: Config, workdir: Path) -> int:
     next_state, test = make_step(setup, config, optimizer), make_test(setup, config)
 
     with (
-        locked_workdir(workdir if is_host_0 else None),
-        Checkpoints(
-            workdir if is_host_0 else None, config.keep_checkpoints, dataclasses.asdict(config), len(setup.dataset.train)
-        ) as checkpoints,
+        locked_workdir(written),
+        Checkpoints(written, config.keep_checkpoints, dataclasses.asdict(config), len(setup.dataset.train)) as checkpoints,
         Signals() as signals,
     ):
         state, notes = start.placeholder(), []
@@ -74,11 +74,12 @@ def train(config: Config, workdir: Path) -> int:
             state, notes = start.create()
         state = from_host_0(state)
         first_step = step = int(state.step)
-        trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config)) if is_host_0 else ()
+        trackers = ()
         if is_host_0:
+            trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
             save_config(workdir, config)
         print(
-            f"{config.model.name} ({count(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
+            f"{config.model.name} ({tree_size(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
             f"{config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images. Writing to {workdir}"
             + (f", resuming from step {step} of {plan.total_steps}" if resumes else ""),
             *notes,
@@ -97,7 +98,7 @@ def train(config: Config, workdir: Path) -> int:
         )
         with (
             DevicePrefetcher(batches, setup.parallel.put_batch) as prefetcher,
-            Metrics(workdir / "metrics.jsonl" if is_host_0 else None, first_step, trackers) as metrics,
+            Metrics(written and written / "metrics.jsonl", first_step, trackers) as metrics,
             Profiler(config.log.profile_steps if is_host_0 else (), workdir / "profile") as profiler,
             Progress(plan.total_steps, first_step, batch_size, shown=is_host_0) as progress,
         ):
@@ -115,9 +116,8 @@ def train(config: Config, workdir: Path) -> int:
                 step += 1
                 stop = signals.stop_after(step)
                 if profiler.after(step, values):
-                    progress.say(
-                        "wrote the profile of steps {} to {}".format(*config.log.profile_steps) + f" to {workdir / 'profile'}"
-                    )
+                    first, last = config.log.profile_steps
+                    progress.say(f"wrote the profile of steps {first} to {last} to {workdir / 'profile'}")
                 window.add(step, values)
                 if step == first_step + 1:
                     jax.block_until_ready(values)  # the first step compiles
@@ -162,15 +162,10 @@ def train(config: Config, workdir: Path) -> int:
 
 
 def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
-    """Test the latest or best checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result.
-
-    Raises:
-        ConfigError: There is no checkpoint, or it does not fit the config.
-    """
+    """Test the latest or best checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result."""
     setup = make_setup(config)
-    plan = make_plan(
-        config, max(len(setup.dataset.train), config.data.batch_size), jax.device_count()
-    )  # a test needs no full batch
+    images = max(len(setup.dataset.train), config.data.batch_size)  # a test needs no full batch
+    plan = make_plan(config, images, jax.device_count())
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
     start = InitialState(config, plan, setup.model, optimizer, setup.dataset.image_shape)
     state = start.placeholder()
@@ -228,11 +223,6 @@ def accuracy(tested: dict[str, Any]) -> str:
     """Return `98.61 % (355 of 360)`."""
     share, images = tested["eval/top1"], tested["eval/images"]
     return f"{100 * share:.2f} % ({round(share * images)} of {images})"
-
-
-def count(params: Any) -> int:
-    """Return the number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def describe_devices() -> str:

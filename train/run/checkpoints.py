@@ -35,13 +35,10 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path | None, keep: int, config: dict[str, Any] | None = None, images: int | None = None) -> None:
-        """Open the checkpoints of a run.
+        """Open the checkpoints in the folder of a run. If it is None, there are none and `save` does nothing: host 0 writes them.
 
-        Args:
-            workdir: Folder of the run. If None, there are no checkpoints and `save` does nothing: another host writes them.
-            keep: Number of latest steps to keep.
-            config: Stored with each checkpoint, as JSON.
-            images: Number of training images, which gives a step its position in the data.
+        `config` is stored with each checkpoint. So is `images`, the number of training images: a restored step is a position in
+        as many images.
         """
         self._config, self._images, self._keep = config or {}, images, keep
         self.devices = jax.device_count()
@@ -57,17 +54,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        failed = True
         try:
             if kind is None:
                 self.wait()
-                failed = False
+                sys.unraisablehook = self._hook  # after an error, the noise may continue until the process ends
         finally:
             self._writer.shutdown()  # waits for the current write
             if self._manager is not None:
                 self._manager.close()
-            if not failed:  # after an error, the noise may continue until the process ends
-                sys.unraisablehook = self._hook
 
     def _without_noise(self, unraisable: Any) -> None:
         """Suppress the messages of TensorStore's threads, for which Orbax does not wait after an error."""
@@ -84,7 +78,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Return the step with the best `eval/top1`; of equals, the latest. None if no step was tested."""
-        return scconv_jax.runs.best_step(self.directory) if hasattr(self, "directory") else None
+        return scconv_jax.runs.best_step(self.directory)
 
     def save(self, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Copy `state` to the host and start to write it, unless a checkpoint of its step exists.
@@ -171,7 +165,9 @@ class Checkpoints:
                         file=sys.stderr,
                     )
             self.directory.mkdir(parents=True, exist_ok=True)
-            alone = _this_process_alone()
+            process = jax.process_index()
+            # By default Orbax waits for the other hosts, which take no part.
+            alone = ocp.options.MultiprocessingOptions(process, active_processes={process})
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -243,19 +239,13 @@ _BEST = BestN(get_metric_fn=lambda metrics: metrics["eval/top1"], n=1, keep_chec
 _hashing = ThreadPoolExecutor(4, "crc32")
 
 
-def _this_process_alone() -> ocp.options.MultiprocessingOptions:
-    """Return options for this process alone; by default Orbax waits for the other hosts, which take no part."""
-    process = jax.process_index()
-    return ocp.options.MultiprocessingOptions(process, active_processes={process})
-
-
 def _fingerprints(tree: Any) -> dict[str, dict[str, Any]]:
     """Return the shape, dtype and CRC-32 of each array by name."""
-    leaves = {name: np.ascontiguousarray(leaf) for name, leaf in _named_leaves(tree).items()}
-    sums = _hashing.map(lambda leaf: zlib.crc32(leaf.reshape(-1).view(np.uint8)), leaves.values())
+    leaves = _named_leaves(tree)
+    sums = _hashing.map(lambda leaf: zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data), leaves.values())
     return {
-        name: {"shape": list(np.shape(leaf)), "dtype": leaf.dtype.name, "crc32": crc}
-        for (name, leaf), crc in zip(_named_leaves(tree).items(), sums, strict=True)
+        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "crc32": crc}
+        for (name, leaf), crc in zip(leaves.items(), sums, strict=True)
     }
 
 
@@ -274,9 +264,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of the message, or the name of the error's class."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

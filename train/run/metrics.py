@@ -38,11 +38,11 @@ class Metrics:
         self._file = None
         if path is None:
             return
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
-        if path.exists() and (damaged := path.read_bytes().count(b"\n") - len(read_metrics(path))):
+        lines = read_metrics(path) if path.exists() else []
+        if path.exists() and (damaged := path.read_bytes().count(b"\n") - len(lines)):
             print(f"warning: {damaged} damaged lines of {path} were left out", file=sys.stderr)
         with scconv_jax.files.replacing(path) as file:
-            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first_step))
         self._file = path.open("a")
 
     def __enter__(self) -> Self:
@@ -116,11 +116,7 @@ class MetricsWindow:
         return not self._steps or all(value.is_ready() for value in self._steps[-1][1].values())  # type: ignore[attr-defined]
 
     def close(self) -> dict[str, float]:
-        """Return the means over the window (`train/loss`, …) and its speed, and start the next window.
-
-        Raises:
-            FloatingPointError: A loss is not finite; the message names the first such step.
-        """
+        """Return the means over the window (`train/loss`, …) and its speed, and start the next window."""
         steps = jax.device_get(self._steps)
         for step, values in steps:
             if not np.isfinite(values["loss"]):

@@ -8,9 +8,9 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from train.config import Config, ConfigError
 from train.config.fields import suggest
@@ -33,20 +33,11 @@ def fresh_workdir(name: str) -> Path:
 
 def latest_workdir(name: str) -> Path:
     """Return the last of `runs/NAME`, `runs/NAME-2`, … that holds a run, or `runs/NAME` if none does."""
-    latest = RUNS / name
-    for workdir in _numbered(name):
-        if not holds_run(workdir):
-            return latest
-        latest = workdir
-    raise AssertionError("unreachable")
+    return [RUNS / name, *takewhile(holds_run, _numbered(name))][-1]
 
 
 def load_run(workdir: Path) -> Config:
-    """Return the config of the run in `workdir`.
-
-    Raises:
-        ConfigError: There is no run, or its config cannot be read.
-    """
+    """Return the config of the run in `workdir`."""
     if not (workdir / "config.json").is_file():
         if holds_run(workdir):
             raise ConfigError(f"{workdir} holds checkpoints but no config.json: restore the file, or choose another --workdir")
@@ -56,11 +47,7 @@ def load_run(workdir: Path) -> Config:
 
 
 def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
-    """Return what `new` changes in the run in `workdir`, one line per field.
-
-    Raises:
-        ConfigError: It changes a field of `FIXED`.
-    """
+    """Return what `new` changes in the run in `workdir`, one line per field."""
     changes = differences(old, new)
     fixed = [f"{name} {changes[name][0]!r}, not {changes[name][1]!r}" for name in FIXED if name in changes]
     if fixed:
@@ -71,11 +58,7 @@ def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
 
 
 def refuse_held(workdir: Path, new: Config) -> NoReturn:
-    """Raise an error: `workdir` already holds a run, whose config differs from `new` in these fields.
-
-    Raises:
-        ConfigError: Always.
-    """
+    """Raise an error: `workdir` already holds a run, whose config differs from `new` in these fields."""
     changes = [f"{name} {old!r}, not {new!r}" for name, (old, new) in differences(load_run(workdir), new).items()]
     with_ = f", with {'; '.join(changes)}" if changes else ""
     raise ConfigError(f"{workdir} already holds a run{with_}: add --resume to continue it, or choose another --workdir")
@@ -86,14 +69,16 @@ def locked_workdir(workdir: Path | None) -> Iterator[None]:
     """Create the folder and lock it against other processes. Do nothing if `workdir` is None.
 
     The kernel releases the lock when this process ends, however it ends.
-
-    Raises:
-        ConfigError: The folder cannot be written, or another process holds the lock.
     """
     if workdir is None:
         yield
         return
-    with open_workdir(workdir) as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"cannot write to the workdir {workdir}: {error.strerror}; choose another --workdir") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -107,19 +92,6 @@ def locked_workdir(workdir: Path | None) -> Iterator[None]:
         yield
 
 
-def open_workdir(workdir: Path) -> TextIO:
-    """Create the folder if needed, and open its lock file.
-
-    Raises:
-        ConfigError: The folder cannot be created or written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        return (workdir / ".lock").open("a+")
-    except OSError as error:
-        raise ConfigError(f"cannot write to the workdir {workdir}: {error.strerror}; choose another --workdir") from error
-
-
 def save_config(workdir: Path, config: Config) -> None:
     """Write the config of the run into its folder, atomically."""
     import scconv_jax  # late: it imports jax, and this module is needed to print the help
@@ -128,7 +100,5 @@ def save_config(workdir: Path, config: Config) -> None:
         file.write_text(to_json(config))
 
 
-def _numbered(name: str):
-    yield RUNS / name
-    for number in count(2):
-        yield RUNS / f"{name}-{number}"
+def _numbered(name: str) -> Iterator[Path]:
+    return (RUNS / (f"{name}-{number}" if number > 1 else name) for number in count(1))
