@@ -23,7 +23,6 @@ Batch = dict[str, np.ndarray]
 
 IMAGES_PER_TASK = 16
 """Images that a thread reads as one task. Few, so that all threads work on the next batch and memory stays small."""
-
 POLL_SECONDS = 1e-3
 """Interval between two checks whether the device is idle, while a batch is awaited."""
 
@@ -85,14 +84,7 @@ def train_batches(
     Each epoch is shuffled anew and has `len(source) // batch_size` full batches. Host h of H reads the positions
     `[h * b / H, (h + 1) * b / H)` of each batch. An unreadable image is replaced by the next readable one of the source.
 
-    Args:
-        source: all images, the same on every host.
-        batch_size: images per step on all hosts together; divisible by `process_count`.
-        seed: the run's seed.
-        first_step: step of the first batch.
-        threads: number of threads that read ahead. With 0, a batch is read when it is asked for.
-        process_index: number of this host.
-        process_count: number of hosts.
+    `batch_size` counts the images of all hosts together. With no `threads`, a batch is read when it is asked for.
 
     Yields:
         `{"image": uint8 (b / H, h, w, 3), "label": int32 (b / H,)}`
@@ -118,7 +110,7 @@ def eval_batches(
 ) -> Generator[Batch, None, None]:
     """Yield every image once over all hosts together, in order; every host gets the same number of batches.
 
-    For the arguments see `train_batches`. Unreadable images, and the padding of the last batch, are black and have weight 0.
+    Unreadable images, and the padding of the last batch, are black and have weight 0.
 
     Yields:
         `{"image": uint8 (b / H, h, w, 3), "label": int32 (b / H,), "weight": float32 (b / H,)}`
@@ -155,13 +147,7 @@ def _read_ahead(
 ) -> Generator[Batch, None, None]:
     """Yield the batches of `steps`, which the threads have begun to read before they are asked for.
 
-    Args:
-        read: (step, position, out) → the image's value of each field; writes the image to `out`, uint8 (h, w, 3).
-        image_shape: (h, w, 3).
-        fields: name → dtype of the arrays beside the images.
-        steps: steps of the batches.
-        positions: positions in the global batch that this host reads.
-        threads: number of threads; with 0, nothing is read ahead.
+    `read`: (step, position, out) → the value of each of the `fields` (name → dtype); it writes the image to `out`.
     """
     size = len(positions)
     tasks = [range(start, min(start + IMAGES_PER_TASK, size)) for start in range(0, size, IMAGES_PER_TASK)]
@@ -220,7 +206,13 @@ class DevicePrefetcher(Iterator[Any]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Stop all threads and drop the batches that were read ahead."""
+        self._stop.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._queue.get(timeout=0.01)
+        if isinstance(self._batches, Generator):
+            self._batches.close()
 
     def __next__(self) -> Any:
         return self.take(lambda: True)
@@ -239,15 +231,6 @@ class DevicePrefetcher(Iterator[Any]):
             self._queue.put((None, error))  # for the next call, which then ends the same way
             raise error
         return batch
-
-    def close(self) -> None:
-        """Stop all threads and drop the batches that were read ahead."""
-        self._stop.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._queue.get(timeout=0.01)
-        if isinstance(self._batches, Generator):
-            self._batches.close()
 
     def _fill(self) -> None:
         while not self._stop.is_set():

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -60,11 +59,7 @@ class FolderRecords:
 
 
 def open_folder(directory: str) -> tuple[FolderRecords, FolderRecords]:
-    """Open training and test images: `DIR/train` and `DIR/val`.
-
-    Raises:
-        ConfigError: the folder has another layout or cannot be read, a class has no image, or the splits differ in classes.
-    """
+    """Open training and test images: `DIR/train` and `DIR/val`."""
     try:
         return _open(directory)
     except OSError as error:
@@ -95,11 +90,7 @@ def _open(directory: str) -> tuple[FolderRecords, FolderRecords]:
 
 
 def load_index(root: Path) -> FolderRecords:
-    """Return the index of a split, from the cache unless one of its folders has changed.
-
-    Raises:
-        ConfigError: there is no class folder, or one without an image.
-    """
+    """Return the index of a split, from the cache unless one of its folders has changed."""
     root = root.resolve()
     cached = cache_folder() / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
     records = _read_cache(cached, root)
@@ -206,13 +197,20 @@ def _write_cache(path: Path, records: FolderRecords, modified: dict[str, int]) -
 
     if max(modified.values()) > time.time_ns() - SETTLED_NS:
         return
-    arrays: dict[str, Any] = {name: getattr(records, name) for name in ("labels", "starts", "names", "offsets")}
-    arrays |= {"classes": _joined(records.classes), "folders": _joined(records.folders), "watched": _joined(modified)}
-    arrays["times"] = np.asarray(list(modified.values()), np.int64)
     with contextlib.suppress(OSError):  # without a cache, the next start only takes longer
         path.parent.mkdir(parents=True, exist_ok=True)
         with scconv_jax.files.replacing(path) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(
+                file,
+                classes=_joined(records.classes),
+                folders=_joined(records.folders),
+                labels=records.labels,
+                starts=records.starts,
+                names=records.names,
+                offsets=records.offsets,
+                watched=_joined(modified),
+                times=np.asarray(list(modified.values()), np.int64),
+            )
 
 
 def _joined(texts: Iterable[str]) -> np.ndarray:

@@ -21,19 +21,14 @@ import scconv_jax
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
-
 JPEG = b"\xff\xd8\xff"
 """First bytes of every JPEG file."""
-
 END_OF_JPEG = b"\xff\xd9"
 """Last bytes of a complete JPEG file."""
-
 SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")
 """Frame-header markers of JPEGs that store all rows in one pass, from top to bottom."""
-
 BEFORE_FRAME = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
 """Markers of tables, application data and comments."""
-
 ROWS = 16
 """Most files code this many rows together, so the height is cut at a multiple. It is twice the largest decoding factor."""
 
@@ -50,7 +45,7 @@ def random_resized_crop(
     exif: bool = False,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decode a random part of an image and resize it.
+    """Decode a random part of an image file and resize it to uint8 (size, size, 3).
 
     Args:
         data: the bytes of the file.
@@ -58,11 +53,8 @@ def random_resized_crop(
         rng: draws the crop box.
         scale: least and greatest share of the image's area.
         ratio: least and greatest width over height.
-        exif: whether to turn the image as its EXIF orientation says. PyTorch's `ImageFolder` does not.
-        out: array to write to, uint8 (size, size, 3), contiguous. If None, a new one.
-
-    Returns:
-        uint8 (size, size, 3).
+        exif: whether to turn the image as its EXIF orientation says.
+        out: array to write to, contiguous. If None, a new one.
 
     Raises:
         scconv_jax.images.ImageError: the file is damaged, truncated or not an image.
@@ -105,8 +97,7 @@ def crop_box(height: int, width: int, rng: np.random.Generator, scale: Sequence[
 def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> np.ndarray | None:
     """Decode the part of a JPEG that `box_of(height, width)` asks for, scaled down as far as `size` allows.
 
-    Returns:
-        A view into a buffer that this thread's next call overwrites; or None if only PIL can read the file or name its error.
+    The result is a view into a buffer that this thread's next call overwrites, or None if only PIL can read the file.
     """
     try:
         header = simplejpeg.decode_jpeg_header(data)

@@ -23,11 +23,7 @@ class Unreadable:
         self._lock = threading.Lock()
 
     def note(self, name: str, error: Exception) -> None:
-        """Count an image.
-
-        Raises:
-            ConfigError: there are more unreadable images than the limit.
-        """
+        """Count an image; raise a `ConfigError` if it is one too many."""
         with self._lock:
             if name in self.names:
                 return
@@ -57,12 +53,7 @@ class EncodedSource:
         return len(self.records)
 
     def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
-        """Write the cropped image to `out`, uint8 (h, w, 3), and return its label; `key` decides a random crop.
-
-        Raises:
-            UnreadableImageError: the image cannot be read; it has been counted.
-            ConfigError: more images than allowed cannot be read.
-        """
+        """Write the cropped image to `out`, uint8 (h, w, 3), and return its label; `key` decides a random crop."""
         try:
             data, label = self.records.read(index)
             self.write_pixels(data, key, out)

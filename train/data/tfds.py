@@ -51,20 +51,14 @@ class TfdsRecords:
     features: Any
     """TFDS's `FeaturesDict`."""
     image: str
-    """Name of the image feature."""
     label: str
-    """Name of the class label feature."""
+    """Names of the image feature and of the class label feature."""
 
     def __len__(self) -> int:
         return len(self.serialized)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """Return the bytes of an image file, and its label.
-
-        Raises:
-            UnreadableImageError: the record is damaged.
-            ConfigError: the file is damaged, or the label is out of range.
-        """
+        """Return the bytes of an image file, and its label."""
         from tensorflow_datasets import decode
 
         try:
@@ -89,17 +83,9 @@ class TfdsRecords:
 
 
 def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> tuple[TfdsRecords, TfdsRecords]:
-    """Open training and test images of a prepared data set.
+    """Open training and test images of a prepared data set; the arguments are those of the config.
 
-    Args:
-        directory: folder of the data set or, with `name`, of several data sets.
-        name: `NAME` or `NAME/CONFIG`, with or without `/VERSION` (or `:VERSION`); may be empty.
-        train_split: split in TFDS's notation, such as `train[:90%]`.
-        test_split: likewise. If empty, `validation`, or `test` if there is no `validation`.
-
-    Raises:
-        ConfigError: there is no such data set or split, or its records do not have one image and one label.
-        ModuleNotFoundError: a package is missing; the message says how to install it.
+    `name` is empty, `NAME` or `NAME/CONFIG`, with or without `/VERSION` (or `:VERSION`).
     """
     try:
         import importlib_resources  # noqa: F401  (TFDS needs it without declaring it)
@@ -205,4 +191,4 @@ def _allow_open_files(count: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip("'\"").splitlines()[0] if str(error) else type(error).__name__
+    return (str(error).strip("'\"") or type(error).__name__).splitlines()[0]
