@@ -44,14 +44,7 @@ class HostLink:
     def __init__(self, hosts: Hosts, flags: list[str]) -> None:
         """Meet the other hosts and connect the devices of all. With one host, do nothing.
 
-        Must run before JAX computes anything.
-
-        Args:
-            hosts: Who they are; see `find_hosts`.
-            flags: Command line of this process, without its index. Must be the same on all hosts.
-
-        Raises:
-            ConfigError: Some hosts did not come in time, or do not fit together.
+        Must run before JAX computes anything. `flags`, the command line without the index, must be the same on all hosts.
         """
         self.count, self.index = hosts.count or 1, hosts.index or 0
         self._peers: dict[int, _Peer] = {}
@@ -94,10 +87,7 @@ class HostLink:
     def check_name(self) -> None:
         """Check that CPUs of other hosts can reach this host: they use the address to which it resolves its own name.
 
-        GPUs and TPUs find each other in another way.
-
-        Raises:
-            ConfigError: The name means this very machine (127.0.0.1), as in /etc/hosts of some systems.
+        On some systems /etc/hosts gives the name to this very machine (127.0.0.1). GPUs and TPUs find each other in another way.
         """
         import jax
 
@@ -154,7 +144,8 @@ class HostLink:
                 elif index not in missing:
                     problem = f"two processes were told that they are host {index}"
                 elif hello["flags"] != flags:
-                    theirs, ours = _only_in(hello["flags"], flags), _only_in(flags, hello["flags"])
+                    theirs = " ".join(flag for flag in hello["flags"] if flag not in flags) or "nothing"
+                    ours = " ".join(flag for flag in flags if flag not in hello["flags"]) or "nothing"
                     problem = f"host {index} was started with other flags than host 0: {theirs} there, {ours} here"
                 self._peers[-1 if problem else index] = peer
                 missing.discard(index)
@@ -322,10 +313,6 @@ def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
-
-
-def _only_in(flags: list[str], others: list[str]) -> str:
-    return " ".join(flag for flag in flags if flag not in others) or "nothing"
 
 
 _exit = os._exit

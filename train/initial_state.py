@@ -36,11 +36,7 @@ class InitialState:
         return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), self.shapes())
 
     def create(self) -> tuple[TrainState, list[str]]:
-        """Return the state that the run begins with, and notes for the user.
-
-        Raises:
-            ConfigError: `model.init` cannot be loaded, or holds weights of another network.
-        """
+        """Return the state that the run begins with, and notes for the user."""
         state, notes = run_once(self._random), []
         if source := self.config.model.init:
             drawn = {"params": state.params, "batch_stats": state.batch_stats}
@@ -61,9 +57,6 @@ def initial_weights(source: str, name: str, like: dict[str, Any]) -> tuple[dict[
     """Load the variables of the network `name` from `source`, in the structure of `like`, and return notes for the user.
 
     If the number of classes differs, the head keeps the values of `like`.
-
-    Raises:
-        ConfigError: The source cannot be loaded, or holds weights of another network.
     """
     if source == PRETRAINED and name not in scconv_jax.list_pretrained():
         published = ", ".join(scconv_jax.list_pretrained())

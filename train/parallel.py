@@ -31,12 +31,7 @@ class Parallel:
 
 
 def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
-    """Return the engine of this name over `devices`, with the devices of each host side by side.
-
-    Args:
-        engine: "shard_map" (`jax.jit` of `jax.shard_map` over a 1-D mesh) or "pmap".
-        devices: The JAX devices of all hosts; every host has the same number.
-    """
+    """Return the engine "shard_map" (over a 1-D mesh) or "pmap" over the devices of all hosts, the same number on each."""
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.asarray(devices), (AXIS,))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)

@@ -44,18 +44,7 @@ class Shard:
 
 
 def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) -> None:
-    """Write a folder of image files as a TFDS data set.
-
-    Args:
-        source: Folder with train/CLASS/IMAGE and val/CLASS/IMAGE.
-        out: Folder of the data set; must not exist.
-        workers: Threads that read and write.
-        shard: Images per file.
-
-    Raises:
-        ConfigError: The source has another layout, a file cannot be read or written, or `out` exists.
-        ModuleNotFoundError: TensorFlow Datasets or array_record is not installed; the message says how to install it.
-    """
+    """Write a folder of image files as a TFDS data set, with `shard` images per file, by `workers` threads."""
     try:
         import importlib_resources  # noqa: F401  (TFDS needs it, but does not declare it)
         import tensorflow_datasets as tfds
@@ -73,13 +62,8 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) 
     classes = splits["train"].classes
     _check_names(classes)
     proto: Any = tf_example_pb2
-    features: Any = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "label": tfds.features.ClassLabel(names=classes),
-            "file_name": tfds.features.Text(),
-        }
-    )
+    kinds = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=classes), "file_name": tfds.features.Text()}
+    features: Any = tfds.features.FeaturesDict(kinds)
 
     def serialize(records: FolderRecords, index: int) -> bytes:
         data, label = records.read(index)
@@ -112,11 +96,7 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) 
 
 
 def write_digits(out: Path) -> None:
-    """Write scikit-learn's handwritten digits as JPEG files of 32×32 pixels: `train/3/0017.jpg`, `val/3/0002.jpg`.
-
-    Raises:
-        ConfigError: `out` exists or cannot be written.
-    """
+    """Write scikit-learn's handwritten digits as JPEG files of 32×32 pixels: `train/3/0017.jpg`, `val/3/0002.jpg`."""
     dataset = load_digits(Data())
     with _replacing(out, "digits") as partial:
         for split, source in (("train", dataset.train), ("val", dataset.test)):
@@ -154,10 +134,8 @@ def _write(
 
     missing = [shard for shard in shards if not shard.path.exists()]
     images, left = (sum(len(shard.indices) for shard in some) for some in (shards, missing))
-    with (
-        tqdm(total=images, initial=images - left, unit="img", unit_scale=True) as progress,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    bar = tqdm(total=images, initial=images - left, unit="img", unit_scale=True)
+    with bar as progress, ThreadPoolExecutor(workers) as pool:
         try:
             for future in wait([pool.submit(write, shard) for shard in missing], return_when=FIRST_EXCEPTION).done:
                 future.result()

@@ -31,23 +31,15 @@ class TrainingSetup:
 
 
 def make_setup(config: Config) -> TrainingSetup:
-    """Load the data and create the network.
-
-    Raises:
-        ConfigError: The network does not exist or does not take images of this size, or hosts found different images.
-    """
+    """Load the data and create the network."""
     if config.model.dtype == "float64" and jnp.zeros(0).dtype != "float64":
         raise ConfigError("model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment")
     dataset = load_dataset(config.data)
     check_same_images(dataset)
-    options = {
-        "num_classes": dataset.num_classes,
-        "dtype": jnp.dtype(config.model.dtype),
-        "axis_name": AXIS if config.model.sync_batchnorm else None,
-    }
+    dtype, axis_name = jnp.dtype(config.model.dtype), AXIS if config.model.sync_batchnorm else None
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     try:
-        model = scconv_jax.create_model(config.model.name, **options)
+        model = scconv_jax.create_model(config.model.name, num_classes=dataset.num_classes, dtype=dtype, axis_name=axis_name)
         jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     except ValueError as error:
         raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
@@ -56,18 +48,13 @@ def make_setup(config: Config) -> TrainingSetup:
 
 
 def check_same_images(dataset: Dataset) -> None:
-    """Check that all hosts, which read one part of each batch each, found the same classes and numbers of images.
-
-    Raises:
-        ConfigError: They differ. All hosts raise it.
-    """
+    """Check that all hosts, which read one part of each batch each, found the same classes and numbers of images."""
     crc = zlib.crc32("\0".join(dataset.classes).encode(errors="surrogateescape")) >> 1
     hosts = all_gather_ints([len(dataset.train), len(dataset.test), dataset.num_classes, crc])
     other = next((host for host, found in enumerate(hosts) if found != hosts[0]), 0)
     if other:
-        there, here = (
-            f"{train} training and {test} test images of {n} classes" for train, test, n, _ in (hosts[other], hosts[0])
-        )
+        found = (hosts[other], hosts[0])
+        there, here = (f"{train} training and {test} test images of {n} classes" for train, test, n, _ in found)
         names = ", of other names" if hosts[other][:3] == hosts[0][:3] else ""
         raise ConfigError(f"host {other} found {there}{names}, host 0 {here}: all hosts need the same images in data.dir")
 
