@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the cache folder."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads and indices: `SCCONV_JAX_CACHE`, else `scconv_jax` in the user's cache folder."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "scconv_jax")
+    return Path(os.environ.get("SCCONV_JAX_CACHE") or default).expanduser()
 
 
 def _open_unnamed(folder: Path) -> int | None:

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from scconv_jax.files import cache_folder
 from scconv_jax.messages import did_you_mean
 from scconv_jax.weights.files import WeightsError, sha256
 
@@ -58,7 +59,7 @@ def fetch(
         WeightsError: no such name or address, an interrupted download, or a file with another hash, which is deleted.
     """
     address = published.get(source, source)
-    path = _cache_path(address, Path(cache) if cache is not None else _cache_folder(), published)
+    path = _cache_path(address, Path(cache) if cache is not None else cache_folder(), published)
     shown = address.partition("?")[0]  # the query may be a secret key
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,12 +106,6 @@ def _cache_path(address: str, cache: Path, published: Mapping[str, str]) -> Path
     if _hash_in_name(name):
         return cache / name
     return cache / hashlib.sha256(address.encode()).hexdigest()[:12] / name  # many servers have a file called model.pth
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("SCCONV_JAX_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scconv_jax"
 
 
 def _hash_in_name(name: str) -> str | None:

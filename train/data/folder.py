@@ -91,20 +91,15 @@ def _open(directory: str) -> tuple[FolderRecords, FolderRecords]:
 
 def load_index(root: Path) -> FolderRecords:
     """Return the index of a split, from the cache unless one of its folders has changed."""
+    import scconv_jax
+
     root = root.resolve()
-    cached = cache_folder() / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
+    cached = scconv_jax.files.cache_folder() / "folders" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
     records = _read_cache(cached, root)
     if records is None:
         records, modified = _scan(root)
         _write_cache(cached, records, modified)
     return records
-
-
-def cache_folder() -> Path:
-    """Return the folder of the indices: in `SCCONV_JAX_CACHE` or, by default, in `scconv_jax` in the user's cache folder."""
-    own = os.environ.get("SCCONV_JAX_CACHE")
-    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(own) if own else Path(user) / "scconv_jax").expanduser() / "folders"
 
 
 def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
