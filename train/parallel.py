@@ -36,13 +36,12 @@ def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
     mesh = Mesh(np.asarray(devices), (AXIS,))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
 
-    def with_shard_map(step: Step, donate_state: bool = False) -> Step:
-        mapped = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere)
-        return jax.jit(mapped, donate_argnums=(0,) if donate_state else ())
-
-    def with_pmap(step: Step, donate_state: bool = False) -> Step:
+    def over_devices(step: Step, donate_state: bool = False) -> Step:
         donate = (0,) if donate_state else ()
-        return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=donate)
+        if engine == "pmap":
+            return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=donate)
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere)
+        return jax.jit(mapped, donate_argnums=donate)
 
     def put_batch(batch: Any) -> Any:
         sharding, hosts = NamedSharding(mesh, split), len({device.process_index for device in devices})
@@ -58,7 +57,6 @@ def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
         sharding = NamedSharding(mesh, everywhere)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), x.shape), state)
 
-    over_devices = with_pmap if engine == "pmap" else with_shard_map
     fingerprints = over_devices(_fingerprints)
 
     def check_same(state: Any, step: int) -> None:

@@ -31,25 +31,6 @@ class UnreadableImageError(Exception):
     """An image cannot be decoded. The source that raises this has counted the image."""
 
 
-class Records(Protocol):
-    """Encoded images at random access."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Name of each label."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Return the bytes of an image file, and its label."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Return a name by which a person finds the image."""
-        ...
-
-
 class Source(Protocol):
     """Images at random access."""
 

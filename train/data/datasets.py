@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from train.config import Data
-from train.data.batches import Records, Source
+from train.data.batches import Source
+from train.data.folder import FolderRecords, open_folder
+from train.data.tfds import TfdsRecords, open_tfds
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,11 @@ def load_synthetic(data: Data) -> Dataset:
 
 def load_folder(data: Data) -> Dataset:
     """The image files in `data.dir`: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
-    from train.data.folder import open_folder
-
     return _from_files(data, *open_folder(data.dir))
 
 
 def load_tfds(data: Data) -> Dataset:
     """A data set of TensorFlow Datasets in `data.dir`."""
-    from train.data.tfds import open_tfds
-
     return _from_files(data, *open_tfds(data.dir, data.tfds_name, data.train_split, data.test_split))
 
 
@@ -140,7 +138,7 @@ def _from_arrays(train: ArraySource, test: ArraySource, num_classes: int) -> Dat
     return Dataset(train, test, classes, mean=tuple(pixels.mean(0).tolist()), std=tuple(pixels.std(0).tolist()))
 
 
-def _from_files(data: Data, train: Records, test: Records) -> Dataset:
+def _from_files(data: Data, train: FolderRecords | TfdsRecords, test: FolderRecords | TfdsRecords) -> Dataset:
     try:
         import scconv_jax
         from train.data.records import make_sources

@@ -10,8 +10,13 @@ from tqdm import tqdm
 
 import scconv_jax
 from train.config import ConfigError, Data
-from train.data.batches import Records, UnreadableImageError
+from train.data.batches import UnreadableImageError
+from train.data.folder import FolderRecords
 from train.data.images import random_resized_crop
+from train.data.tfds import TfdsRecords
+
+Records = FolderRecords | TfdsRecords
+"""Encoded images at random access."""
 
 
 class Unreadable:
@@ -73,8 +78,7 @@ def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSour
         rng = np.random.default_rng(key)
         random_resized_crop(image, size, rng, scale=data.crop_scale, ratio=data.crop_ratio, exif=exif, out=out)
 
-    def central_crop(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
-        del key
+    def central_crop(image: bytes, _key: tuple[int, ...], out: np.ndarray) -> None:
         out[...] = scconv_jax.images.center_crop(scconv_jax.images.decode(image, exif=exif), size, resize)
 
     shape = (size, size, 3)

@@ -183,9 +183,7 @@ def _allow_open_files(count: int) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * count + 1024
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
+    wanted = 2 * count + 1024 if hard == resource.RLIM_INFINITY else min(2 * count + 1024, hard)
     if wanted > soft != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
