@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.table import Table
 
 from scconv_jax.cli.console import show
-from scconv_jax.models.complexity import Part, summarise
+from scconv_jax.models.complexity import summarise, total
 from scconv_jax.models.registry import MODELS, create_model, list_models, model_info
 from scconv_jax.models.spec import COMMON, ModelSpec, Row
 
@@ -64,25 +64,24 @@ def _network(options: argparse.Namespace) -> None:
     model = create_model(options.model, **{name: value for name, value in given.items() if value is not None})
     size = options.size or model_info(options.model).image_size
     parts = summarise(model, (size, size), options.depth)
-    parameters, multiply_adds = (sum(part.parameters for part in parts), sum(part.multiply_adds for part in parts))
-    total = Part("total", "", parts[-1].output, parameters, multiply_adds)
+    whole = total(parts)
     if options.json:
-        print(json.dumps({"model": options.model, "size": size, "parts": [part._asdict() for part in (*parts, total)]}, indent=1))
+        print(json.dumps({"model": options.model, "size": size, "parts": [part._asdict() for part in (*parts, whole)]}, indent=1))
         return
     table = Table(title=f"{options.model}, {size}×{size} px")
     table.add_column("part")
     table.add_column("kind")
     for heading in ("output", "parameters", "share", "multiply-adds", "share"):
         table.add_column(heading, justify="right")
-    for part in (*parts, total):
+    for part in (*parts, whole):
         table.add_row(
             part.name,
             part.kind,
             "×".join(map(str, part.output[1:])),
             f"{part.parameters:,}",
-            f"{part.parameters / total.parameters:.1%}",
+            f"{part.parameters / whole.parameters:.1%}",
             f"{part.multiply_adds:,}",
-            f"{part.multiply_adds / total.multiply_adds:.1%}",
+            f"{part.multiply_adds / whole.multiply_adds:.1%}",
             end_section=part is parts[-1],
         )
     show(table)
@@ -100,9 +99,8 @@ def _rows() -> list[tuple[ModelSpec, Row]]:
 def _records() -> Iterator[dict[str, Any]]:
     """Yield each row of the papers' tables with our counts, in millions and billions."""
     for spec, row in _rows():
-        parts = summarise(create_model(spec.name, **row.options), depth=1)
-        parameters = sum(part.parameters for part in parts) / 1e6
-        multiply_adds = sum(part.multiply_adds for part in parts) / 1e9
+        whole = total(summarise(create_model(spec.name, **row.options), depth=1))
+        parameters, multiply_adds = whole.parameters / 1e6, whole.multiply_adds / 1e9
         yield {
             "paper": row.paper,
             "network": row.label,
@@ -115,6 +113,7 @@ def _records() -> Iterator[dict[str, Any]]:
             "multiply_adds": multiply_adds,
             "multiply_adds_percent": _percent(multiply_adds, row.multiply_adds),
             "margins_percent": row.margins,
+            "top1_paper": row.top1,
             "note": row.reason,
         }
 
@@ -123,24 +122,22 @@ def _percent(ours: float, paper: float) -> float:
     return round(100 * (ours / paper - 1), 2)
 
 
-_HEADINGS = ("network", "model", "px", "params, paper", "ours", "%", "m-adds, paper", "ours", "%", "within %", "note")
-
-
-def _cells(record: dict[str, Any]) -> list[str]:
-    """Return one row of a paper's table, under `_HEADINGS`."""
-    return [
-        record["network"],
-        record["model"],
-        str(record["size"]),
-        f"{record['parameters_paper']:.2f}",
-        f"{record['parameters']:.2f}",
-        f"{record['parameters_percent']:+.1f}",
-        f"{record['multiply_adds_paper']:.3g}",
-        f"{record['multiply_adds']:.3g}",
-        f"{record['multiply_adds_percent']:+.1f}",
-        " / ".join(f"{margin:g}" for margin in record["margins_percent"]),
-        record["note"],
-    ]
+def _cells(record: dict[str, Any]) -> dict[str, str]:
+    """Return one row of a paper's table by heading."""
+    return {
+        "network": record["network"],
+        "model": record["model"],
+        "px": str(record["size"]),
+        "params, paper": f"{record['parameters_paper']:.2f}",
+        "params, ours": f"{record['parameters']:.2f}",
+        "params, %": f"{record['parameters_percent']:+.1f}",
+        "m-adds, paper": f"{record['multiply_adds_paper']:.3g}",
+        "m-adds, ours": f"{record['multiply_adds']:.3g}",
+        "m-adds, %": f"{record['multiply_adds_percent']:+.1f}",
+        "within %": " / ".join(f"{margin:g}" for margin in record["margins_percent"]),
+        "top-1, paper": f"{record['top1_paper']:.2f}",
+        "note": record["note"],
+    }
 
 
 def _papers(options: argparse.Namespace) -> None:
@@ -150,10 +147,12 @@ def _papers(options: argparse.Namespace) -> None:
         return
     for year, title in PAPERS.items():
         table = Table(title=title, caption="parameters in millions, multiply-adds in billions, counted at the paper's size")
-        for i, heading in enumerate(_HEADINGS):
-            table.add_column(heading, no_wrap=i < 2, justify="right" if 1 < i < len(_HEADINGS) - 1 else "left")
-        for record in (record for record in records if record["paper"] == year):
-            table.add_row(*_cells(record))
+        rows = [_cells(record) for record in records if record["paper"] == year]
+        for heading in rows[0]:
+            names = heading in ("network", "model")
+            table.add_column(heading, no_wrap=names, justify="left" if names or heading == "note" else "right")
+        for row in rows:
+            table.add_row(*row.values())
         show(table)
 
 
@@ -175,50 +174,41 @@ def _page() -> Iterator[str]:
             f"subtract the mean {images.mean} and divide by the standard deviation {images.std}.\n"
         )
         yield from _table(
-            (
-                "network",
-                "parameters",
-                "multiply-adds",
-                "smallest image",
-                "channels / stride of each map",
-                "key conventions",
-                "options",
-            ),
-            (
-                (
-                    f"`{spec.name}`",
-                    f"{spec.parameters:,}",
-                    f"{spec.multiply_adds / 1e9:.3g} G",
-                    f"{spec.smallest_image} px",
-                    ", ".join(f"{channels}/{stride}" for channels, stride in spec.features.values()),
-                    ", ".join(spec.conventions) or "its own",
-                    ", ".join(f"`{option}`" for option in spec.options if option not in COMMON) or "–",
-                )
-                for spec in specs
-            ),
+            {
+                "network": f"`{spec.name}`",
+                "parameters": f"{spec.parameters:,}",
+                "multiply-adds": f"{spec.multiply_adds / 1e9:.3g} G",
+                "smallest image": f"{spec.smallest_image} px",
+                "channels / stride of each map": ", ".join(f"{channels}/{stride}" for channels, stride in spec.features.values()),
+                "key conventions": ", ".join(spec.conventions) or "its own",
+                "options": ", ".join(f"`{option}`" for option in spec.options if option not in COMMON) or "–",
+            }
+            for spec in specs
         )
     yield "All networks have the options of the first three rows:\n"
     meanings = {option: meaning for spec in MODELS.values() for option, meaning in spec.options.items()}
-    yield from _table(("option", "meaning"), ((f"`{option}`", meaning) for option, meaning in meanings.items()))
+    yield from _table({"option": f"`{option}`", "meaning": meaning} for option, meaning in meanings.items())
     yield "## Published weights\n"
     yield "`scconv_jax.load_model(NAME)` downloads them and checks their SHA-256.\n"
-    published = (spec for spec in MODELS.values() if spec.weights)
+    published = [spec for spec in MODELS.values() if spec.weights]
     yield from _table(
-        ("network", "SHA-256", "address"), ((f"`{spec.name}`", f"{spec.sha256}…", f"<{spec.weights}>") for spec in published)
+        {"network": f"`{spec.name}`", "SHA-256": f"{spec.sha256}…", "address": f"<{spec.weights}>"} for spec in published
     )
     yield "## The papers' tables\n"
     yield (
         "Parameters in millions and multiply-adds in billions, the paper's beside ours. Multiply-adds follow the papers:\n"
         "convolutions, linear layers and the scales of norms; additions, activations, pooling and gates are excluded.\n"
+        "Top-1 accuracy is the paper's, in percent: on ImageNet at 224 px, on CIFAR-100 at 32 px.\n"
     )
     records = list(_records())
     for year, title in PAPERS.items():
         yield f"### {title}\n"
-        yield from _table(_HEADINGS, (_cells(record) for record in records if record["paper"] == year))
+        yield from _table(_cells(record) for record in records if record["paper"] == year)
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield a table in Markdown."""
-    for cells in (headings, ["---"] * len(headings), *rows):
+def _table(rows: Iterable[dict[str, str]]) -> Iterator[str]:
+    """Yield a table in Markdown, given the cells of each row by heading."""
+    rows = list(rows)
+    for cells in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
         yield f"| {' | '.join(cells)} |"
     yield ""

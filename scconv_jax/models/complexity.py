@@ -8,12 +8,13 @@ runs, the form of the paper is counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 
 class Part(NamedTuple):
@@ -49,7 +50,8 @@ def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int 
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     with nn.intercept_methods(record):
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    leaves = {path: math.prod(leaf.shape) for path, leaf in _leaves(variables["params"])}
+    sizes = jax.tree.map(lambda leaf: math.prod(leaf.shape), variables["params"])
+    leaves: dict[str, Any] = flatten_dict(sizes, sep="/")
     # Each value of a kernel or scale is used once for each pixel of its module's output.
     counts = {
         path: number * math.prod(_output_of(path, outputs)[1:-1]) for path, number in leaves.items() if path.endswith(_MULTIPLIED)
@@ -72,7 +74,13 @@ def multiply_adds(model: nn.Module, size: tuple[int, int] | None = None) -> int:
         size: Height and width of the image, in pixels. If None, the size that the network was designed for: 224, or 32 for
             the small networks.
     """
-    return sum(part.multiply_adds for part in summarise(model, size, depth=1))
+    return total(summarise(model, size, depth=1)).multiply_adds
+
+
+def total(parts: Sequence[Part]) -> Part:
+    """Return the whole network as one part, given its parts."""
+    parameters, counts = (sum(part.parameters for part in parts), sum(part.multiply_adds for part in parts))
+    return Part("total", "", parts[-1].output, parameters, counts)
 
 
 def _output_of(path: str, outputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
@@ -90,12 +98,3 @@ def _is_listed(name: str, names: Mapping[str, Any], depth: int) -> bool:
 
 def _sum_below(name: str, counts: Mapping[str, int]) -> int:
     return sum(count for path, count in counts.items() if path == name or path.startswith(f"{name}/"))
-
-
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        here = f"{path}/{key}" if path else key
-        if isinstance(value, Mapping):
-            yield from _leaves(value, here)
-        else:
-            yield here, value

@@ -42,29 +42,29 @@ SPECS = (
         "scconv_resnet50",
         partial(scconv_resnet, Bottleneck, (3, 4, 6, 3)),
         rows=(
-            Row(2023, "ResNet-50, α = 1/2", 16.78, 2.70, (2.0, 3.0), ABOVE),
-            Row(2023, "ResNet-50, α = 3/4", 17.69, 2.87, (2.0, 4.0), ABOVE, {"alpha": 0.75}),
+            Row(2023, "ResNet-50, α = 1/2", 16.78, 2.70, 76.41, (2.0, 3.0), ABOVE),
+            Row(2023, "ResNet-50, α = 3/4", 17.69, 2.87, 76.79, (2.0, 4.0), ABOVE, {"alpha": 0.75}),
         ),
     ),
     _IMAGENET(
         "scconv_resnet101",
         partial(scconv_resnet, Bottleneck, (3, 4, 23, 3)),
-        rows=(Row(2023, "ResNet-101, α = 1/2", 28.00, 4.90, (2.0, 3.0), ABOVE),),
+        rows=(Row(2023, "ResNet-101, α = 1/2", 28.00, 4.90, 77.93, (2.0, 3.0), ABOVE),),
     ),
     _SMALL("scconv_resnet20_small", partial(scconv_resnet, Bottleneck, (2, 2, 2), **NARROW)),
     _SMALL(
         "scconv_resnet56_small",
         partial(scconv_resnet, BasicBlock, (9, 9, 9), **NARROW),
-        rows=(Row(2023, "ResNet-56, ScConv", 0.52, 0.07955, (2.0, 5.0), ABOVE),),
+        rows=(Row(2023, "ResNet-56, ScConv", 0.52, 0.07955, 72.56, (2.0, 5.0), ABOVE),),
     ),
     _SMALL(
         "scconv_resnet50_small",
         partial(scconv_resnet, Bottleneck, (3, 4, 6, 3), **WIDE),
-        rows=(Row(2023, "ResNet-50, ScConv", 14.69, 0.831, (2.0, 2.0), ABOVE),),
+        rows=(Row(2023, "ResNet-50, ScConv", 14.69, 0.831, 79.89, (2.0, 2.0), ABOVE),),
     ),
     _SMALL(
         "scconv_resnext29_small",
         partial(scconv_resnet, _RESNEXT, (3, 3, 3), **RESNEXT29),
-        rows=(Row(2023, "ResNeXt-29, ScConv", 22.31, 3.57, (14.0, 12.0), UNNAMED),),
+        rows=(Row(2023, "ResNeXt-29, ScConv", 22.31, 3.57, 82.56, (14.0, 12.0), UNNAMED),),
     ),
 )

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from scconv_jax.images import Preparation
-from scconv_jax.models.complexity import summarise
+from scconv_jax.models.complexity import Part, summarise, total
 from scconv_jax.models.network import Feature, Network
 
 # Options of `create_model`, each with its meaning.
@@ -46,6 +46,7 @@ class Row(NamedTuple):
     label: str  # the paper's name of the network
     parameters: float  # millions
     multiply_adds: float  # billions
+    top1: float  # percent, as printed: ImageNet, or CIFAR-100 for small images
     margins: tuple[float, float] = (0.5, 2.0)  # percent within which our parameters and multiply-adds agree
     reason: str = ROUNDED  # for the margins
     options: Mapping[str, Any] = {}
@@ -96,12 +97,12 @@ class ModelSpec:
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return self._counts[0]
+        return self._total.parameters
 
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds for one image of `image_size`."""
-        return self._counts[1]
+        return self._total.multiply_adds
 
     @property
     def sha256(self) -> str | None:
@@ -110,9 +111,8 @@ class ModelSpec:
         return found[1] if found else None
 
     @cached_property
-    def _counts(self) -> tuple[int, int]:
-        parts = summarise(self.build(), depth=1)
-        return sum(part.parameters for part in parts), sum(part.multiply_adds for part in parts)
+    def _total(self) -> Part:
+        return total(summarise(self.build(), depth=1))
 
     def __repr__(self) -> str:
         """Return the record as lines of text."""
@@ -127,7 +127,10 @@ class ModelSpec:
             "conventions": [", ".join(self.conventions) or "its own"],
             "head": [self.head],
             "options": [f"{option}: {meaning}" for option, meaning in self.options.items()],
-            "papers": [f"{row.paper}, {row.label}: {row.parameters} M, {row.multiply_adds} G" for row in self.rows] or ["none"],
+            "papers": [
+                f"{row.paper}, {row.label}: {row.parameters} M, {row.multiply_adds} G, top-1 {row.top1} %" for row in self.rows
+            ]
+            or ["none"],
         }
         text = [self.name]
         for title, (first, *others) in lines.items():
