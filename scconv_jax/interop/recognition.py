@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 
 from scconv_jax.interop.conventions import scconv_options
 from scconv_jax.interop.conversion import ConversionError, is_counter, shapes
@@ -66,7 +67,7 @@ def template_from_entries(entries: Mapping[str, Any], ignore: Sequence[str] = ()
     Raises:
         ConversionError: An entry is of another kind.
     """
-    tree: dict[str, Any] = {"params": {}}
+    leaves: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
     for name, value in entries.items():
         if is_counter(name) or any(fnmatchcase(name, pattern) for pattern in ignore):
             continue
@@ -82,11 +83,9 @@ def template_from_entries(entries: Mapping[str, Any], ignore: Sequence[str] = ()
                 f"Entry {name} of shape {shape} cannot be converted without a network. Supported are 2-D and 4-D weights, and "
                 "vectors called weight, bias, gamma, beta, running_mean or running_var. Skip the entry with --ignore."
             )
-        node = tree.setdefault("batch_stats" if kind.startswith("running") else "params", {})
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[leaf] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return tree
+        collection = "batch_stats" if kind.startswith("running") else "params"
+        leaves[collection, *modules, leaf] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return {"params": {}, **unflatten_dict(leaves)}
 
 
 _LEAVES = {"weight": "scale", "bias": "bias", "gamma": "gamma", "beta": "beta", "running_mean": "mean", "running_var": "var"}

@@ -24,9 +24,7 @@ from scconv_jax.interop.loading import Checkpoint, LoadedModel
 from scconv_jax.interop.recognition import options_shown
 from scconv_jax.interop.torch_ghostnet import TorchGhostNet
 from scconv_jax.interop.torch_networks import TorchResNet
-from scconv_jax.models.ghostnet import GhostNet
-from scconv_jax.models.registry import create_model
-from scconv_jax.models.resnet import ResNet
+from scconv_jax.models.registry import create_model, model_info
 
 LIMITS = {"float64": 1e-12, "float32": 2e-5}
 # Image sizes to compare at, by the size that the network was designed for.
@@ -89,19 +87,20 @@ def compare(
     # In float32, the dtype of parameters here.
     entries = {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in checkpoint.original.items()}
     module = None if reference is None else load_reference(reference, entries, options_shown(loaded.name, checkpoint.arrays))
+    counterpart = model_info(loaded.name).counterpart
     for dtype in LIMITS:
         with jax.enable_x64(dtype == "float64"), jax.default_device(_cpu()), torch.no_grad():
-            model = create_model(loaded.name, **{**loaded.options, "dtype": jnp.dtype(dtype)})
+            model: Any = create_model(loaded.name, **{**loaded.options, "dtype": jnp.dtype(dtype)})
             convention = checkpoint.convention.name
             if module is not None:
                 run_torch = partial(_run_module, module.to(getattr(torch, dtype)))
-            elif isinstance(model, ResNet):
+            elif counterpart == "resnet":
                 run_torch = TorchResNet(entries, convention, model.output_stride, loaded.options.get("variant", "paper"), dtype)
-            elif isinstance(model, GhostNet):
+            elif counterpart == "ghostnet":
                 run_torch = TorchGhostNet(entries, convention, dtype)
             else:
                 raise ConversionError(f"{loaded.name} has no PyTorch counterpart here; give one by --reference FILE.py:NAME.")
-            run_jax = _compiled(model, dtype)
+            run_jax = _compiled(model, dtype, stem=counterpart is not None)
             cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), loaded.variables)  # noqa: B023 (used at once)
             for size in sizes:
                 images = sample_images(size)
@@ -121,7 +120,7 @@ def _cpu() -> Any:
         return None
 
 
-def _compiled(model: Any, dtype: str) -> Callable[[Variables, jax.Array], Mapping[str, jax.Array]]:
+def _compiled(model: Any, dtype: str, *, stem: bool) -> Callable[[Variables, jax.Array], Mapping[str, jax.Array]]:
     # LLVM's optimisation takes seconds for each float64 convolution and saves less than that.
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0} if dtype == "float64" else None)
     def run(variables: Variables, batch: jax.Array) -> dict[str, jax.Array]:
@@ -133,7 +132,7 @@ def _compiled(model: Any, dtype: str) -> Callable[[Variables, jax.Array], Mappin
             capture_intermediates=lambda module, _: module.path == ("bn1",),
             mutable=["intermediates"],
         )
-        if isinstance(model, (ResNet, GhostNet)):
+        if stem:  # in other networks, bn1 comes later
             maps["stem"] = state["intermediates"]["bn1"]["__call__"][0]
         return {**maps, "logits": logits}
 

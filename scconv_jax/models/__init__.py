@@ -4,7 +4,7 @@
 - Residual networks of any block: `ResNet`, with the blocks `Bottleneck`, `BasicBlock` and `SCBottleneck` (self-calibrated);
   `SCNet` is a `ResNet` that checks the image size for `SCBottleneck`. `ResNet(block, stage_sizes, **NARROW)` is a network for
   small images.
-- Others: `WideResNet`, `DenseNet`, `GhostNet`.
+- Others: `WideResNet`, `DenseNet`, `GhostNet`. `Network` is the base of all.
 
     block = functools.partial(Bottleneck, conv=scconv_jax.ScConv)
     model = ResNet(block, stage_sizes=(3, 4, 6, 3), num_classes=10)
@@ -13,7 +13,7 @@
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
 from scconv_jax.models.densenet import DenseNet
 from scconv_jax.models.ghostnet import GhostNet
-from scconv_jax.models.network import Feature
+from scconv_jax.models.network import Feature, Network
 from scconv_jax.models.registry import create_model, feature_info, list_models, model_info
 from scconv_jax.models.resnet import NARROW, ResNet
 from scconv_jax.models.scnet import SCBottleneck, SCNet
@@ -28,6 +28,7 @@ __all__ = [
     "Feature",
     "GhostNet",
     "ModelSpec",
+    "Network",
     "ResNet",
     "SCBottleneck",
     "SCNet",

@@ -222,9 +222,12 @@ class GhostNet(Network):
 _GHOST_BOTTLENECK = partial(Bottleneck, conv=GhostConv, pointwise=partial(GhostConv, kernel_size=1))
 _GHOST_BASIC = partial(BasicBlock, conv=GhostConv, first=GhostConv)
 
+_GHOSTNET = partial(ModelSpec, options=COMMON, counterpart="ghostnet")
+_RESNET = partial(ModelSpec, options=DILATED, counterpart="resnet")
+
 SPECS = (
-    ModelSpec("ghostnet_100", GhostNet, COMMON, conventions=("timm-ghostnet",)),
-    ModelSpec("ghostnet_100_pytorchcv", partial(GhostNet, version=PYTORCHCV), COMMON, conventions=("pytorchcv-ghostnet",)),
-    ModelSpec("ghost_resnet50", partial(ResNet, _GHOST_BOTTLENECK, (3, 4, 6, 3)), DILATED),
-    ModelSpec("ghost_resnet56_small", partial(ResNet, _GHOST_BASIC, (9, 9, 9), **NARROW), DILATED, preparation=SMALL_IMAGES),
+    _GHOSTNET("ghostnet_100", GhostNet, conventions=("timm-ghostnet",)),
+    _GHOSTNET("ghostnet_100_pytorchcv", partial(GhostNet, version=PYTORCHCV), conventions=("pytorchcv-ghostnet",)),
+    _RESNET("ghost_resnet50", partial(ResNet, _GHOST_BOTTLENECK, (3, 4, 6, 3))),
+    _RESNET("ghost_resnet56_small", partial(ResNet, _GHOST_BASIC, (9, 9, 9), **NARROW), preparation=SMALL_IMAGES),
 )

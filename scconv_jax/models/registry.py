@@ -14,7 +14,7 @@ from flax import linen as nn
 from scconv_jax.images import OneImage, Preparation, prepare
 from scconv_jax.messages import did_you_mean
 from scconv_jax.models import densenet, ghostnet, resnet, scconv_resnet, scnet, wide_resnet
-from scconv_jax.models.network import Feature
+from scconv_jax.models.network import Feature, Network
 from scconv_jax.models.spec import ModelSpec
 
 MODELS: dict[str, ModelSpec] = {
@@ -99,7 +99,7 @@ def feature_info(model: str | nn.Module, **options: Any) -> dict[str, Feature]:
     return describe()
 
 
-def create_model(name: str, **options: Any) -> nn.Module:
+def create_model(name: str, **options: Any) -> Network:
     """Return a network by its name.
 
     Args:

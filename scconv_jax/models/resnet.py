@@ -153,7 +153,7 @@ WIDE = {**SMALL, "stem": partial(stem, 64, 3, 1), "output_stride": 8}
 # Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017: 4 groups of 64 channels in stage 1.
 RESNEXT29 = {**SMALL, "planes": (256, 512, 1024), "stem": partial(stem, 64, 3, 1), "output_stride": 4}
 
-_IMAGENET = partial(ModelSpec, options=DILATED, conventions=("torchvision", "pytorchcv"))
+_IMAGENET = partial(ModelSpec, options=DILATED, counterpart="resnet", conventions=("torchvision", "pytorchcv"))
 _SMALL = partial(_IMAGENET, preparation=SMALL_IMAGES, conventions=("torchvision",))
 _RESNEXT = partial(Bottleneck, expansion=2, conv=partial(conv3x3, groups=4))
 _EXACT = ((0.5, 0.5), ALIKE)

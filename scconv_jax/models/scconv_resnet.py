@@ -33,7 +33,7 @@ def scconv_resnet(
     return ResNet(_cached_partial(block, conv=conv), stage_sizes, **options)
 
 
-_IMAGENET = partial(ModelSpec, options=DILATED | RECONSTRUCTION, conventions=("torchvision",))
+_IMAGENET = partial(ModelSpec, options=DILATED | RECONSTRUCTION, counterpart="resnet", conventions=("torchvision",))
 _SMALL = partial(_IMAGENET, preparation=SMALL_IMAGES)
 _RESNEXT = partial(Bottleneck, expansion=2)
 

@@ -103,7 +103,7 @@ _SE = partial(SCBottleneck, se_reduction=16)
 _SIZES50, _SIZES101 = (3, 4, 6, 3), (3, 4, 23, 3)
 
 _WEIGHTS = "https://backseason.oss-cn-beijing.aliyuncs.com/scnet/"
-_SCNET = partial(ModelSpec, options=DILATED, conventions=("reference", "pytorchcv", "mmpose"))
+_SCNET = partial(ModelSpec, options=DILATED, counterpart="resnet", conventions=("reference", "pytorchcv", "mmpose"))
 _V1D_SPEC = partial(_SCNET, conventions=("reference", "pytorchcv"))
 _SPEC = partial(_SCNET, conventions=("reference",))
 

@@ -62,6 +62,7 @@ class ModelSpec:
         options: Meaning of each option of `create_model`.
         preparation: How images are prepared.
         conventions: Key conventions of its checkpoints, the most common first. If empty, no other project's are known.
+        counterpart: Network of PyTorch that `verify` compares it with, "resnet" or "ghostnet", or None.
         weights: Address of the published weights, or None.
         rows: Its rows in the tables of the two papers.
     """
@@ -71,6 +72,7 @@ class ModelSpec:
     options: Mapping[str, str]
     preparation: Preparation = IMAGENET
     conventions: tuple[str, ...] = ()
+    counterpart: str | None = None
     weights: str | None = None
     rows: tuple[Row, ...] = ()
 
@@ -125,6 +127,7 @@ class ModelSpec:
             "images": [f"resize {images.resize}, crop {images.size}, mean {images.mean}, std {images.std}"],
             "weights": [f"{self.weights} (SHA-256 {self.sha256}…)" if self.weights else "none published"],
             "conventions": [", ".join(self.conventions) or "its own"],
+            "verify": [self.counterpart or "only with --reference"],
             "head": [self.head],
             "options": [f"{option}: {meaning}" for option, meaning in self.options.items()],
             "papers": [

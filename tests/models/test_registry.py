@@ -85,7 +85,8 @@ def test_every_record_is_complete_and_true(name):
     for option in set(spec.options) - {"alpha", "variant"}:  # ScConv's are arguments of the layer, not fields of the network
         assert hasattr(model, option)
     assert ("alpha" in spec.options) == ("variant" in spec.options) == name.startswith("scconv_")
-    assert ("output_stride" in spec.options) == isinstance(model, models.ResNet)
+    assert ("output_stride" in spec.options) == (spec.counterpart == "resnet") == isinstance(model, models.ResNet)
+    assert (spec.counterpart == "ghostnet") == isinstance(model, models.GhostNet)
     with pytest.raises(ValueError, match="has no option 'nonsense'"):
         create_model(name, nonsense=1)
 
@@ -113,7 +114,8 @@ def test_a_record_is_readable():
         "scnet50-dc6a7e87.pth (SHA-256 dc6a7e87…)",
         "reference, pytorchcv, mmpose",
         "output_stride: Image size divided by",
-        "2020, SCNet-50: 25.6 M, 4.0 G",
+        "2020, SCNet-50: 25.6 M, 4.0 G, top-1 77.81 %",
+        "verify          resnet",
     ):
         assert part in text
     assert "weights         none published" in str(model_info("scnet20_small"))
@@ -135,13 +137,14 @@ def test_names_by_pattern():
 
 
 def test_rows_of_the_papers():
-    """Facts: the sizes that the papers print, in millions and billions."""
+    """Facts: the sizes that the papers print, in millions and billions, and the accuracies, in percent."""
     rows = {(row.paper, row.label, spec.name): row for spec in MODELS.values() for row in spec.rows}
     assert len(rows) == 24
-    assert rows[2020, "SCNet-50", "scnet50"][2:4] == (25.6, 4.0)
+    assert rows[2020, "SCNet-50", "scnet50"][2:5] == (25.6, 4.0, 77.81)
     assert rows[2023, "ResNet-50, α = 3/4", "scconv_resnet50"].options == {"alpha": 0.75}
     assert sum(row.parameters for row in rows.values()) == pytest.approx(605.42)
     assert sum(row.multiply_adds for row in rows.values()) == pytest.approx(95.34939)
+    assert sum(row.top1 for row in rows.values()) == pytest.approx(1877.30)
 
 
 @pytest.mark.parametrize(
