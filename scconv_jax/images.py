@@ -3,7 +3,7 @@
 This is torchvision's `Resize(resize)`, `CenterCrop(size)`, `ToTensor()` and `Normalize(mean, std)` on PIL images. The pixels
 equal torchvision's bit for bit, because published accuracies depend on them. The trainer tests on exactly these images.
 
-Difference: of 16-bit grey images the upper 8 bits are kept. PIL, and so torchvision, clips them to white.
+Difference: 16-bit grey images keep their upper 8 bits. PIL, and so torchvision, clips them to white.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Preparation:
     """How images become a network's input in testing: resize, crop, normalise (torchvision's evaluation transform).
 
     Attributes:
-        size: height and width of the central crop, pixels.
-        resize: length of the shorter side before the crop, pixels; at least `size`.
-        mean: subtracted from each channel of images in 0..1.
-        std: divides each channel after that.
+        size: Height and width of the central crop, in pixels.
+        resize: Length of the shorter side before the crop, in pixels; at least `size`.
+        mean: Mean of each channel, subtracted from images in 0..1.
+        std: Standard deviation of each channel, by which they are then divided.
     """
 
     size: int
@@ -83,15 +83,15 @@ def center_crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
     """Resize the shorter side of an RGB image to `resize` and cut out the middle, as torchvision does.
 
     Args:
-        image: the image.
-        size: height and width of the crop, at most `resize`.
-        resize: new length of the shorter side. The longer side is rounded down.
+        image: The image.
+        size: Height and width of the crop, at most `resize`.
+        resize: New length of the shorter side. The longer side is rounded down.
 
     Returns:
         uint8 (size, size, 3).
 
     Raises:
-        ImageError: the image is so long and thin that it would not fit in memory.
+        ImageError: The image is so long and thin that it would not fit in memory.
     """
     from PIL import Image
 
@@ -110,11 +110,11 @@ def decode(data: bytes, *, exif: bool = False) -> Image.Image:
     """Decode an image file to an RGB image.
 
     Args:
-        data: the bytes of the file.
-        exif: whether to turn the image as its EXIF orientation says. PyTorch's `ImageFolder` does not.
+        data: Bytes of the file.
+        exif: Whether to rotate the image by its EXIF orientation. PyTorch's `ImageFolder` does not.
 
     Raises:
-        ImageError: the file is damaged, truncated or not an image.
+        ImageError: The file is damaged, truncated or not an image.
     """
     from PIL import Image
 
@@ -124,10 +124,10 @@ def decode(data: bytes, *, exif: bool = False) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, *, exif: bool = False) -> Image.Image:
-    """Convert a PIL image of any mode to RGB; transparency is dropped, and of 16 bits the upper 8 are kept.
+    """Convert a PIL image of any mode to RGB: drop transparency, and keep the upper 8 of 16 bits.
 
     Raises:
-        ImageError: its file is damaged or truncated, or its pixels have 32 bits.
+        ImageError: Its file is damaged or truncated, or its pixels have 32 bits.
     """
     from PIL import Image, ImageOps
 

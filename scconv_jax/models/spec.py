@@ -46,7 +46,7 @@ class Row(NamedTuple):
     label: str  # the paper's name of the network
     parameters: float  # millions
     multiply_adds: float  # billions
-    top1: float  # percent, as printed: ImageNet, or CIFAR-100 for small images
+    top1: float  # percent, on ImageNet, or on CIFAR-100 for small images
     margins: tuple[float, float] = (0.5, 2.0)  # percent within which our parameters and multiply-adds agree
     reason: str = ROUNDED  # for the margins
     options: Mapping[str, Any] = {}
