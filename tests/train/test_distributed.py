@@ -50,11 +50,9 @@ def free_port():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, tmp_path_factory):
+def folder(tmp_path, monkeypatch):
     """Folder with `small.py`, a config of 4 epochs of 5 steps of a tiny network in float64."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache-of-hosts"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     Path("small.py").write_text(CONFIG)
     return tmp_path
@@ -62,7 +60,8 @@ def folder(tmp_path, monkeypatch, tmp_path_factory):
 
 def start(*flags, devices, silence=None):
     """Start a host. If `silence` is given, it gives up hosts after that many seconds without a sign of life."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags_of_xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags_of_xla}
     program = ["-m", "tests.train.tiny"]
     if silence:
         program = ["-c", f"{SET_SILENCE}{silence}; runpy.run_module('tests.train.tiny', run_name='__main__')"]

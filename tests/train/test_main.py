@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -37,26 +36,9 @@ config = Config(
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Programs compiled once and for all tests of this file, in this process and in others."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture
-def small(tmp_path, monkeypatch, cache):
+def small(tmp_path, monkeypatch):
     """An empty folder to work in, with `small.py`: 3 epochs of 5 steps of a tiny network."""
-    for name, value in cache.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scconv_jax, "create_model", create_tiny)
     Path("small.py").write_text(SMALL)

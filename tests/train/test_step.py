@@ -167,9 +167,8 @@ def test_eight_devices_equal_one_with_a_network_of_the_library():
     model = scconv_jax.create_model("scnet20_small", dtype=jnp.float64, axis_name=AXIS)
     batches = batches_of(steps=3, size=16, pixels=13)
     one = run(model, batches, 1, "shard_map", dtype=np.float64)
-    for engine in ENGINES:
-        eight = run(model, batches, 8, engine, dtype=np.float64)
-        assert_equal(eight, one, 1e-9)  # rounding, enlarged by 20 layers of BatchNorm over few pixels and by 3 steps
+    eight = run(model, batches, 8, "shard_map", dtype=np.float64)
+    assert_equal(eight, one, 1e-9)  # rounding, enlarged by 20 layers of BatchNorm over few pixels and by 3 steps
 
 
 @pytest.mark.usefixtures("x64")
