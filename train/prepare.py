@@ -17,9 +17,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -34,8 +33,7 @@ PLAN = "plan.txt"
 """File in `OUT.partial` that identifies the images it was started with."""
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A file to write, and the indices of its images."""
 
     path: Path

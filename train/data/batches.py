@@ -174,11 +174,11 @@ def _read_ahead(
 class DevicePrefetcher(Iterator[Any]):
     """Iterator over `put(batch)`: a thread transfers up to two batches ahead while the device computes."""
 
-    def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Any], ahead: int = 2) -> None:
+    def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Any]) -> None:
         self.waited = 0.0
         """Seconds that the device has been idle for want of a batch."""
         self._batches, self._put = batches, put
-        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
+        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(2)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="batches to the device", daemon=True)
         self._thread.start()

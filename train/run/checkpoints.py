@@ -200,12 +200,12 @@ class Checkpoints:
             raise DamagedError(_first_line(error)) from error
         if (folder / "metrics").is_dir() and scconv_jax.runs.eval_top1(self.directory, step) is None:
             raise DamagedError("metrics/metrics cannot be read")
-        wanted = {name: (list(leaf.shape), leaf.dtype.name) for name, leaf in _named_leaves(like).items()}
-        found = {name: (array["shape"], array["dtype"]) for name, array in arrays.items()}
+        wanted = {name: f"{tuple(leaf.shape)} {leaf.dtype.name}" for name, leaf in _named_leaves(like).items()}
+        found = {name: f"{tuple(array['shape'])} {array['dtype']}" for name, array in arrays.items()}
         differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if differing:
             name = differing[0]
-            there, here = (_described(side.get(name)) for side in (found, wanted))
+            there, here = found.get(name, "absent"), wanted.get(name, "absent")
             same_model = all(other.startswith(("opt_state/", "ema/")) for other in differing)
             cause = "optimizer: keep optim.name and the use of optim.ema unchanged" if same_model else "model"
             raise ConfigError(f"the checkpoint {folder} has another {cause}; {name} is {there} in it, {here} here")
@@ -251,10 +251,6 @@ def _fingerprints(tree: Any) -> dict[str, dict[str, Any]]:
 
 def _crc_of(about: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
-
-
-def _described(array: tuple[list[int], str] | None) -> str:
-    return "absent" if array is None else f"{tuple(array[0])} {array[1]}"
 
 
 def _reason(error: BaseException) -> str:
