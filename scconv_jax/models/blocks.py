@@ -10,8 +10,8 @@ The factory `conv` is called as `conv(features, strides=..., dilation=..., dtype
 convolutions, `conv` makes the second: one replaced convolution per block fits the parameter counts of the 2023 paper.
 
 A block is built as `block(planes=..., strides=..., dilation=..., transition=..., norm=..., dtype=..., name=...)` and called as
-`(x, train=...)`. `transition` marks the first block of a stage that halves the map, or would halve it without dilation.
-Its attribute `expansion` is the ratio of the output's channels to `planes`.
+`(x, train=...)`; `ResidualBlock` documents the arguments. Its attribute `expansion` is the ratio of the output's channels to
+`planes`.
 
 Differences: none.
 """
@@ -28,47 +28,14 @@ from scconv_jax.layers.core import BatchNorm, ConvNorm, Dtype, Factory, conv1x1,
 from scconv_jax.shapes import Array, Float
 
 
-def shortcut(
-    x: Float[Array, "n h w c"],
-    features: int,
-    strides: int,
-    *,
-    norm: Factory,
-    dtype: Dtype | None,
-    train: bool,
-    average: bool = False,
-) -> Float[Array, "n p q d"]:
-    """Return `x` if it has the shape of the block's output, else a 1×1 convolution of it with norm, named "downsample".
-
-    Args:
-        x: Input of the block, `(n, h, w, c)`.
-        features: Channels of the output.
-        strides: Strides of the block.
-        norm: Factory of the norm.
-        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
-        train: Passed to the norm.
-        average: If True, an average pool has the strides, not the convolution ("ResNet-D"). Windows at the border average only
-            pixels within the map.
-    """
-    if strides == 1 and x.shape[-1] == features:
-        return x
-    names = ("0", "1")
-    if average:
-        x, strides, names = F.avg_pool(x, strides, ceil_mode=True, count_include_pad=False), 1, ("1", "2")
-    return ConvNorm(features, 1, strides, names=names, norm=norm, dtype=dtype, name="downsample")(x, train=train)
-
-
-class Bottleneck(nn.Module):
-    """Block of a 1×1, a 3×3 and a 1×1 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, expansion planes)`.
+class ResidualBlock(nn.Module):
+    """Base of the blocks: their common attributes, and the shortcut.
 
     Attributes:
-        planes: Channels of the 3×3 convolution.
-        strides: Strides of the 3×3 convolution.
-        dilation: Dilation of the 3×3 convolution.
-        transition: Ignored; see the module's docstring.
-        expansion: Ratio of the output's channels to `planes`.
-        conv: Factory of the 3×3 convolution or its replacement.
-        pointwise: Factory of the 1×1 convolutions or their replacement.
+        planes: Width of the block.
+        strides: Height and width of the map divided by those of the output.
+        dilation: Dilation of the 3×3 convolutions.
+        transition: Whether the block starts a stage that halves the map, or would halve it in a network without dilation.
         norm: Factory of the norms.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
@@ -77,11 +44,39 @@ class Bottleneck(nn.Module):
     strides: int = 1
     dilation: int = 1
     transition: bool = False
+    norm: Factory = BatchNorm
+    dtype: Dtype | None = None
+
+    @nn.nowrap
+    def shortcut(
+        self, x: Float[Array, "n h w c"], features: int, *, train: bool, average: bool = False
+    ) -> Float[Array, "n p q d"]:
+        """Return `x` if it has the shape of the block's output, else a 1×1 convolution of it with norm, named "downsample".
+
+        If `average`, an average pool has the strides, not the convolution ("ResNet-D"). Its windows at the border average only
+        pixels within the map.
+        """
+        strides, names = self.strides, ("0", "1")
+        if strides == 1 and x.shape[-1] == features:
+            return x
+        if average:
+            x, strides, names = F.avg_pool(x, strides, ceil_mode=True, count_include_pad=False), 1, ("1", "2")
+        conv = ConvNorm(features, 1, strides, names=names, norm=self.norm, dtype=self.dtype, name="downsample")
+        return conv(x, train=train)
+
+
+class Bottleneck(ResidualBlock):
+    """Block of a 1×1, a 3×3 and a 1×1 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, expansion planes)`.
+
+    Attributes:
+        expansion: Ratio of the output's channels to `planes`, the channels of the 3×3 convolution.
+        conv: Factory of the 3×3 convolution, which has the strides, or of its replacement.
+        pointwise: Factory of the 1×1 convolutions or their replacement.
+    """
+
     expansion: int = 4
     conv: Factory = conv3x3
     pointwise: Factory = conv1x1
-    norm: Factory = BatchNorm
-    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
@@ -94,34 +89,21 @@ class Bottleneck(nn.Module):
         y = nn.relu(norm(name="bn2")(y, train=train))
         y = self.pointwise(features, dtype=self.dtype, name="conv3")(y, train=train)
         y = norm(name="bn3")(y, train=train)
-        x = shortcut(x, features, self.strides, norm=self.norm, dtype=self.dtype, train=train)
-        return nn.relu(y + x)
+        return nn.relu(y + self.shortcut(x, features, train=train))
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(ResidualBlock):
     """Block of two 3×3 convolutions: `(n, h, w, c)` to `(n, h / strides, w / strides, planes)`.
 
     Attributes:
-        planes: Channels of both convolutions.
-        strides: Strides of the first convolution.
-        dilation: Dilation of both convolutions.
-        transition: Ignored; see the module's docstring.
         conv: Factory of the second convolution or its replacement.
-        first: Factory of the first convolution or its replacement.
-        norm: Factory of the norms.
-        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        first: Factory of the first convolution, which has the strides, or of its replacement.
     """
 
     expansion: ClassVar[int] = 1
 
-    planes: int
-    strides: int = 1
-    dilation: int = 1
-    transition: bool = False
     conv: Factory = conv3x3
     first: Factory = conv3x3
-    norm: Factory = BatchNorm
-    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
@@ -132,5 +114,4 @@ class BasicBlock(nn.Module):
         y = nn.relu(norm(name="bn1")(y, train=train))
         y = self.conv(self.planes, **options, name="conv2")(y, train=train)
         y = norm(name="bn2")(y, train=train)
-        x = shortcut(x, self.planes, self.strides, norm=self.norm, dtype=self.dtype, train=train)
-        return nn.relu(y + x)
+        return nn.relu(y + self.shortcut(x, self.planes, train=train))

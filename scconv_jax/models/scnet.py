@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dtype, Factory
+from scconv_jax.layers.core import Conv, ConvNorm
 from scconv_jax.layers.self_calibrated import SelfCalibration
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
-from scconv_jax.models.blocks import shortcut
+from scconv_jax.models.blocks import ResidualBlock
 from scconv_jax.models.resnet import NARROW, DeepStem, ResNet
 from scconv_jax.models.spec import DILATED, SMALL_IMAGES, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
@@ -32,37 +32,26 @@ from scconv_jax.shapes import Array, Float
 POOLING = 4  # r of every published network
 
 
-class SCBottleneck(nn.Module):
+class SCBottleneck(ResidualBlock):
     """The block of SCNet: `(n, h, w, c)` to `(n, h / s, w / s, 4 planes)`, where s is `strides`.
 
     Attributes:
-        planes: Width of the block. Each of the two branches has `int(planes * bottleneck_width / 64) * groups` channels.
-        strides: Stride of K1 and K4, or of the average pool after them (`avd`).
-        dilation: Dilation of K1 to K4.
-        transition: Whether the block starts a stage that halves the map, or would halve it in a network without dilation.
         groups: Groups of K1 to K4.
-        bottleneck_width: Channels per group of a branch with 64 planes.
+        bottleneck_width: Channels per group of a branch with 64 planes: each of the two branches has
+            `int(planes * bottleneck_width / 64) * groups` channels.
         avd: In a transition, a 3×3 average pool after the branches has the stride instead of K1 and K4 ("v1d").
         avg_down: An average pool has the stride of the shortcut ("v1d").
         se_reduction: Output channels divided by the hidden channels of a `SqueezeExcitation` before the addition. If None,
             there is none.
-        norm: Factory of the norms.
-        dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
 
     expansion: ClassVar[int] = 4
 
-    planes: int
-    strides: int = 1
-    dilation: int = 1
-    transition: bool = False
     groups: int = 1
     bottleneck_width: int = 32
     avd: bool = False
     avg_down: bool = False
     se_reduction: int | None = None
-    norm: Factory = BatchNorm
-    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q d"]:
@@ -92,8 +81,7 @@ class SCBottleneck(nn.Module):
         y = norm(name="bn3")(y, train=train)
         if self.se_reduction is not None:
             y = SqueezeExcitation(features // self.se_reduction, dtype=self.dtype, name="se")(y)
-        x = shortcut(x, features, self.strides, average=self.avg_down, norm=self.norm, dtype=self.dtype, train=train)
-        return nn.relu(y + x)
+        return nn.relu(y + self.shortcut(x, features, train=train, average=self.avg_down))
 
 
 SCNet = partial(ResNet, smallest_map=POOLING)
