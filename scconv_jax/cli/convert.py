@@ -106,9 +106,10 @@ def _convert(options: argparse.Namespace) -> None:
         loaded = build_model(checkpoint, options.model, model_options(options))
         metadata = {"model": loaded.name, "arguments": loaded.options}
     source = checkpoint.source.path.name.encode(errors="surrogateescape").decode(errors="replace")  # may not be UTF-8
-    origin = {"source": source, "source_sha256": checkpoint.source.sha256, "naming": checkpoint.convention.name}
+    digest = sha256(checkpoint.source.path) if checkpoint.source.path.is_file() else ""
+    origin = {"source": source, "source_sha256": digest, "naming": checkpoint.convention.name}
     save(out, loaded.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
-    _report(options, checkpoint, loaded, out, time.perf_counter() - started)
+    _report(options, checkpoint, loaded, digest, out, time.perf_counter() - started)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -132,14 +133,19 @@ def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loade
 
 
 def _report(
-    options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedModel | LoadedVariables, out: Path, seconds: float
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    loaded: LoadedModel | LoadedVariables,
+    digest: str,
+    out: Path,
+    seconds: float,
 ) -> None:
     source, conversion, convention = checkpoint.source, loaded.conversion, checkpoint.convention
     recognised = "recognised" if options.naming is None else "as given"
     converted, ignored = len(conversion.converted), len(conversion.ignored)
     rows = [
         ("source", f"{source.path.name}: {source.format}, {source.bytes:,} bytes"),
-        ("SHA-256", source.sha256 or "(none for a folder)"),
+        ("SHA-256", digest or "(none for a folder)"),
         ("key convention", f"{convention.name}: {convention.description} ({recognised})"),
         ("network", _describe_network(options, checkpoint, loaded)),
         ("entries", f"{len(checkpoint.arrays)} read, {converted} converted, {ignored} ignored"),

@@ -54,9 +54,6 @@ def fetch(
     Returns:
         The file on this machine. If its name ends in eight hex digits (`scnet50-dc6a7e87.pth`), its SHA-256 begins with them.
         Any other file in the cache is not compared with the server's again.
-
-    Raises:
-        WeightsError: no such name or address, an interrupted download, or a file with another hash, which is deleted.
     """
     address = published.get(source, source)
     path = _cache_path(address, Path(cache) if cache is not None else cache_folder(), published)

@@ -51,11 +51,7 @@ def sha256(path: Path) -> str:
 
 
 def read_bytes(file: io.BufferedReader, offset: int, count: int) -> np.ndarray:
-    """Return bytes of a file, uint8 (count,). The caller checks that the file is long enough: memory is allocated first.
-
-    Raises:
-        WeightsError: the file is cut off.
-    """
+    """Return bytes of a file, uint8 (count,). The caller checks that the file is long enough: memory is allocated first."""
     data = np.empty(count, np.uint8)
     file.seek(offset)
     if file.readinto(data.data) != count:

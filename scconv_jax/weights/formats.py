@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from scconv_jax.weights import runs, safetensors_files, torch_files
-from scconv_jax.weights.files import WeightsError, describe_unknown, sha256
+from scconv_jax.weights.files import WeightsError, describe_unknown
 
 _MAX_KEY_LENGTH = 500  # characters; a key may be a path in a tree, and a tree of any depth would take for ever to walk
 
@@ -24,23 +24,14 @@ _MAX_KEY_LENGTH = 500  # characters; a key may be a path in a tree, and a tree o
 class Source(NamedTuple):
     """Contents of a file of weights."""
 
-    tensors: dict[str, np.ndarray]
-    """Arrays by key: a PyTorch state dict without its wrapper, or Flax variables (`params/conv1/kernel`)."""
-    is_flax: bool
-    """Whether the keys are paths of Flax variables."""
-    metadata: dict[str, str]
-    """Metadata from the file; `arguments` are the options of `create_model` as JSON."""
-    format: str
-    """"torch zip", "torch legacy", "safetensors" or "orbax"."""
+    tensors: dict[str, np.ndarray]  # a PyTorch state dict without its wrapper, or Flax variables (`params/conv1/kernel`)
+    is_flax: bool  # whether the keys are paths of Flax variables
+    metadata: dict[str, str]  # from the file; `arguments` are the options of `create_model` as JSON
+    format: str  # "torch zip", "torch legacy", "safetensors" or "orbax"
     path: Path
-    sha256: str
-    """SHA-256 of the file, 64 hex digits; empty for a folder."""
-    bytes: int
-    """Size of the file, or of all files in a folder."""
-    skipped: dict[str, str]
-    """Other items of a checkpoint, name to type: `{"epoch": "int", "optimizer": "dict"}`."""
-    not_finite: dict[str, int]
-    """Keys of arrays with NaN or infinite values, and the number of such values."""
+    bytes: int  # size of the file, or of all files in a folder
+    skipped: dict[str, str]  # other items of a checkpoint, name to type: `{"epoch": "int", "optimizer": "dict"}`
+    not_finite: dict[str, int]  # keys of arrays with NaN or infinite values, and the number of such values
 
 
 def read(path: str | os.PathLike[str]) -> Source:
@@ -54,7 +45,11 @@ def read(path: str | os.PathLike[str]) -> Source:
     """
     path = Path(path)
     try:
-        return _read_folder(path) if path.is_dir() else _read_file(path)
+        if path.is_dir():
+            variables, metadata, skipped, size = runs.read(path)
+            tensors: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
+            return Source(tensors, True, metadata, "orbax", path, size, skipped, _count_not_finite(tensors))
+        return _read_file(path)
     except WeightsError as error:
         # Quoted parts of the file may be long or contain control sequences of a terminal.
         reason = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:600])
@@ -82,8 +77,7 @@ def _read_file(path: Path) -> Source:
     is_flax = _check_keys(tensors)
     if not _is_plain(metadata.get("arguments", "{}")):
         raise WeightsError("the arguments in its metadata are not a JSON object of numbers and printable strings")
-    not_finite = _count_not_finite(tensors)
-    return Source(tensors, is_flax, metadata, kind, path, sha256(path), path.stat().st_size, skipped, not_finite)
+    return Source(tensors, is_flax, metadata, kind, path, path.stat().st_size, skipped, _count_not_finite(tensors))
 
 
 def _check_keys(tensors: Mapping[str, np.ndarray]) -> bool:
@@ -111,12 +105,6 @@ def _is_plain(arguments: str) -> bool:
     if not isinstance(found, dict) or not all(isinstance(value, (str, int, float, type(None))) for value in found.values()):
         return False
     return all(text.isprintable() for text in (*found, *found.values()) if isinstance(text, str))
-
-
-def _read_folder(path: Path) -> Source:
-    variables, metadata, skipped, size = runs.read(path)
-    tensors: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
-    return Source(tensors, True, metadata, "orbax", path, "", size, skipped, _count_not_finite(tensors))
 
 
 def _count_not_finite(tensors: Mapping[str, Any]) -> dict[str, int]:

@@ -12,6 +12,7 @@ before it has seen that many bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -39,26 +40,23 @@ class Placeholder(NamedTuple):
 
 def unpickle(
     data: bytes,
+    start: int,
     admitted: Mapping[str, Global | Placeholder],
     load_persistent: Callable[[Any], Any],
-    start: int = 0,
-    explain_refusal: Callable[[str], str] = str,
+    explain_refusal: Callable[[str], str],
 ) -> tuple[Any, int]:
     """Read one pickle.
 
     Args:
         data: bytes that contain the pickle.
+        start: offset of the pickle in `data`.
         admitted: what a pickle may name, by dotted name. A `Global` with a function may be called; a `Placeholder` may be called,
             instantiated or given a state, and stays as it is.
         load_persistent: called with each persistent identifier; its result takes the identifier's place.
-        start: offset of the pickle in `data`.
         explain_refusal: returns the error message for a name that is not admitted.
 
     Returns:
         The value, and the offset at which the pickle ends.
-
-    Raises:
-        WeightsError: the pickle is damaged, too long, or asks for anything else.
     """
     unpickler = _Unpickler(data, start, admitted, load_persistent, explain_refusal)
     try:
@@ -69,18 +67,16 @@ def unpickle(
         raise WeightsError(f"its pickle is damaged near byte {unpickler.offset}") from error
 
 
+@dataclasses.dataclass(eq=False)
 class _Unpickler:
-    def __init__(
-        self,
-        data: bytes,
-        start: int,
-        admitted: Mapping[str, Global | Placeholder],
-        load_persistent: Callable[[Any], Any],
-        explain_refusal: Callable[[str], str],
-    ) -> None:
-        self.data, self.offset = data, start
-        self.end = min(len(data), start + MAX_BYTES)
-        self.admitted, self.load_persistent, self.explain_refusal = admitted, load_persistent, explain_refusal
+    data: bytes
+    offset: int
+    admitted: Mapping[str, Global | Placeholder]
+    load_persistent: Callable[[Any], Any]
+    explain_refusal: Callable[[str], str]
+
+    def __post_init__(self) -> None:
+        self.end = min(len(self.data), self.offset + MAX_BYTES)
         self.stack: list[Any] = []
         self.outer_stacks: list[list[Any]] = []  # one for each open mark
         self.memo: dict[int, Any] = {}

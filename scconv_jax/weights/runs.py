@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,18 +20,6 @@ from scconv_jax.weights.files import WeightsError
 
 COLLECTIONS = ("params", "batch_stats")
 PREFIXES = tuple(f"{collection}/" for collection in COLLECTIONS)
-
-
-class RunCheckpoint(NamedTuple):
-    """Variables of one checkpoint of a run."""
-
-    variables: dict[str, Any]
-    """`{"params": ..., "batch_stats": ...}` with NumPy arrays; those of the moving average, if the run kept one."""
-    metadata: dict[str, str]
-    """`step` and, as far as the run's config tells, `model` and `arguments` (JSON)."""
-    skipped: dict[str, str]
-    """The other items of the training state, name to type."""
-    bytes: int
 
 
 def steps(folder: Path) -> list[int]:
@@ -81,14 +69,12 @@ def restore(state: Path, like: Any, *, partial: bool = False) -> Any:
     return _handler().restore(state.resolve(), args=ocp.args.PyTreeRestore(like, as_numpy, partial_restore=partial))
 
 
-def read(path: Path) -> RunCheckpoint:
-    """Read the variables of a checkpoint.
+def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str], int]:
+    """Read a checkpoint, of the best step (else the latest) if `path` is a run's folder.
 
-    Args:
-        path: a run's folder (its best step, or its latest if none was tested), `checkpoints/STEP`, or its `state`.
-
-    Raises:
-        WeightsError: the folder is not a run, its checkpoint is damaged, or Orbax is not installed.
+    Returns:
+        The variables as NumPy arrays (those of the moving average, if the run kept one); `step` and, as far as the run's config
+        tells, `model` and `arguments` (JSON); the other items of the training state, name to type; the size in bytes.
     """
     state = _state_folder(path)
     try:
@@ -107,12 +93,9 @@ def read(path: Path) -> RunCheckpoint:
         raise WeightsError(f"its checkpoint {state.parent.name} is damaged ({type(error).__name__}: {error!s:.200})") from error
     if "params" not in variables:
         raise WeightsError(f"its checkpoint {state.parent.name} has no params, but {', '.join(sorted(saved)) or 'nothing'}")
-    return RunCheckpoint(
-        variables,
-        _metadata(state, variables),
-        {name: type(value).__name__ for name, value in saved.items() if name not in like},
-        sum(file.stat().st_size for file in state.rglob("*") if file.is_file()),
-    )
+    skipped = {name: type(value).__name__ for name, value in saved.items() if name not in like}
+    size = sum(file.stat().st_size for file in state.rglob("*") if file.is_file())
+    return variables, _metadata(state, variables), skipped, size
 
 
 def _checkpoints(folder: Path) -> Path:

@@ -27,12 +27,7 @@ _DTYPES = {
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return all arrays by key, and the metadata.
-
-    Raises:
-        WeightsError: the header contradicts the file, the file is cut off, or an array has a dtype that NumPy (with bfloat16)
-        lacks.
-    """
+    """Return all arrays by key, and the metadata."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
@@ -58,11 +53,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def write(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write arrays by key, whole or not at all.
-
-    Raises:
-        WeightsError: the file cannot be written, or the format lacks a dtype.
-    """
+    """Write arrays by key, whole or not at all."""
     arrays = {key: np.ascontiguousarray(value).reshape(np.shape(value)) for key, value in tensors.items()}
     names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}

@@ -37,13 +37,6 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
 """Keys under which training scripts store the state dict; the first present is taken."""
 
 
-class StateDict(NamedTuple):
-    """The state dict in a file, and the other items of its checkpoint."""
-
-    tensors: dict[str, np.ndarray]
-    skipped: dict[str, str]  # name to type
-
-
 class Storage(NamedTuple):
     """A one-dimensional array that tensors are views of."""
 
@@ -76,11 +69,7 @@ class Pickled(NamedTuple):
 
 
 def read_pickle(data: bytes, start: int = 0) -> Pickled:
-    """Read the pickle of a state dict or checkpoint.
-
-    Raises:
-        WeightsError: it is damaged, or names anything but tensors and the harmless classes in `ADMITTED`.
-    """
+    """Read the pickle of a state dict or checkpoint. Names other than those in `ADMITTED` are an error."""
     storages: dict[str, Storage] = {}
 
     def load_persistent(identifier: Any) -> Storage:
@@ -89,7 +78,7 @@ def read_pickle(data: bytes, start: int = 0) -> Pickled:
             raise WeightsError(f"its storage {storage.key} is described in two ways")
         return storage
 
-    value, end = unpickle(data, ADMITTED, load_persistent, start, _explain_refusal)
+    value, end = unpickle(data, start, ADMITTED, load_persistent, _explain_refusal)
     return Pickled(value, storages, end)
 
 
@@ -122,10 +111,6 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others
     if negative and storage.dtype == np.bool_:
         raise WeightsError("it has a tensor of negative bools")
     return Tensor(storage, offset, tuple(shape), tuple(strides), negative)
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
 
 
 def _rebuild_from_type(function: Any, _class: Any, arguments: Any, *_: Any) -> Any:
@@ -161,8 +146,8 @@ _FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys((*DTYPES, "torch.Tensor", "torch.nn.parameter.Parameter")),
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": _size,
     "collections.OrderedDict": ordered_dict,
@@ -209,16 +194,15 @@ def _explain_refusal(name: str) -> str:
     )
 
 
-def extract(pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size: int) -> StateDict:
-    """Return the state dict of a checkpoint, out of its wrappers.
+def extract(
+    pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size: int
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the state dict of a checkpoint, out of its wrappers, and the checkpoint's other items, name to type.
 
     Args:
         pickled: result of `read_pickle`; its wrappers are modified.
         load: reads a storage as an array (count,) of its dtype; called once for each storage that is needed.
         file_size: bytes of the file, which limit the bytes of the arrays.
-
-    Raises:
-        WeightsError: there are no tensors with string keys, or they claim far more bytes than the file has.
     """
     value, others = pickled.value, {}
     while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
@@ -238,10 +222,8 @@ def extract(pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size: 
             f"its tensors claim {claimed:,} bytes in a file of {file_size:,}; call `.contiguous()` on expanded ones before saving"
         )
     storages = {tensor.storage: load(tensor.storage) for tensor in tensors.values()}
-    return StateDict(
-        {key: _array(tensor, storages[tensor.storage]) for key, tensor in tensors.items()},
-        {_printable(key): _type_name(item) for key, item in others.items()},
-    )
+    arrays = {key: _array(tensor, storages[tensor.storage]) for key, tensor in tensors.items()}
+    return arrays, {_printable(key): _type_name(item) for key, item in others.items()}
 
 
 def _printable(key: Any) -> str:
@@ -264,11 +246,7 @@ def _type_name(value: Any) -> str:
 
 
 def write_pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return the pickle of a state dict with the opcodes that PyTorch writes; the storage of the n-th array has the key str(n).
-
-    Raises:
-        WeightsError: an array has a dtype that is not in `DTYPES`.
-    """
+    """Return the pickle of a state dict with the opcodes that PyTorch writes; storage n has the key str(n)."""
 
     def plain(value: Any) -> bytes:
         return pickle.dumps(value, protocol=2)[2:-1]  # without PROTO and STOP

@@ -26,7 +26,7 @@ import numpy as np
 
 from scconv_jax.weights.files import WeightsError, read_bytes, replacing
 from scconv_jax.weights.pickles import MAX_BYTES
-from scconv_jax.weights.state_dicts import StateDict, Storage, extract, read_pickle, write_pickle
+from scconv_jax.weights.state_dicts import Storage, extract, read_pickle, write_pickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
@@ -38,12 +38,8 @@ def is_legacy(head: bytes) -> bool:
     return head.startswith(b"\x80") and _LEGACY_MAGIC.to_bytes(10, "little") in head[:40]
 
 
-def read_zip(path: Path) -> StateDict:
-    """Read a file of PyTorch 1.6 or later.
-
-    Raises:
-        WeightsError: the file is damaged or hostile, or holds anything but tensors and plain data.
-    """
+def read_zip(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the tensors in a file of PyTorch 1.6 or later, and the other items, name to type."""
     with _BoundedFile(io.FileIO(path)) as file:
         entries = _read_archive(file)
         if entries["data.pkl"].size > MAX_BYTES:
@@ -66,8 +62,8 @@ def read_zip(path: Path) -> StateDict:
         return extract(pickled, load, path.stat().st_size)
 
 
-def read_legacy(path: Path) -> StateDict:
-    """Read a file of PyTorch 0.4 to 1.5, or written with `_use_new_zipfile_serialization=False`; raises like `read_zip`."""
+def read_legacy(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a file of PyTorch 0.4 to 1.5, or written with `_use_new_zipfile_serialization=False`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(2 * MAX_BYTES)
@@ -105,11 +101,7 @@ def read_legacy(path: Path) -> StateDict:
 
 
 def write_zip(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a state dict in PyTorch's zip format, whole or not at all; PyTorch loads it with `weights_only=True`.
-
-    Raises:
-        WeightsError: an array has a dtype that is not in `state_dicts.DTYPES`, or the file cannot be written.
-    """
+    """Write a state dict in PyTorch's zip format, whole or not at all; PyTorch loads it with `weights_only=True`."""
     arrays = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
     with replacing(path) as written, zipfile.ZipFile(written, "w") as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), write_pickle(arrays))

@@ -59,7 +59,6 @@ def test_over_and_back(tmp_path, variables):
     source = weights.read(path)
     assert (source.format, source.is_flax, source.bytes) == ("safetensors", True, path.stat().st_size)
     assert json.loads(source.metadata["arguments"]) == metadata["arguments"]
-    assert len(source.sha256) == 64
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
