@@ -16,9 +16,9 @@ from scconv_jax import __version__
 from scconv_jax.cli.console import show
 from scconv_jax.interop.conventions import CONVENTIONS, OWN
 from scconv_jax.interop.conversion import Conversion, is_counter
-from scconv_jax.interop.loading import Checkpoint, LoadedModel, LoadedVariables, build_model, convert_checkpoint, open_checkpoint
+from scconv_jax.interop.loading import Checkpoint, Loaded, build_model, convert_checkpoint, open_checkpoint
 from scconv_jax.interop.recognition import template_from_entries
-from scconv_jax.interop.variables import save, variables_in
+from scconv_jax.interop.variables import save
 from scconv_jax.messages import listed
 from scconv_jax.weights.files import WeightsError, check_writable, sha256
 
@@ -96,18 +96,16 @@ def _convert(options: argparse.Namespace) -> None:
     checkpoint = open_source(options)
     metadata: dict[str, Any] = {}
     if options.model == ANY:
-        template = (
-            variables_in(checkpoint.source)
-            if checkpoint.source.is_flax
-            else template_from_entries(checkpoint.arrays, checkpoint.ignore)
-        )
+        source = checkpoint.source
+        template = source.variables if source.is_flax else template_from_entries(checkpoint.arrays, checkpoint.ignore)
         loaded = convert_checkpoint(checkpoint, template)
     else:
         loaded = build_model(checkpoint, options.model, model_options(options))
         metadata = {"model": loaded.name, "arguments": loaded.options}
-    source = checkpoint.source.path.name.encode(errors="surrogateescape").decode(errors="replace")  # may not be UTF-8
-    digest = sha256(checkpoint.source.path) if checkpoint.source.path.is_file() else ""
-    origin = {"source": source, "source_sha256": digest, "naming": checkpoint.convention.name}
+    path = checkpoint.source.path
+    name = path.name.encode(errors="surrogateescape").decode(errors="replace")  # may not be UTF-8
+    digest = sha256(path) if path.is_file() else ""
+    origin = {"source": name, "source_sha256": digest, "naming": checkpoint.convention.name}
     save(out, loaded.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
     _report(options, checkpoint, loaded, digest, out, time.perf_counter() - started)
 
@@ -120,9 +118,9 @@ def _check_out(out: Path, force: bool) -> None:
     check_writable(out)  # before the work
 
 
-def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedModel | LoadedVariables) -> str:
+def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loaded: Loaded) -> str:
     """Return the network and its options, and how they are known."""
-    if isinstance(loaded, LoadedVariables):
+    if not loaded.name:
         return "none: each entry converted by its kind (as given)"
     how = "recognised" if options.model is None else "as given"
     if "variant" in loaded.options and options.variant is not None:
@@ -135,7 +133,7 @@ def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loade
 def _report(
     options: argparse.Namespace,
     checkpoint: Checkpoint,
-    loaded: LoadedModel | LoadedVariables,
+    loaded: Loaded,
     digest: str,
     out: Path,
     seconds: float,

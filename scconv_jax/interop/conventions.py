@@ -6,8 +6,7 @@ no renaming. The other conventions were read in these sources:
     pytorchcv   https://github.com/osmr/imgclsmob, pytorch/pytorchcv/models: scnet.py, resnet.py, senet.py, ghostnet.py,
                 common.py
     mmpose      https://github.com/open-mmlab/mmpose, mmpose/models/backbones/scnet.py; also the two other spellings of a
-    convolution
-                and its norm in that family of libraries: conv1.conv with norm1, conv1.conv with conv1.bn
+                convolution and its norm in that family of libraries: conv1.conv with norm1, conv1.conv with conv1.bn
     scconv      https://github.com/cheng-haha/ScConv: shapes and keys distinguish its three versions
 
 Equal keys do not mean equal computation. `REFUSED` lists networks that look like ours and compute something else;
@@ -36,12 +35,17 @@ class KeyConvention(NamedTuple):
     caution: str = ""  # what the keys cannot show
 
 
-def _layers(parts: Mapping[str, str]) -> tuple[Rename, ...]:
-    """Return rules that rename modules within a block, old name to new."""
-    return tuple((rf"^(layer\d+\.\d+\.){re.escape(old)}\.", rf"\g<1>{new}.") for old, new in parts.items())
+def _conv_norm(prefix: str, parts: Mapping[str, tuple[str, str]]) -> tuple[Rename, ...]:
+    """Return rules for pytorchcv's `NAME.conv` and `NAME.bn` after a prefix, whose only group, if it has one, is kept."""
+    kept = r"\g<1>" if "(" in prefix else ""
+    return tuple(
+        (rf"^{prefix}{re.escape(old)}\.{kind}\.", f"{kept}{new}.")
+        for old, pair in parts.items()
+        for kind, new in zip(("conv", "bn"), pair, strict=True)
+    )
 
 
-_CONV_NORM = {  # pytorchcv's name for a convolution with its norm, and our names for the two
+_BLOCK_PARTS = {  # pytorchcv's name for a convolution with its norm, and our names for the two
     "body.conv1a": ("conv1_a", "bn1_a"),
     "body.conv2a": ("k1.0", "k1.1"),
     "body.conv1b": ("conv1_b", "bn1_b"),
@@ -58,13 +62,9 @@ _CONV_NORM = {  # pytorchcv's name for a convolution with its norm, and our name
 _STEM = {"conv1": ("conv1.0", "conv1.1"), "conv2": ("conv1.3", "conv1.4"), "conv3": ("conv1.6", "bn1"), "conv": ("conv1", "bn1")}
 
 _PYTORCHCV = (
-    *(
-        (rf"^features\.init_block\.{re.escape(old)}\.{kind}\.", f"{new}.")
-        for old, pair in _STEM.items()
-        for kind, new in zip(("conv", "bn"), pair, strict=True)
-    ),
+    *_conv_norm(r"features\.init_block\.", _STEM),
     (r"^features\.stage(\d+)\.unit(\d+)\.", lambda found: f"layer{found[1]}.{int(found[2]) - 1}."),
-    *_layers({f"{old}.{kind}": new for old, pair in _CONV_NORM.items() for kind, new in zip(("conv", "bn"), pair, strict=True)}),
+    *_conv_norm(r"(layer\d+\.\d+\.)", _BLOCK_PARTS),
     (r"^output\.", "fc."),
 )
 
@@ -87,19 +87,11 @@ _GHOST_PARTS = {
 }
 _PYTORCHCV_GHOSTNET = (
     (r"^features\.stage(\d+)\.unit(\d+)\.", _ghost_block),
-    *(
-        (rf"^(blocks\.\d+\.\d+\.){re.escape(old)}\.{kind}\.", rf"\g<1>{new}.")
-        for old, pair in _GHOST_PARTS.items()
-        for kind, new in zip(("conv", "bn"), pair, strict=True)
-    ),
+    *_conv_norm(r"(blocks\.\d+\.\d+\.)", _GHOST_PARTS),
+    *_conv_norm(r"features\.", {"init_block": ("conv_stem", "bn1"), "final_block": ("blocks.9.0.conv", "blocks.9.0.bn1")}),
+    *_conv_norm(r"output\.", {"conv1": ("conv_head", "bn_head")}),
     (r"\.body\.se\.conv1\.", ".se.conv_reduce."),
     (r"\.body\.se\.conv2\.", ".se.conv_expand."),
-    (r"^features\.init_block\.conv\.", "conv_stem."),
-    (r"^features\.init_block\.bn\.", "bn1."),
-    (r"^features\.final_block\.conv\.", "blocks.9.0.conv."),
-    (r"^features\.final_block\.bn\.", "blocks.9.0.bn1."),
-    (r"^output\.conv1\.conv\.", "conv_head."),
-    (r"^output\.conv1\.bn\.", "bn_head."),
     (r"^output\.conv2\.", "classifier."),
 )
 
@@ -131,7 +123,8 @@ CONVENTIONS = (
             (r"(^|\.)norm(\d)\.", r"\g<1>bn\g<2>."),
             (r"(^|\.)conv(\d)\.(bn|norm)\.", r"\g<1>bn\g<2>."),
             (r"(^|\.)conv(\d)\.conv\.", r"\g<1>conv\g<2>."),
-            *_layers({"conv1": "conv1_a", "bn1": "bn1_a", "conv2": "conv1_b", "bn2": "bn1_b"}),
+            (r"^(layer\d+\.\d+\.(?:conv|bn)1)\.", r"\g<1>_a."),
+            (r"^(layer\d+\.\d+\.(?:conv|bn))2\.", r"\g<1>1_b."),
         ),
         ("keypoint_head.*", "head.*"),
     ),
@@ -166,13 +159,9 @@ REFUSED = (
 
 
 def identify(keys: Iterable[str]) -> KeyConvention:
-    """Return the key convention of a checkpoint, one of `CONVENTIONS`, or `OWN` if none fits: then keys are taken as they are.
+    """Return the convention of a checkpoint's keys (without prefixes such as `module.`), or `OWN` if none fits.
 
-    Args:
-        keys: of its entries, without prefixes such as `module.`.
-
-    Raises:
-        ConversionError: the checkpoint looks like one of our networks and computes something else.
+    A checkpoint that looks like one of our networks and computes something else is an error.
     """
     keys = list(keys)
     for patterns, network, difference in REFUSED:
@@ -198,14 +187,9 @@ def _has(keys: Iterable[str], patterns: Iterable[str]) -> bool:
 
 
 def scconv_options(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return α and the version of ScConv that a checkpoint's keys and shapes show, wherever in it the layers are.
+    """Return `variant` and `alpha` of ScConv, each only if a checkpoint's keys and shapes show it, wherever the layers are.
 
-    Args:
-        entries: key to array, or to anything with its shape.
-
-    Returns:
-        `{"variant": ..., "alpha": ...}`, each only if the entries show it. The paper's form has the same entries as the code of
-        2023-10; the result is the code's, because public files come from it.
+    The paper's form has the same entries as the code of 2023-10; the result is the code's, because public files come from it.
     """
     options: dict[str, Any] = {}
     for key, value in entries.items():

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 
 from scconv_jax.messages import listed, nearest
 
@@ -45,6 +46,11 @@ class _Rule(NamedTuple):
 
     names: tuple[str, ...]
     axes: tuple[int, ...] | None = None
+
+    @property
+    def axes_back(self) -> list[int] | None:
+        """The transposition to PyTorch."""
+        return None if self.axes is None else np.argsort(self.axes).tolist()
 
 
 _RULES = {  # (collection, name of the leaf, number of axes)
@@ -73,8 +79,8 @@ class _Leaf(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """PyTorch's shape of the leaf."""
-        shape, axes = self.value.shape, self.rule.axes
-        return shape if axes is None else tuple(shape[i] for i in np.argsort(axes))
+        shape, axes = self.value.shape, self.rule.axes_back
+        return shape if axes is None else tuple(shape[i] for i in axes)
 
 
 def from_torch(
@@ -120,9 +126,8 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     modules: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     for leaf in _leaves(variables):
-        value, axes = np.asarray(leaf.value), leaf.rule.axes
         entries = modules.setdefault(leaf.path[1:-1], {})
-        entries[leaf.rule.names[0]] = _copy(value if axes is None else value.transpose(np.argsort(axes)))
+        entries[leaf.rule.names[0]] = _copy(np.asarray(leaf.value), leaf.rule.axes_back)
         if leaf.path[0] == "batch_stats":
             entries[_BATCH_COUNTER] = np.zeros((), np.int64)
     return {
@@ -165,7 +170,7 @@ def convert(
     converted: list[str] = []
     missing: list[_Leaf] = []
     mismatched: list[tuple[str, _Leaf]] = []
-    variables: Variables = {collection: {} for collection in template}
+    values: dict[tuple[str, ...], Any] = {}
     for leaf in leaves:
         key = next((key for key in leaf.keys if key in available), None)
         value = leaf.value
@@ -174,10 +179,9 @@ def convert(
         elif not _same_shape(available[key].shape, leaf.shape):
             mismatched.append((key, leaf))
         else:
-            value = available[key].reshape(leaf.shape)
-            value = _copy(value if leaf.rule.axes is None else value.transpose(leaf.rule.axes))
+            value = _copy(available[key].reshape(leaf.shape), leaf.rule.axes)
             converted.append(key)
-        _insert(variables, leaf.path, value)
+        values[leaf.path] = value
     used = {*converted, *(key for key, _ in mismatched)}
     unused = [key for key in available if key not in used]
     required = [leaf for leaf in missing if not matches(leaf.keys[0], ignore)]
@@ -190,6 +194,7 @@ def convert(
             "Give the network's initial variables as the template; these leaves keep its values."
         )
     unused += [key for key, _ in mismatched]
+    variables = {collection: {} for collection in template} | traverse_util.unflatten_dict(values)  # a collection may be empty
     return Conversion(variables, converted, ignored, unused, [leaf.keys[0] for leaf in kept])
 
 
@@ -266,21 +271,15 @@ def _to_numpy(key: str, value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def _copy(value: np.ndarray) -> np.ndarray:
-    """Copy to contiguous memory, so that writing to the result does not change the source."""
-    return np.array(value, order="C")
+def _copy(value: np.ndarray, axes: Sequence[int] | None) -> np.ndarray:
+    """Transpose and copy to contiguous memory, so that writing to the result does not change the source."""
+    return np.array(value if axes is None else value.transpose(axes), order="C")
 
 
 def _same_shape(source: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Return whether shapes are equal, or those of a vector with further axes of length 1: (c,) and (c, 1, 1)."""
     vectors = math.prod(source) == math.prod(target) == source[0] == target[0] if source and target else False
     return source == target or vectors
-
-
-def _insert(tree: Variables, path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def _differences(

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +35,6 @@ from scconv_jax.interop.conversion import (
     to_torch,
 )
 from scconv_jax.interop.recognition import head, options_shown, recognise, template
-from scconv_jax.interop.variables import variables_in
 from scconv_jax.layers.core import Dense
 from scconv_jax.messages import listed
 from scconv_jax.models.registry import MODELS, PUBLISHED, create_model
@@ -68,7 +68,7 @@ def load_model(source: str | os.PathLike[str], model: str | None = None, **optio
     loaded = build_model(checkpoint, model, options)
     for note in loaded.notes:
         _log.warning("%s: %s", checkpoint.source.path.name, note)
-    return loaded.module, loaded.variables
+    return create_model(loaded.name, **loaded.options), loaded.variables
 
 
 def load_weights(
@@ -104,12 +104,10 @@ class Checkpoint(NamedTuple):
     """A source of weights, its entries under our keys."""
 
     arrays: dict[str, np.ndarray]
-    original: dict[str, np.ndarray]
-    """The entries under their own keys, without prefixes such as `module.`."""
+    original: dict[str, np.ndarray]  # the entries under their own keys, without prefixes such as `module.`
     convention: conventions.KeyConvention
     source: Source
-    ignore: tuple[str, ...]
-    """Patterns of entries to skip: the convention's and the user's."""
+    ignore: tuple[str, ...]  # patterns of entries to skip: the convention's and the user's
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
@@ -117,23 +115,14 @@ class Checkpoint(NamedTuple):
         return {key: value for key, value in self.arrays.items() if not matches(key, self.ignore)}
 
 
-class LoadedVariables(NamedTuple):
-    """Variables from a checkpoint, what happened to each entry, and notes for the user."""
+class Loaded(NamedTuple):
+    """Variables from a checkpoint, what happened to each entry, notes for the user, and the network if it is one of ours."""
 
     variables: Variables
     conversion: Conversion
     notes: list[str]
-
-
-class LoadedModel(NamedTuple):
-    """A network with the variables of a checkpoint; see `LoadedVariables`."""
-
-    name: str
-    options: dict[str, Any]
-    module: nn.Module
-    variables: Variables
-    conversion: Conversion
-    notes: list[str]
+    name: str = ""
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def open_checkpoint(
@@ -151,7 +140,7 @@ def open_checkpoint(
     else:
         contents = read(path)
     if contents.is_flax:
-        original, found = to_torch(variables_in(contents)), conventions.FLAX
+        original, found = to_torch(contents.variables), conventions.FLAX
     else:
         original = to_arrays(contents.tensors)
         found = conventions.identify(original) if convention is None else conventions.by_name(convention)
@@ -162,7 +151,7 @@ def open_checkpoint(
     return Checkpoint(arrays, original, found, contents, (*found.ignore, *ignore))
 
 
-def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> LoadedModel:
+def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> Loaded:
     """Do what `load_model` does with an open checkpoint; the caller's `model` and `options` take precedence over the file's."""
     path, shapes = checkpoint.source.path, None
     named = checkpoint.source.metadata.get("model")
@@ -182,7 +171,7 @@ def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str,
         )
     module = create_model(name, **options)
     try:
-        return LoadedModel(name, dict(options), module, *convert_checkpoint(checkpoint, shapes or template(module)))
+        return convert_checkpoint(checkpoint, shapes or template(module))._replace(name=name, options=options)
     except ConversionError:
         other = recognise(checkpoint.weights)
         if other is None or other.model == name:
@@ -208,24 +197,32 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return options
 
 
-def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> LoadedVariables:
+def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> Loaded:
     """Do what `load_weights` does with an open checkpoint."""
-    _check_dtypes(checkpoint.arrays)
+    arrays = checkpoint.arrays
+    numbers = {key: value.dtype for key, value in arrays.items() if not is_counter(key)}
+    if wrong := [f"{key} ({dtype})" for key, dtype in numbers.items() if not jnp.issubdtype(dtype, jnp.floating)]:
+        raise ConversionError(
+            f"Weights must be floating-point; these are not: {listed(wrong, 3)}. Quantised weights cannot be converted."
+        )
     notes = [checkpoint.convention.caution] if checkpoint.convention.caution else []
     ignore = list(checkpoint.ignore)
     if name := head(template):
         kernel = template["params"][name]["kernel"]
-        if note := _head_difference(checkpoint.arrays, name, kernel.shape[::-1]):
+        if note := _head_difference(arrays, name, kernel.shape[::-1]):
             ignore.append(f"{name}.*")
-            template = {**template, "params": {**template["params"], name: _initialised(template["params"][name])}}
             notes.append(note)
-    conversion = convert(checkpoint.arrays, template, ignore=ignore)
+            if isinstance(kernel, jax.ShapeDtypeStruct):
+                inputs, classes = kernel.shape
+                initial = Dense(classes).init(jax.random.key(0), jnp.zeros((1, inputs)))["params"]
+                template = {**template, "params": {**template["params"], name: initial}}
+    conversion = convert(arrays, template, ignore=ignore)
     changes: dict[str, int] = {}
     variables = jax.tree.map(lambda value, like: _cast(value, like.dtype, changes), conversion.variables, dict(template))
     notes += [f"{count} entries were converted from {change}." for change, count in changes.items()]
     if not_finite := checkpoint.source.not_finite:
         notes.append(f"{sum(not_finite.values())} values are NaN or infinite, in {listed(list(not_finite), 3)}. They are kept.")
-    return LoadedVariables(variables, conversion, notes)
+    return Loaded(variables, conversion, notes)
 
 
 def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> str:
@@ -236,26 +233,6 @@ def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[i
     if weight is not None and weight.shape != shape and weight.shape[1:] == shape[1:]:
         return f"The file's head has {weight.shape[0]} classes, the network {shape[0]}: {name} is as initialised."
     return ""
-
-
-def _initialised(leaves: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a head's values, initialised if there are only shapes."""
-    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
-        return leaves
-    inputs, classes = leaves["kernel"].shape
-    return Dense(classes).init(jax.random.key(0), jnp.zeros((1, inputs)))["params"]
-
-
-def _check_dtypes(arrays: Mapping[str, np.ndarray]) -> None:
-    wrong = [
-        f"{key} ({value.dtype})"
-        for key, value in arrays.items()
-        if not jnp.issubdtype(value.dtype, jnp.floating) and not is_counter(key)
-    ]
-    if wrong:
-        raise ConversionError(
-            f"Weights must be floating-point; these are not: {listed(wrong, 3)}. Quantised weights cannot be converted."
-        )
 
 
 def _cast(value: Any, dtype: Any, changes: dict[str, int]) -> np.ndarray:

@@ -134,7 +134,7 @@ def _stage_sizes(model: Any) -> tuple[int, ...]:
 
 def _traced(model: nn.Module) -> dict[str, Any]:
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+    return jax.eval_shape(partial(model.init, train=False), jax.eval_shape(jax.random.key, 0), images)  # starts no backend
 
 
 def _blocks(names: Mapping[str, Any]) -> tuple[int, ...]:

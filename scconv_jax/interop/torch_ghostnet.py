@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scconv_jax.interop.torch_networks import Pair, Tensor, TorchOperators
+from scconv_jax.interop.torch_networks import Pair, Tensor, TorchOperators, conv_bn
 
 
 class KeyTable(NamedTuple):
@@ -26,11 +26,6 @@ class KeyTable(NamedTuple):
     classifier: str
 
 
-def _pairs(*names: str) -> tuple[Pair, Pair]:
-    first, second = ((f"{name}.conv", f"{name}.bn") for name in names)
-    return first, second
-
-
 AUTHORS = KeyTable(
     block=r"(blocks\.(\d+)\.(\d+)\.)ghost1",
     stem=("conv_stem", "bn1"),
@@ -46,11 +41,11 @@ AUTHORS = KeyTable(
 PYTORCHCV = KeyTable(
     block=r"(features\.stage(\d+)\.unit(\d+)\.)body\.exp_conv",
     stem=("features.init_block.conv", "features.init_block.bn"),
-    expand=_pairs("body.exp_conv.main_conv", "body.exp_conv.cheap_conv"),
+    expand=conv_bn("body.exp_conv.main_conv", "body.exp_conv.cheap_conv"),
     depthwise=("body.dw_conv.conv", "body.dw_conv.bn"),
     gate=("body.se.conv1", "body.se.conv2"),
-    project=_pairs("body.pw_conv.main_conv", "body.pw_conv.cheap_conv"),
-    shortcut=_pairs("identity_conv.dw_conv", "identity_conv.pw_conv"),
+    project=conv_bn("body.pw_conv.main_conv", "body.pw_conv.cheap_conv"),
+    shortcut=conv_bn("identity_conv.dw_conv", "identity_conv.pw_conv"),
     last=("features.final_block.conv", "features.final_block.bn"),
     head=("output.conv1.conv", "output.conv1.bn"),
     classifier="output.conv2",
@@ -58,13 +53,7 @@ PYTORCHCV = KeyTable(
 
 
 class TorchGhostNet(TorchOperators):
-    """GhostNet: images `(n, 3, h, w)` to the stem before its ReLU, the last map of each size, and the logits.
-
-    Args:
-        entries: a checkpoint's own, key to array.
-        convention: name of its key convention.
-        dtype: "float32" or "float64".
-    """
+    """GhostNet: images `(n, 3, h, w)` to the stem before its ReLU, the last map of each size, and the logits."""
 
     def __init__(self, entries: Mapping[str, np.ndarray], convention: str, dtype: str):
         super().__init__(entries, "", dtype)
@@ -76,7 +65,9 @@ class TorchGhostNet(TorchOperators):
         x = self.conv_norm(self.keys.stem, images, stride=2)
         maps = {"stem": x}
         x = x.relu()
-        for at in self._blocks():
+        found = (re.match(self.keys.block, name) for name in self.entries)
+        blocks = {(int(match[2]), int(match[3])): match[1] for match in found if match}
+        for _, at in sorted(blocks.items()):
             strided = self.has(at + self.keys.depthwise[0])
             if strided:
                 maps[f"layer{len(maps)}"] = x
@@ -86,11 +77,6 @@ class TorchGhostNet(TorchOperators):
         x = self.conv_norm(self.keys.head, x) if self.keys.head[1] else self.conv(self.keys.head[0], x)
         weight, bias = (self.entries[f"{self.keys.classifier}.{kind}"] for kind in ("weight", "bias"))
         return {**maps, "logits": self.F.linear(x.relu().flatten(1), weight.flatten(1), bias)}
-
-    def _blocks(self) -> list[str]:
-        """Return the prefix of each block's keys, in the order of the blocks."""
-        found = {(int(match[2]), int(match[3])): match[1] for name in self.entries if (match := re.match(self.keys.block, name))}
-        return [found[numbers] for numbers in sorted(found)]
 
     def _block(self, at: str, x: Tensor, stride: int) -> Tensor:
         y = self._ghost(self.keys.expand, at, x, relu=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,17 +23,17 @@ class KeyTable(NamedTuple):
     first: int  # number of a stage's first block
     stem: Pair
     deep_stem: tuple[Pair, Pair, Pair]
-    plain: tuple[Pair, ...]  # convolutions of a plain block
+    plain: tuple[Pair, Pair, Pair]  # convolutions of a plain block; the last is also that of a self-calibrated block
     a: tuple[Pair, Pair]  # self-calibrated block: 1×1 and K1 of the branch without calibration
     b: Pair  # 1×1 of the calibrated branch
     k: tuple[Pair, Pair, Pair]  # K2, K3 and K4
-    out: Pair  # last convolution of a self-calibrated block
     shortcut: Pair
     pooled_shortcut: Pair
     head: str
 
 
-def _conv_bn(*names: str) -> tuple[Any, ...]:
+def conv_bn(*names: str) -> Any:
+    """Return pytorchcv's pairs with these names."""
     return tuple((f"{name}.conv", f"{name}.bn") for name in names)
 
 
@@ -47,7 +46,6 @@ _OURS = KeyTable(
     a=(("conv1_a", "bn1_a"), ("k1.0", "k1.1")),
     b=("conv1_b", "bn1_b"),
     k=(("scconv.k2.1", "scconv.k2.2"), ("scconv.k3.0", "scconv.k3.1"), ("scconv.k4.0", "scconv.k4.1")),
-    out=("conv3", "bn3"),
     shortcut=("downsample.0", "downsample.1"),
     pooled_shortcut=("downsample.1", "downsample.2"),
     head="fc",
@@ -59,28 +57,21 @@ KEY_TABLES = {
     "pytorchcv": KeyTable(
         block="features.stage{}.unit{}",
         first=1,
-        stem=_conv_bn(f"{_INIT}conv")[0],
-        deep_stem=_conv_bn(f"{_INIT}conv1", f"{_INIT}conv2", f"{_INIT}conv3"),
-        plain=_conv_bn("body.conv1", "body.conv2", "body.conv3"),
-        a=_conv_bn("body.conv1a", "body.conv2a"),
-        b=_conv_bn("body.conv1b")[0],
-        k=_conv_bn("body.conv2b.down.conv", "body.conv2b.conv1", "body.conv2b.conv2"),
-        out=_conv_bn("body.conv3")[0],
+        stem=conv_bn(f"{_INIT}conv")[0],
+        deep_stem=conv_bn(f"{_INIT}conv1", f"{_INIT}conv2", f"{_INIT}conv3"),
+        plain=conv_bn("body.conv1", "body.conv2", "body.conv3"),
+        a=conv_bn("body.conv1a", "body.conv2a"),
+        b=conv_bn("body.conv1b")[0],
+        k=conv_bn("body.conv2b.down.conv", "body.conv2b.conv1", "body.conv2b.conv2"),
         shortcut=("identity_block.conv", "identity_block.bn"),
-        pooled_shortcut=_conv_bn("identity_block.conv")[0],
+        pooled_shortcut=conv_bn("identity_block.conv")[0],
         head="output",
     ),
 }
 
 
 class TorchOperators:
-    """The operators of a network, each applied with the entries under a given key.
-
-    Args:
-        entries: a checkpoint's own, key to array.
-        variant: version of ScConv, if the network has any.
-        dtype: "float32" or "float64".
-    """
+    """The operators of a network, each applied with the entries under a given key; `variant` is the version of ScConv."""
 
     def __init__(self, entries: Mapping[str, np.ndarray], variant: str, dtype: str):
         import torch
@@ -159,39 +150,28 @@ class TorchOperators:
         return first + second
 
 
-def _mmpose_key(found: re.Match[str]) -> str:
-    return f"conv{found[1]}." if found[2] else f"bn{found[1] or found[3]}."
-
-
 class TorchResNet(TorchOperators):
-    """A residual network: images `(n, 3, h, w)` to its maps.
-
-    Args:
-        entries: a checkpoint's own, key to array.
-        convention: name of its key convention; a name without a table in `KEY_TABLES` means our keys.
-        output_stride: size of the images over size of the last map.
-        variant: version of ScConv, if the network has any.
-        dtype: "float32" or "float64".
-    """
+    """A residual network: images `(n, 3, h, w)` to its maps. A `convention` without a table in `KEY_TABLES` means our keys."""
 
     def __init__(self, entries: Mapping[str, np.ndarray], convention: str, output_stride: int, variant: str, dtype: str):
         super().__init__(entries, variant, dtype)
         self.keys = KEY_TABLES.get(convention, _OURS)
         if convention == "mmpose":  # conv1.conv is conv1; norm1 and conv1.bn are bn1
-            rename = partial(re.sub, r"\b(?:conv(\d)\.(?:(conv)|bn|norm)|norm(\d))\.", _mmpose_key)
-            self.entries = {rename(key): value for key, value in self.entries.items()}
+            for pattern, new in ((r"\bconv(\d)\.conv\.", r"conv\1."), (r"\b(?:conv(\d)\.(?:bn|norm)|norm(\d))\.", r"bn\1\2.")):
+                self.entries = {re.sub(pattern, new, key): value for key, value in self.entries.items()}
         if self.has(f"{self.block_key(1, 0)}.identity_conv.conv"):  # pytorchcv's ResNets
             self.keys = self.keys._replace(shortcut=("identity_conv.conv", "identity_conv.bn"))
         self.output_stride = output_stride
-        self.v1d = self._is_pooled(2)  # shown by its shortcuts; its blocks pool as well
+        # The shortcuts show a v1d network, whose blocks pool as well.
+        pooled = self.entries.get(f"{self.block_key(2, 0)}.{self.keys.pooled_shortcut[0]}.weight")
+        self.v1d = pooled is not None and pooled.ndim == 4
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return the stem's map before its ReLU, each stage's map and, if there is a head, the logits."""
         deep = self.has(self.keys.deep_stem[0][0])
         pairs = self.keys.deep_stem if deep else (self.keys.stem,)
-        small = (
-            not deep and self.entries[f"{pairs[0][0]}.weight"].shape[-1] == 3
-        )  # small images: 3×3 stem without stride or pooling
+        # Networks for small images have a 3×3 stem without stride or pooling.
+        small = not deep and self.entries[f"{pairs[0][0]}.weight"].shape[-1] == 3
         x = images
         for i, pair in enumerate(pairs):
             x = self.conv_norm(pair, x if i == 0 else x.relu(), stride=2 if i == 0 and not small else 1)
@@ -204,11 +184,9 @@ class TorchResNet(TorchOperators):
                 strides, stride = 2, stride * 2
             elif stage > 1:
                 dilation *= 2
-            for block in range(self._blocks(stage)):
-                if block == 0:
-                    x = self.block(self.block_key(stage, 0), x, strides, first, begins=stage > 1)
-                else:
-                    x = self.block(self.block_key(stage, block), x, 1, dilation, begins=False)
+            x = self.block(self.block_key(stage, 0), x, strides, first, begins=stage > 1)
+            for block in range(1, self._blocks(stage)):
+                x = self.block(self.block_key(stage, block), x, 1, dilation, begins=False)
             maps[f"layer{stage}"] = x
             stage += 1
         if self.has(self.keys.head):
@@ -234,7 +212,7 @@ class TorchResNet(TorchOperators):
             b = self.conv_norm(k4, self.conv_norm(k3, b, at=at, dilation=dilation) * gate, at=at, **inner).relu()
             if pools:
                 a, b = (self.F.avg_pool2d(y, 3, stride, padding=1) for y in (a, b))
-            y = self.conv_norm(self.keys.out, self.torch.cat([a, b], dim=1), at=at)
+            y = self.conv_norm(self.keys.plain[2], self.torch.cat([a, b], dim=1), at=at)
         else:
             pairs = [pair for pair in self.keys.plain if any(key.startswith(f"{at}{pair[0]}.") for key in self.entries)]
             strided = len(pairs) - 2  # the 3×3 of three convolutions, the first of two
@@ -256,10 +234,6 @@ class TorchResNet(TorchOperators):
         if self.has(f"{at}{self.keys.shortcut[0]}"):
             return self.conv_norm(self.keys.shortcut, x, at=at, stride=stride)
         return x
-
-    def _is_pooled(self, stage: int) -> bool:
-        entry = f"{self.block_key(stage, 0)}.{self.keys.pooled_shortcut[0]}.weight"
-        return entry in self.entries and self.entries[entry].ndim == 4
 
     def _blocks(self, stage: int) -> int:
         pattern = re.escape(self.keys.block.format(stage, "N")).replace("N", r"(\d+)\.")

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from scconv_jax.interop.conversion import Variables, to_torch
 from scconv_jax.messages import listed
-from scconv_jax.weights import Source, WeightsError, read, runs, safetensors_files, torch_files
+from scconv_jax.weights import WeightsError, read, runs, safetensors_files, torch_files
 
 _log = logging.getLogger("scconv_jax")
 
@@ -51,12 +51,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     if source.not_finite:
         count = sum(source.not_finite.values())
         _log.warning("%s: %d values are NaN or infinite, in %s.", path, count, listed(list(source.not_finite), 3))
-    return Loaded(variables_in(source), metadata)
-
-
-def variables_in(source: Source) -> Variables:
-    """Return the Flax variables of a source with Flax keys."""
-    return traverse_util.unflatten_dict(source.tensors, sep="/")
+    return Loaded(source.variables, metadata)
 
 
 def save(path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scconv_jax.interop.conversion import ConversionError, Variables
-from scconv_jax.interop.loading import Checkpoint, LoadedModel
+from scconv_jax.interop.loading import Checkpoint, Loaded
 from scconv_jax.interop.recognition import options_shown
 from scconv_jax.interop.torch_ghostnet import TorchGhostNet
 from scconv_jax.interop.torch_networks import TorchResNet
@@ -58,7 +58,7 @@ def sample_images(size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 def compare(
     checkpoint: Checkpoint,
-    loaded: LoadedModel,
+    loaded: Loaded,
     *,
     reference: str | None = None,
     sizes: Sequence[tuple[int, int]] = SIZES[224],
@@ -76,9 +76,6 @@ def compare(
 
     Yields:
         For each precision, size and stage, the largest difference over the kinds of images.
-
-    Raises:
-        ConversionError: PyTorch is not installed, or there is no PyTorch counterpart of this network.
     """
     try:
         import torch
@@ -159,11 +156,7 @@ def _difference(
 
 
 def load_reference(reference: str, entries: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> Any:
-    """Run the user's file, make the network that it defines, and load the entries into it.
-
-    Raises:
-        ConversionError: the file or name does not exist, the network cannot be made, or the entries do not fit it.
-    """
+    """Run the user's file, make the network that it defines, and load the entries into it."""
     import torch
 
     path, _, name = reference.rpartition(":")

@@ -33,6 +33,11 @@ class Source(NamedTuple):
     skipped: dict[str, str]  # other items of a checkpoint, name to type: `{"epoch": "int", "optimizer": "dict"}`
     not_finite: dict[str, int]  # keys of arrays with NaN or infinite values, and the number of such values
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The arrays as Flax variables, if the keys are paths."""
+        return traverse_util.unflatten_dict(self.tensors, sep="/")
+
 
 def read(path: str | os.PathLike[str]) -> Source:
     """Read a file of weights: PyTorch's zip or legacy format, safetensors, or an Orbax checkpoint of a training run.
