@@ -16,7 +16,7 @@ from scconv_jax import __version__
 from scconv_jax.cli.console import show
 from scconv_jax.interop.conventions import CONVENTIONS, OWN
 from scconv_jax.interop.conversion import Conversion, is_counter
-from scconv_jax.interop.loading import Checkpoint, Loaded, build_model, convert_checkpoint, open_checkpoint
+from scconv_jax.interop.loading import Checkpoint, LoadedWeights, build_model, convert_checkpoint, open_checkpoint
 from scconv_jax.interop.recognition import template_from_entries
 from scconv_jax.interop.variables import save
 from scconv_jax.messages import listed
@@ -107,7 +107,7 @@ def _convert(options: argparse.Namespace) -> None:
     digest = sha256(path) if path.is_file() else ""
     origin = {"source": name, "source_sha256": digest, "naming": checkpoint.convention.name}
     save(out, loaded.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
-    _report(options, checkpoint, loaded, digest, out, time.perf_counter() - started)
+    _report(options, checkpoint, loaded, digest, time.perf_counter() - started)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -118,7 +118,7 @@ def _check_out(out: Path, force: bool) -> None:
     check_writable(out)  # before the work
 
 
-def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loaded: Loaded) -> str:
+def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedWeights) -> str:
     """Return the network and its options, and how they are known."""
     if not loaded.name:
         return "none: each entry converted by its kind (as given)"
@@ -130,14 +130,8 @@ def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loade
     return ", ".join([loaded.name, *(f"{key}={value}" for key, value in loaded.options.items())]) + f" ({how})"
 
 
-def _report(
-    options: argparse.Namespace,
-    checkpoint: Checkpoint,
-    loaded: Loaded,
-    digest: str,
-    out: Path,
-    seconds: float,
-) -> None:
+def _report(options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedWeights, digest: str, seconds: float) -> None:
+    out = Path(options.out)
     source, conversion, convention = checkpoint.source, loaded.conversion, checkpoint.convention
     recognised = "recognised" if options.naming is None else "as given"
     converted, ignored = len(conversion.converted), len(conversion.ignored)

@@ -59,18 +59,14 @@ def _verify(options: argparse.Namespace) -> int:
     checkpoint = open_source(options)
     loaded = build_model(checkpoint, options.model, model_options(options))
     sizes = sizes or SIZES[model_info(loaded.name).image_size]
-    without = ["logits"] if loaded.conversion.kept else []
     largest: dict[tuple[str, str], Difference] = {}
-    for difference in compare(checkpoint, loaded, reference=options.reference, sizes=sizes, without=without):
+    for difference in compare(checkpoint, loaded, reference=options.reference, sizes=sizes):
         key = difference.stage, difference.dtype
         if key not in largest or difference.value > largest[key].value:
             largest[key] = difference
     judged = ["float64"] if any(".SRU." in f".{key}" for key in checkpoint.arrays) else list(limits)
-    show(
-        _table(
-            f"{checkpoint.source.path.name} as {loaded.name}: JAX and {options.reference or 'PyTorch'}", largest, limits, judged
-        )
-    )
+    title = f"{checkpoint.source.path.name} as {loaded.name}: JAX and {options.reference or 'PyTorch'}"
+    show(_table(title, largest, limits, judged))
     for note in loaded.notes:
         print(f"note: {note}")
     if "float32" not in judged:

@@ -115,7 +115,7 @@ class Checkpoint(NamedTuple):
         return {key: value for key, value in self.arrays.items() if not matches(key, self.ignore)}
 
 
-class Loaded(NamedTuple):
+class LoadedWeights(NamedTuple):
     """Variables from a checkpoint, what happened to each entry, notes for the user, and the network if it is one of ours."""
 
     variables: Variables
@@ -151,7 +151,7 @@ def open_checkpoint(
     return Checkpoint(arrays, original, found, contents, (*found.ignore, *ignore))
 
 
-def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> Loaded:
+def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> LoadedWeights:
     """Do what `load_model` does with an open checkpoint; the caller's `model` and `options` take precedence over the file's."""
     path, shapes = checkpoint.source.path, None
     named = checkpoint.source.metadata.get("model")
@@ -197,7 +197,7 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return options
 
 
-def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> Loaded:
+def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> LoadedWeights:
     """Do what `load_weights` does with an open checkpoint."""
     arrays = checkpoint.arrays
     numbers = {key: value.dtype for key, value in arrays.items() if not is_counter(key)}
@@ -222,7 +222,7 @@ def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> L
     notes += [f"{count} entries were converted from {change}." for change, count in changes.items()]
     if not_finite := checkpoint.source.not_finite:
         notes.append(f"{sum(not_finite.values())} values are NaN or infinite, in {listed(list(not_finite), 3)}. They are kept.")
-    return Loaded(variables, conversion, notes)
+    return LoadedWeights(variables, conversion, notes)
 
 
 def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> str:

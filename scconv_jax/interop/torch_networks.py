@@ -52,7 +52,6 @@ _OURS = KeyTable(
 )
 _INIT = "features.init_block."
 KEY_TABLES = {
-    "reference": _OURS,
     "mmpose": _OURS._replace(a=(("conv1", "bn1"), ("k1.0", "k1.1")), b=("conv2", "bn2")),
     "pytorchcv": KeyTable(
         block="features.stage{}.unit{}",

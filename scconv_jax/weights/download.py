@@ -60,12 +60,12 @@ def fetch(
     shown = address.partition("?")[0]  # the query may be a secret key
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        expected = _hash_in_name(path.name)
         with _locked(path):
-            if not (path.exists() and _hash_matches(path, path.name)):
+            if not path.exists() or (expected and sha256(path)[:8] != expected):
                 part = path.with_name(path.name + ".part")
                 _download(address, part, path.name, progress)
-                if not _hash_matches(part, path.name):
-                    expected, found = _hash_in_name(path.name), sha256(part)[:8]
+                if expected and (found := sha256(part)[:8]) != expected:
                     _delete_part(part)
                     raise WeightsError(f"SHA-256 mismatch: expected {expected}…, got {found}…; the download was deleted")
                 part.replace(path)
@@ -105,14 +105,9 @@ def _cache_path(address: str, cache: Path, published: Mapping[str, str]) -> Path
     return cache / hashlib.sha256(address.encode()).hexdigest()[:12] / name  # many servers have a file called model.pth
 
 
-def _hash_in_name(name: str) -> str | None:
+def _hash_in_name(name: str) -> str:
     found = re.search(r"-([0-9a-f]{8})$", name.partition(".")[0])
-    return found[1] if found else None
-
-
-def _hash_matches(path: Path, name: str) -> bool:
-    start = _hash_in_name(name)
-    return start is None or sha256(path).startswith(start)
+    return found[1] if found else ""
 
 
 @contextlib.contextmanager
@@ -157,7 +152,10 @@ def _receive(response: Any, part: Path, have: int, total: int | None, name: str,
     limit = MAX_BYTES if total is None else total
     if limit > MAX_BYTES:
         raise WeightsError(f"it has {total:,} bytes; the limit is {MAX_BYTES:,}")
-    with part.open("ab") as file, _progress_bar(progress) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    hidden = not (progress and sys.stderr.isatty())
+    bar = Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True)
+    with part.open("ab") as file, bar:
         task = bar.add_task(name, total=total, completed=have)
         while chunk := response.read1(_CHUNK):  # returns what has arrived, so that a stall loses nothing
             have += len(chunk)
@@ -223,11 +221,6 @@ def _version_path(part: Path) -> Path:
 def _delete_part(part: Path) -> None:
     part.unlink(missing_ok=True)
     _version_path(part).unlink(missing_ok=True)
-
-
-def _progress_bar(progress: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not (progress and sys.stderr.isatty()), transient=True)
 
 
 def _one_line(reason: object) -> str:

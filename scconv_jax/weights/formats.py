@@ -40,14 +40,7 @@ class Source(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Source:
-    """Read a file of weights: PyTorch's zip or legacy format, safetensors, or an Orbax checkpoint of a training run.
-
-    Args:
-        path: a file, a run's folder (its best step, or its latest if none was tested), or one of its `checkpoints/STEP`.
-
-    Raises:
-        WeightsError: there is no such file, or it is damaged, hostile or in another format; the message says which.
-    """
+    """Read a file of weights (PyTorch's zip or legacy format, safetensors), a run's folder or one of its `checkpoints/STEP`."""
     path = Path(path)
     try:
         if path.is_dir():

@@ -45,18 +45,11 @@ def unpickle(
     load_persistent: Callable[[Any], Any],
     explain_refusal: Callable[[str], str],
 ) -> tuple[Any, int]:
-    """Read one pickle.
+    """Return the value of the pickle at offset `start` of `data`, and the offset at which the pickle ends.
 
-    Args:
-        data: bytes that contain the pickle.
-        start: offset of the pickle in `data`.
-        admitted: what a pickle may name, by dotted name. A `Global` with a function may be called; a `Placeholder` may be called,
-            instantiated or given a state, and stays as it is.
-        load_persistent: called with each persistent identifier; its result takes the identifier's place.
-        explain_refusal: returns the error message for a name that is not admitted.
-
-    Returns:
-        The value, and the offset at which the pickle ends.
+    The pickle may use only the `admitted` names. A `Global` with a function may be called; a `Placeholder` may be called,
+    instantiated or given a state, and stays as it is. `load_persistent` returns what a persistent identifier stands for, and
+    `explain_refusal` the error message for a name that is not admitted.
     """
     unpickler = _Unpickler(data, start, admitted, load_persistent, explain_refusal)
     try:

@@ -199,10 +199,8 @@ def extract(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return the state dict of a checkpoint, out of its wrappers, and the checkpoint's other items, name to type.
 
-    Args:
-        pickled: result of `read_pickle`; its wrappers are modified.
-        load: reads a storage as an array (count,) of its dtype; called once for each storage that is needed.
-        file_size: bytes of the file, which limit the bytes of the arrays.
+    The wrappers are modified. `load` reads a storage as an array (count,) of its dtype, once for each storage that is needed. The
+    size of the file limits the bytes of the arrays.
     """
     value, others = pickled.value, {}
     while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
