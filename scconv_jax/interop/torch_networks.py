@@ -156,8 +156,9 @@ class TorchResNet(TorchOperators):
         super().__init__(entries, variant, dtype)
         self.keys = KEY_TABLES.get(convention, _OURS)
         if convention == "mmpose":  # conv1.conv is conv1; norm1 and conv1.bn are bn1
-            for pattern, new in ((r"\bconv(\d)\.conv\.", r"conv\1."), (r"\b(?:conv(\d)\.(?:bn|norm)|norm(\d))\.", r"bn\1\2.")):
-                self.entries = {re.sub(pattern, new, key): value for key, value in self.entries.items()}
+            entries = {re.sub(r"\bconv(\d)\.conv\.", r"conv\1.", key): value for key, value in self.entries.items()}
+            norm = re.compile(r"\b(?:conv(\d)\.(?:bn|norm)|norm(\d))\.")
+            self.entries = {norm.sub(r"bn\1\2.", key): value for key, value in entries.items()}
         if self.has(f"{self.block_key(1, 0)}.identity_conv.conv"):  # pytorchcv's ResNets
             self.keys = self.keys._replace(shortcut=("identity_conv.conv", "identity_conv.bn"))
         self.output_stride = output_stride
