@@ -17,7 +17,7 @@ from jax import lax
 
 import scconv_jax
 from benchmarks.timing import alternate, milliseconds, ratio, record, table
-from scconv_jax.functional.convolution import prefers_dense, reconstruction_kernel
+from scconv_jax.functional.convolution import dense_blocks, reconstruction_kernel
 from tests.reference import scconv
 
 SIZES = ((64, 56), (128, 28), (256, 14), (512, 7))
@@ -91,7 +91,7 @@ def dense_table() -> str:
             functions = {"dense": wrap(dense, cotangent, kernels, x), "separate": wrap(separate, cotangent, kernels, x)}
             seconds = alternate(functions, ROUNDS)
             times = (milliseconds(seconds[name]) for name in ("dense", "separate"))
-            used = "dense" if prefers_dense(2, squeezed) else "separate"
+            used = "dense" if dense_blocks(2, squeezed) == 1 else "separate"
             rows.append([f"{channels} / {size}", work, *times, ratio(seconds["dense"], seconds["separate"]), used])
     header = ["channels / px", "work", "dense", "separate", "dense / separate", "used"]
     return "## Group-wise and point-wise convolution of the CRU\n\n" + table(header, rows)

@@ -4,13 +4,16 @@ Reference: `torch.nn.functional.conv2d`, https://docs.pytorch.org/docs/stable/ge
 
     y[n, p, q, o] = Σ_ijc x[n, s p + d i - P, s q + d j - P, c] · kernel[i, j, c, o]     s strides, d dilation, P padding
 
-XLA computes some convolutions slowly, so `conv` gives it another form of the same sum:
+On accelerators every convolution is XLA's own, `native_conv`. XLA's compiler for CPU makes slow programs of some, so these have
+another form of the same sum there. `by_platform` selects the form for the platform that the program is compiled for:
 
-    1×1, no padding            a matmul over pixels
-    depthwise                  a sum of shifted products
-    grouped                    up to eight dense convolutions, of at least 16 channels each
-    GWC + PWC1 of a CRU        one dense convolution where that is faster (`prefers_dense`)
-    any other                  `lax.conv_general_dilated`
+    convolution                      CPU                                                      accelerators
+    1×1, no padding                  `matmul_conv`: a matmul over pixels                      `native_conv`
+    depthwise                        `product_conv`: a sum of shifted products                `native_conv`
+    grouped                          `blocked_conv`: up to eight dense convolutions           `native_conv`
+    any other                        `native_conv`                                            `native_conv`
+    GWC + PWC1 of a CRU              one dense convolution below 16 channels a group,         dense up to 8 groups,
+                                     else two convolutions                                    else two convolutions
 
 Differences: layouts are channels-last, and strides, padding and dilation are one number for height and width.
 """
@@ -19,12 +22,13 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from scconv_jax.functional.checks import check_maps
+from scconv_jax.functional.platforms import by_platform
 from scconv_jax.functional.windows import taps
 from scconv_jax.shapes import Array, Float
 
@@ -55,18 +59,30 @@ def conv(
         ValueError: If `x` does not have four axes, or its channels do not fit the kernel.
     """
     check_maps("conv", x)
-    channels, (kh, kw, per_group, _) = x.shape[-1], kernel.shape
+    channels, per_group = x.shape[-1], kernel.shape[2]
     if channels != per_group * groups:
         raise ValueError(
             f"conv: the input has {channels} channels, but a kernel of shape {kernel.shape} with groups={groups} takes "
             f"{per_group * groups}."
         )
-    if (kh, kw, padding, groups) == (1, 1, 0, 1):
-        # On CPU, as a convolution it takes two to six times as long, forward and backward.
-        x = x[:, ::strides, ::strides]
-        return (x.reshape(-1, channels) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+    options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+    native = functools.partial(native_conv, **options)
+    on_cpu = form_on_cpu(kernel.shape, padding, groups)
+    return native(x, kernel) if on_cpu is native_conv else by_platform(functools.partial(on_cpu, **options), native, x, kernel)
+
+
+def form_on_cpu(shape: tuple[int, ...], padding: int, groups: int) -> Callable[..., Array]:
+    """Return the fastest form on CPU of a convolution whose kernel has this shape (`python -m benchmarks.operators`)."""
+    kh, kw, per_group, features = shape
     if groups > 1:
-        return _grouped_conv(x, kernel, strides, padding, dilation, groups)
+        return product_conv if per_group == 1 and groups == features else blocked_conv
+    return matmul_conv if (kh, kw, padding) == (1, 1, 0) else native_conv
+
+
+def native_conv(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw i o"], *, strides: int, padding: int, dilation: int, groups: int
+) -> Float[Array, "n p q o"]:
+    """Convolve by XLA's own operation."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -74,33 +90,51 @@ def conv(
         padding=((padding, padding), (padding, padding)),
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
-def _grouped_conv(
-    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw i o"], strides: int, padding: int, dilation: int, groups: int
+def matmul_conv(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "1 1 c o"], *, strides: int, padding: int, dilation: int, groups: int
 ) -> Float[Array, "n p q o"]:
-    """Convolve in groups by dense convolutions, or by shifted products if each channel is its own group.
+    """Convolve 1×1 by a matmul over pixels. On CPU, `native_conv` takes two to six times as long, forward and backward.
 
-    On CPU, the backward pass of XLA's own grouped convolution takes up to two hundred times as long
-    (`python -m benchmarks.operators`).
+    For NVIDIA GPUs, XLA of jax 0.10 and 0.11 aborts the process when it compiles the gradient of this form with strides.
     """
+    del padding, dilation, groups
+    x = x[:, ::strides, ::strides]
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def product_conv(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw 1 c"], *, strides: int, padding: int, dilation: int, groups: int
+) -> Float[Array, "n p q c"]:
+    """Convolve each channel by itself, by a sum of shifted products. On CPU, the gradient of `native_conv` is far slower."""
+    del groups
+    reach = (dilation * (kernel.shape[0] - 1) + 1, dilation * (kernel.shape[1] - 1) + 1)
+    seen = taps(x, 0.0, reach, strides, padding, dilation)
+    weights = kernel.reshape(-1, kernel.shape[-1])
+    products = [tap * lax.broadcast_in_dim(w, tap.shape, (3,)) for tap, w in zip(seen, weights, strict=True)]
+    return functools.reduce(operator.add, products)
+
+
+def blocked_conv(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw i o"], *, strides: int, padding: int, dilation: int, groups: int
+) -> Float[Array, "n p q o"]:
+    """Convolve in groups by dense convolutions. On CPU, the gradient of `native_conv` takes up to 200 times as long."""
     channels, features = x.shape[-1], kernel.shape[-1]
-    if groups == channels == features:
-        reach = (dilation * (kernel.shape[0] - 1) + 1, dilation * (kernel.shape[1] - 1) + 1)
-        seen = taps(x, 0.0, reach, strides, padding, dilation)
-        weights = kernel.reshape(-1, features)
-        products = [tap * lax.broadcast_in_dim(w, tap.shape, (3,)) for tap, w in zip(seen, weights, strict=True)]
-        return functools.reduce(operator.add, products)
     blocks = dense_blocks(groups, channels)
-    options = {"strides": strides, "padding": padding, "dilation": dilation}
     inputs, outputs = channels // blocks, features // blocks
+    dense = form_on_cpu((*kernel.shape[:2], inputs, outputs), padding, 1)
     return jnp.concatenate(
         [
-            conv(
+            dense(
                 x[..., i * inputs : (i + 1) * inputs],
                 dense_kernel(kernel[..., i * outputs : (i + 1) * outputs], groups // blocks),
-                **options,
+                strides=strides,
+                padding=padding,
+                dilation=dilation,
+                groups=1,
             )
             for i in range(blocks)
         ],
@@ -124,18 +158,32 @@ def dense_kernel(kernel: Float[Array, "kh kw i o"], groups: int) -> Float[Array,
     return jnp.concatenate(blocks, axis=-1)
 
 
+def reconstruction_conv(
+    x: Float[Array, "n h w i"],
+    gwc: Float[Array, "k k g o"],
+    pwc1: Float[Array, "1 1 i o"],
+    *,
+    conv_groups: int,
+    dilation: int,
+) -> Float[Array, "n h w o"]:
+    """Return the sum of a CRU's group-wise (GWC) and point-wise (PWC1) convolutions of `x`, in one or two convolutions."""
+    options = {"padding": dilation * (gwc.shape[0] // 2), "dilation": dilation}
+
+    def dense(x: Array, gwc: Array, pwc1: Array) -> Array:
+        return conv(x, reconstruction_kernel(gwc, pwc1, conv_groups), **options)
+
+    def separate(x: Array, gwc: Array, pwc1: Array) -> Array:
+        return conv(x, gwc, groups=conv_groups, **options) + conv(x, pwc1)
+
+    # The dense form reads the maps once, but also multiplies the zeros between groups.
+    on_cpu = dense if dense_blocks(conv_groups, x.shape[-1]) == 1 else separate
+    on_accelerators = dense if conv_groups <= 8 or on_cpu is dense else separate
+    return on_cpu(x, gwc, pwc1) if on_cpu is on_accelerators else by_platform(on_cpu, on_accelerators, x, gwc, pwc1)
+
+
 def reconstruction_kernel(
     gwc: Float[Array, "k k g o"], pwc1: Float[Array, "1 1 i o"], conv_groups: int
 ) -> Float[Array, "k k i o"]:
     """Return the dense kernel equal to the sum of a CRU's group-wise (GWC) and point-wise (PWC1) convolutions."""
     margin = gwc.shape[0] // 2
     return dense_kernel(gwc, conv_groups) + jnp.pad(pwc1, ((margin, margin), (margin, margin), (0, 0), (0, 0)))
-
-
-def prefers_dense(conv_groups: int, channels: int) -> bool:
-    """Return whether a CRU of this many squeezed channels computes GWC + PWC1 as one dense convolution.
-
-    The dense form reads the maps once but also multiplies the zeros between groups. On CPU it is slower from 16 channels per
-    group upwards (`python -m benchmarks.operators`). On accelerators it is used for up to 8 groups.
-    """
-    return (jax.default_backend() != "cpu" and conv_groups <= 8) or dense_blocks(conv_groups, channels) == 1

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from scconv_jax.functional.checks import check_divides, check_even, check_maps
-from scconv_jax.functional.convolution import conv, prefers_dense, reconstruction_kernel
+from scconv_jax.functional.convolution import conv, reconstruction_conv
 from scconv_jax.functional.pooling import global_avg_pool
 from scconv_jax.shapes import Array, Float
 
@@ -165,11 +165,7 @@ def channel_reconstruction(
     split = squeeze1.shape[2]
     upper = conv(x[..., :split], squeeze1)
     lower = conv(x[..., split:], squeeze2)
-    options = {"padding": dilation * (gwc.shape[0] // 2), "dilation": dilation}
-    if prefers_dense(conv_groups, upper.shape[-1]):
-        y1 = conv(upper, reconstruction_kernel(gwc, pwc1, conv_groups), **options)
-    else:
-        y1 = conv(upper, gwc, groups=conv_groups, **options) + conv(upper, pwc1)
+    y1 = reconstruction_conv(upper, gwc, pwc1, conv_groups=conv_groups, dilation=dilation)
     y1 = y1 + lax.broadcast_in_dim(gwc_bias, y1.shape, (3,))
     y2 = lower if pwc2 is None else jnp.concatenate([conv(lower, pwc2), lower], axis=-1)
     averages = jnp.stack([global_avg_pool(y1), global_avg_pool(y2)], axis=1)  # (n, 2, o)

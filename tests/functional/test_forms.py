@@ -1,0 +1,111 @@
+"""Functions that have one form for CPU and another for accelerators: equal results, and only one form in a compiled program."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import Mesh, PartitionSpec
+
+from scconv_jax import functional as F
+from scconv_jax.functional.convolution import blocked_conv, form_on_cpu, matmul_conv, native_conv, product_conv
+from scconv_jax.functional.pooling import compared_max_pool, native_max_pool
+
+# form, kernel's shape, strides, padding, dilation, groups
+FORMS = [
+    (matmul_conv, (1, 1, 32, 6), 1, 0, 1, 1),
+    (matmul_conv, (1, 1, 32, 6), 2, 0, 1, 1),
+    (product_conv, (3, 3, 1, 32), 1, 1, 1, 32),
+    (product_conv, (5, 3, 1, 32), 2, 2, 1, 32),
+    (product_conv, (3, 3, 1, 32), 2, 2, 2, 32),
+    (blocked_conv, (3, 3, 16, 6), 1, 1, 1, 2),
+    (blocked_conv, (3, 3, 4, 16), 2, 2, 2, 8),
+    (blocked_conv, (1, 1, 16, 6), 3, 0, 1, 2),
+    (blocked_conv, (3, 3, 1, 64), 1, 1, 1, 32),
+]
+
+
+def value_and_gradients(function, *arrays):
+    value, vjp = jax.vjp(function, *arrays)
+    return value, *vjp(jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("form", "shape", "strides", "padding", "dilation", "groups"), FORMS)
+def test_each_form_of_a_convolution_equals_xlas_own(form, shape, strides, padding, dilation, groups):
+    assert form_on_cpu(shape, padding, groups) is form
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.standard_normal((2, 9, 12, 32))), jnp.asarray(rng.standard_normal(shape))
+    options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+    expected = value_and_gradients(partial(native_conv, **options), x, kernel)
+    found = value_and_gradients(partial(form, **options), x, kernel)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("window", "strides", "padding"), [(3, 2, 1), (2, 2, 0), (2, 2, 1), (3, 1, 1), (5, 3, 2)])
+def test_both_forms_of_max_pooling_give_the_gradient_to_the_first_of_equal_maxima(window, strides, padding):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 7, 9, 3)).astype(float) - 5)
+    options = {"window": window, "strides": strides, "padding": padding}
+    found = value_and_gradients(partial(compared_max_pool, **options), x)
+    expected = value_and_gradients(partial(native_max_pool, **options), x)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-15)
+
+
+def test_nan_is_the_maximum_of_its_window_in_both_forms():
+    x = jnp.zeros((1, 6, 6, 2)).at[0, 2, 3, 1].set(jnp.nan)
+    found, expected = (form(x, window=3, strides=2, padding=1) for form in (compared_max_pool, native_max_pool))
+    assert jnp.isnan(found).sum() == 2
+    np.testing.assert_array_equal(found, expected)
+
+
+X, POINTWISE, GROUPED = jnp.ones((8, 6, 6, 32)), jnp.ones((1, 1, 32, 32)), jnp.ones((3, 3, 1, 32))
+
+
+def network(x):
+    """A function of every form: pointwise with strides, depthwise, max-pool."""
+    x = F.conv(jnp.sin(x), POINTWISE, strides=2)
+    return F.max_pool(F.conv(x, GROUPED, padding=1, groups=32), 2, 1).sum(axis=(1, 2, 3))
+
+
+def gradient(x):
+    return jax.grad(lambda x: network(x).sum())(x)
+
+
+ROWS = PartitionSpec("devices")
+TRANSFORMATIONS = {
+    "jit": lambda x: network(x),
+    "grad": gradient,
+    "vmap": lambda x: jax.vmap(lambda image: gradient(image[None]))(x),
+    "scan": lambda x: jax.lax.scan(lambda total, y: (total + gradient(y[None]), None), jnp.zeros_like(x[:1]), x)[0],
+    "remat": jax.grad(lambda x: jax.checkpoint(network)(x).sum()),
+    "shard_map": lambda x: jax.shard_map(
+        gradient, mesh=Mesh(np.array(jax.devices()[:8]), ("devices",)), in_specs=ROWS, out_specs=ROWS
+    )(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_a_program_for_cpu_has_only_the_forms_for_cpu(name):
+    program = jax.jit(TRANSFORMATIONS[name]).lower(X)
+    assert "stablehlo.convolution" not in program.as_text()
+    assert "reduce_window" not in program.as_text()
+    assert " conditional(" not in program.compile().as_text()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("name", ["jit", "grad", "vmap", "scan", "remat"])
+def test_a_program_for_an_accelerator_has_only_xlas_own_forms(name, platform):
+    text = jax.jit(TRANSFORMATIONS[name]).trace(X).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.convolution" in text
+    assert "stablehlo.dot_general" not in text
+    assert ("reduce_window" if name == "jit" else "select_and_scatter") in text
+
+
+def test_a_program_exported_for_all_platforms_runs_here():
+    exported = export.export(jax.jit(gradient), platforms=("cpu", "cuda", "tpu"))(X)
+    np.testing.assert_array_equal(exported.call(X), jax.jit(gradient)(X))
