@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -66,9 +66,22 @@ def conv(
             f"{per_group * groups}."
         )
     options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
-    native = functools.partial(native_conv, **options)
     on_cpu = form_on_cpu(kernel.shape, padding, groups)
-    return native(x, kernel) if on_cpu is native_conv else by_platform(functools.partial(on_cpu, **options), native, x, kernel)
+    if on_cpu is native_conv:
+        return native_conv(x, kernel, **options)
+    # The channels are cut outside the choice of platform. Cut inside, a gradient that `x` also has from elsewhere would be added
+    # after those of the blocks, not before, and so be rounded differently than in the runs of earlier versions.
+    size = channels // (dense_blocks(groups, channels) if on_cpu is blocked_conv else 1)
+    parts = [x[..., i : i + size] for i in range(0, channels, size)] if size < channels else [x]
+
+    def native(kernel: Array, *parts: Array) -> Array:
+        whole = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        return native_conv(whole, kernel, **options)
+
+    def cpu(kernel: Array, *parts: Array) -> Array:
+        return blocked_conv(parts, kernel, **options) if on_cpu is blocked_conv else on_cpu(parts[0], kernel, **options)
+
+    return by_platform(cpu, native, kernel, *parts)
 
 
 def form_on_cpu(shape: tuple[int, ...], padding: int, groups: int) -> Callable[..., Array]:
@@ -119,27 +132,20 @@ def product_conv(
 
 
 def blocked_conv(
-    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw i o"], *, strides: int, padding: int, dilation: int, groups: int
+    parts: Sequence[Float[Array, "n h w c"]],
+    kernel: Float[Array, "kh kw i o"],
+    *,
+    strides: int,
+    padding: int,
+    dilation: int,
+    groups: int,
 ) -> Float[Array, "n p q o"]:
-    """Convolve in groups by dense convolutions. On CPU, the gradient of `native_conv` takes up to 200 times as long."""
-    channels, features = x.shape[-1], kernel.shape[-1]
-    blocks = dense_blocks(groups, channels)
-    inputs, outputs = channels // blocks, features // blocks
+    """Convolve each part of the channels by a dense convolution. On CPU, `native_conv` has a gradient up to 200 times as slow."""
+    blocks, inputs, outputs = len(parts), parts[0].shape[-1], kernel.shape[-1] // len(parts)
     dense = form_on_cpu((*kernel.shape[:2], inputs, outputs), padding, 1)
-    return jnp.concatenate(
-        [
-            dense(
-                x[..., i * inputs : (i + 1) * inputs],
-                dense_kernel(kernel[..., i * outputs : (i + 1) * outputs], groups // blocks),
-                strides=strides,
-                padding=padding,
-                dilation=dilation,
-                groups=1,
-            )
-            for i in range(blocks)
-        ],
-        axis=-1,
-    )
+    options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": 1}
+    kernels = (dense_kernel(kernel[..., i * outputs : (i + 1) * outputs], groups // blocks) for i in range(blocks))
+    return jnp.concatenate([dense(part, block, **options) for part, block in zip(parts, kernels, strict=True)], axis=-1)
 
 
 def dense_blocks(groups: int, channels: int) -> int:
