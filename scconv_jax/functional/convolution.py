@@ -79,7 +79,10 @@ def conv(
         return native_conv(whole, kernel, **options)
 
     def cpu(kernel: Array, *parts: Array) -> Array:
-        return blocked_conv(parts, kernel, **options) if on_cpu is blocked_conv else on_cpu(parts[0], kernel, **options)
+        if on_cpu is blocked_conv:
+            return blocked_conv(parts, kernel, **options)
+        [whole] = parts
+        return on_cpu(whole, kernel, **options)
 
     return by_platform(cpu, native, kernel, *parts)
 
