@@ -75,7 +75,7 @@ def conv(
     parts = [x[..., i : i + size] for i in range(0, channels, size)] if size < channels else [x]
 
     def native(kernel: Array, *parts: Array) -> Array:
-        whole = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        whole = jnp.concatenate(parts, axis=-1)
         return native_conv(whole, kernel, **options)
 
     def cpu(kernel: Array, *parts: Array) -> Array:
