@@ -178,10 +178,10 @@ def report(rows: list[dict[str, Any]]) -> None:
         "Step: processor time for 32 images on one core.\n\n"
     )
     meaning = (
-        "\n\nOne test image is 0.28 %, so differences of a few tenths are noise, and a task this small says little about others. "
-        "It does show that the paper's form trains in every arrangement. The two oldest public versions draw γ from a normal "
-        "distribution, so its sum can be nearly zero: their results depend on the seed, and with this recipe one of them fails "
-        "for some seeds."
+        "\n\nOne test image is 0.28 %, so differences of a few tenths are noise, and results on so small a task say little about "
+        "others. They do show that the paper's form trains in every arrangement. The two oldest public versions draw γ from a "
+        "normal distribution, so its sum can be nearly zero: their results depend on the seed, and with this recipe one of them "
+        "fails for some seeds."
     )
     record("digits_study", "The operators on the digits", note + text + meaning)
 

@@ -2,7 +2,7 @@
 
 Recipe (Li, Wen, He, CVPR 2023): SGD with momentum 0.9, learning rate 0.05 divided by 10 at epochs 100 and 150 of 200, weight
 decay 5e-4, batch size 128. The paper does not describe the augmentation; 4 px of padding, random crop and mirroring are usual
-for CIFAR. Pixels are normalized by the mean and standard deviation of CIFAR-10's training images.
+for CIFAR. Pixels are normalised by the mean and standard deviation of CIFAR-10's training images.
 
 Images: a folder of 32 px PNG files, DIR/train/CLASS/*.png and DIR/val/CLASS/*.png. For a data set prepared by TensorFlow
 Datasets in array_record: `--data.name tfds --data.tfds-name cifar10` (or cifar100), and `--data.dir` with the folder of all

@@ -1,6 +1,6 @@
 """SCNet-50 with the authors' ImageNet weights, fine-tuned on your own images. The settings are a starting point.
 
-All layers are trained, with a tenth of the learning rate that SCNet-50 was trained with. The head is initialized again if the
+All layers are trained, at a tenth of SCNet-50's learning rate. The head is initialised if the
 number of classes differs. For other weights and their network: `--init FILE -a NAME`.
 
 Command    python -m train.main DIR --config configs/finetune.py        DIR/train/CLASS/*, DIR/val/CLASS/*

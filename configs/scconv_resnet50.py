@@ -1,7 +1,7 @@
 """ScConv-ResNet-50 (2023) on ImageNet by the recipe of its paper, which is incomplete.
 
 Recipe (Li, Wen, He, CVPR 2023): learning rate 0.1 divided by 10 every 30 of 100 epochs, weight decay 1e-4. The paper does not
-state momentum, batch size and augmentation; momentum 0.9, batch size 256, crops and mirroring come from PyTorch's ImageNet
+state momentum, batch size or augmentation; momentum 0.9, batch size 256, crops and mirroring come from PyTorch's ImageNet
 example.
 
 Command    python -m train.main DIR --config configs/scconv_resnet50.py        DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG

@@ -2,7 +2,7 @@
 
 Recipe (https://github.com/MCG-NKU/SCNet): SGD with momentum 0.9, weight decay 1e-4 on every parameter, batch size 256, learning
 rate 0.1 divided by 10 every 30 of 100 epochs, label smoothing 0.1. Training images: random crops of 8 to 100 % of the area,
-resized to 224 px, and mirroring. Test images: shorter side 256 px, center crop of 224 px.
+resized to 224 px, and mirroring. Test images: shorter side 256 px, central crop of 224 px.
 
 Command    python -m train.main DIR --config configs/scnet50.py        DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG
 Hardware   not measured

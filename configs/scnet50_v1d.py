@@ -1,9 +1,9 @@
-"""SCNet-50 v1d on ImageNet by our own recipe: the authors published the weights, but not how they trained them.
+"""SCNet-50 v1d on ImageNet by our own recipe: the authors published the weights, but not their recipe.
 
 Recipe (He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019, which introduced the
 ResNet-D that this network follows): learning rate 0.1 for a batch size of 256 and in proportion for others, 5 epochs of
-warm-up, cosine decay, 120 epochs (there 200 with mixup), label smoothing 0.1, mixup with a = 0.2, weight decay on kernels only.
-The moving average of the weights (decay 0.9999) and bfloat16 are our additions.
+warm-up, cosine decay, 120 epochs (that paper: 200 with mixup), label smoothing 0.1, mixup with a = 0.2, weight decay only on
+kernels. The moving average of the weights (decay 0.9999) and bfloat16 are our additions.
 
 Command    python -m train.main DIR --config configs/scnet50_v1d.py        DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG
 Hardware   not measured; meant for several devices, 1,024 images per step

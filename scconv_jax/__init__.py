@@ -4,15 +4,17 @@
     variables = model.init(jax.random.key(0), images, train=False)     images: float (n, h, w, 3)
     logits = model.apply(variables, images, train=False)
 
-The names below are in these folders:
+Folders:
 
     functional/   the operators as pure functions of arrays, and the form in which each convolution is computed
     layers/       Flax modules that replace a convolution: SelfCalibratedConv, SelfCalibration, ScConv, SRU, CRU, GhostConv
-    models/       networks by name: create_model, list_models
-    weights/      files of weights, and download
-    interop/      names and layouts of PyTorch's weights: from_torch, to_torch, load_model, load_weights, save, load
+    models/       networks by name: create_model, list_models, model_info, feature_info
+    weights/      reading, writing and downloading files of weights
+    interop/      PyTorch's keys and layouts: from_torch, to_torch, load_model, load_weights, save, load
     cli/          the commands of `python -m scconv_jax`
-    images.py     image files to a network's input      runs.py     the folder of a training run
+    images.py     image files to a network's input
+
+`scconv_jax.runs`, the folder of a training run, is `weights/runs.py`.
 """
 
 from scconv_jax import files, functional, images, layers, messages, models

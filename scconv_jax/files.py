@@ -13,11 +13,11 @@ from pathlib import Path
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path to write to; when the block ends without an error, the new file replaces `path`.
 
-    An error in the block leaves `path` as it was and no other file. On Linux a killed process leaves nothing either: the new
-    file has no name until it is complete.
+    After an error, `path` is unchanged and no other file remains. On Linux this also holds for a killed process: the new file
+    has no name until it is complete.
 
     Raises:
-        OSError: the folder does not exist, cannot be written, or is full.
+        OSError: The folder does not exist, cannot be written, or is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

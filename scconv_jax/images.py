@@ -26,7 +26,7 @@ OneImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A path, the bytes of an image file, a PIL image, or a uint8 array (h, w, 3)."""
 
 MOST_PIXELS = 2**28
-"""Limit on the size of a resized image: a gigabyte. A line of 1 × 60,000 pixels would need sixteen."""
+"""Limit on the size of a resized image: a gigabyte. An image of 1 × 60,000 pixels would need 16 GB."""
 
 
 class ImageError(ValueError):
@@ -35,13 +35,13 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Preparation:
-    """How images become a network's input in testing: resize, crop, normalise (torchvision's evaluation transform).
+    """Preparation of test images: resize, crop, normalise (torchvision's evaluation transform).
 
     Attributes:
         size: Height and width of the central crop, in pixels.
         resize: Length of the shorter side before the crop, in pixels; at least `size`.
         mean: Mean of each channel, subtracted from images in 0..1.
-        std: Standard deviation of each channel, by which they are then divided.
+        std: Standard deviation of each channel; the result is divided by it.
     """
 
     size: int
@@ -70,7 +70,7 @@ def prepare(images: OneImage | Iterable[OneImage], preparation: Preparation, *, 
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Return uint8 images (..., 3) as float32: scaled to 0..1, less `mean`, divided by `std` (torchvision's `Normalize`)."""
+    """Return uint8 images (..., 3) as float32: scaled to 0..1, minus `mean`, divided by `std` (torchvision's `Normalize`)."""
     scaled = images.astype(jnp.float32) / 255
     shape = (1,) * (images.ndim - 1) + (-1,)
     return (scaled - jnp.asarray(mean, jnp.float32).reshape(shape)) / jnp.asarray(std, jnp.float32).reshape(shape)

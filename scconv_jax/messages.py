@@ -18,6 +18,6 @@ def did_you_mean(word: object, known: Iterable[str], *, most: int = 3, cutoff: f
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return "a, b, c and 7 more": the first `most` names and the number of the others."""
+    """Return "a, b, c and 7 more": the first `most` names and how many follow."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

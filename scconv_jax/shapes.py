@@ -1,7 +1,7 @@
-"""The names for shape annotations, as in `Float[Array, "n h w c"]`.
+"""`Float` and `Array` for shape annotations, as in `Float[Array, "n h w c"]`.
 
-The tests import jaxtyping before the library and check each call against its annotations. Everybody else gets a
-placeholder that costs nothing: jaxtyping is not needed, and nothing is checked.
+The tests import jaxtyping before the library and check each call against its annotations. Otherwise `Float` is a placeholder:
+jaxtyping is not needed, and nothing is checked.
 """
 
 import sys

@@ -1,15 +1,15 @@
-"""The processes that train one network together: how they meet, and how all end when one ends.
+"""Connects the processes that train one network together, and ends all of them when one fails.
 
 `jax.distributed` connects their devices. Beside it, each host keeps one TCP connection to host 0 while the run lasts. Over it
-host 0 learns who has come, the others learn what to run, and a failing host gives its reason. JAX's coordination service
+host 0 learns which hosts are there, sends the others the config, and a failing host gives its reason. JAX's coordination service
 has a key-value store and heartbeats of its own, but cannot replace this connection:
 
 - If a host is missing or an index is taken, `jax.distributed.initialize` aborts the process with a C++ stack trace that
-  does not name the host. Before all hosts have come, the key-value store cannot be used.
+  does not name the host. Before all hosts are connected, the key-value store cannot be used.
 - If a host is dead or stopped, JAX aborts the others in the same way, after up to 100 s. If host 0 is dead, its service is
   gone and JAX aborts the others at once, sometimes before a pending read of the key-value store returns.
 
-The kernel closes the connection of a process that is killed, so the other hosts know at once and can still say why they end.
+The kernel closes the connection of a process that is killed, so the other hosts notice at once and can still say why they end.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from typing import Any, NoReturn, Self
 from train.config import ConfigError, Hosts
 
 BEAT_SECONDS = 5.0
-"""Each host sends a sign of life this often."""
+"""Interval between two heartbeats of a host."""
 SILENCE_SECONDS = 45.0
-"""A host without a sign of life for this long is given up. JAX does so after 50 to 100 s, by an abort."""
+"""Time without a heartbeat after which a host counts as lost. JAX aborts the process after 50 to 100 s."""
 REASON_SECONDS = 3.0
-"""Time for another host to give the reason, after an operation between hosts has failed here."""
+"""Time to wait for another host's reason after an operation between hosts has failed."""
 DOUBLE_SIGNAL_SECONDS = 0.5
 """A second signal within this time counts as the first one."""
 
@@ -42,7 +42,7 @@ class HostLink:
     """This process's connections to the other hosts: host 0 has one to each, any other host one to host 0."""
 
     def __init__(self, hosts: Hosts, flags: list[str]) -> None:
-        """Meet the other hosts and connect the devices of all. With one host, do nothing.
+        """Connect to the other hosts, and connect the devices of all hosts. With one host, do nothing.
 
         Must run before JAX computes anything. `flags`, the command line without the index, must be the same on all hosts.
         """
@@ -62,7 +62,7 @@ class HostLink:
         threading.Thread(target=self._beat, daemon=True).start()
         import jax
 
-        # No cluster detection: it would give this process one of the host's GPUs, and here one process drives all.
+        # No cluster detection: it would assign one GPU to this process, which drives all GPUs of the host.
         jax.distributed.initialize(hosts.address, self.count, self.index, cluster_detection_method="deactivate")
 
     def __enter__(self) -> Self:
@@ -85,9 +85,9 @@ class HostLink:
         return self._shared.get()
 
     def check_name(self) -> None:
-        """Check that CPUs of other hosts can reach this host: they use the address to which it resolves its own name.
+        """Check that CPUs of other hosts can reach this host. They use the address to which it resolves its own name.
 
-        On some systems /etc/hosts gives the name to this very machine (127.0.0.1). GPUs and TPUs find each other in another way.
+        On some systems /etc/hosts maps that name to 127.0.0.1. GPUs and TPUs do not use the address.
         """
         import jax
 
@@ -110,12 +110,12 @@ class HostLink:
             self._end({"failed": f"host {self.index} of {self.count} failed: {reason}", "code": code})
 
     def wait_for_reason(self) -> None:
-        """After an operation between hosts has failed: let the host that is the cause say so, and end with it."""
+        """Wait, after a failed operation between hosts, for the reason of the host that caused it, and end with it."""
         if self._peers:
             time.sleep(REASON_SECONDS)
 
     def _gather(self, port: int, timeout: float, flags: list[str]) -> None:
-        """Host 0: wait for all other hosts and check that they fit."""
+        """On host 0: wait for all other hosts and check their count, index and flags."""
         try:
             _listen(port).close()  # jax.distributed will listen here
             server = _listen(port + 1)
@@ -132,7 +132,7 @@ class HostLink:
                     peer = _Peer(server.accept()[0])
                 except TimeoutError:
                     names = f"host{'s' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
-                    problem = f"{names} of {self.count} did not come to port {port + 1} within {timeout:g} s"
+                    problem = f"{names} of {self.count} did not connect to port {port + 1} within {timeout:g} s"
                     break
                 hello = peer.receive(timeout=10)
                 if not {"index", "count", "flags"} <= hello.keys():
@@ -140,9 +140,9 @@ class HostLink:
                     continue
                 index = hello["index"]
                 if hello["count"] != self.count:
-                    problem = f"host {index} was told of {hello['count']} hosts, host 0 of {self.count}"
+                    problem = f"host {index} expects {hello['count']} hosts, host 0 expects {self.count}"
                 elif index not in missing:
-                    problem = f"two processes were told that they are host {index}"
+                    problem = f"two processes have the index {index}"
                 elif hello["flags"] != flags:
                     theirs = " ".join(flag for flag in hello["flags"] if flag not in flags) or "nothing"
                     ours = " ".join(flag for flag in flags if flag not in hello["flags"]) or "nothing"
@@ -155,7 +155,7 @@ class HostLink:
             raise ConfigError(f"{problem}; nothing was started")
 
     def _report(self, name: str, port: int, timeout: float, flags: list[str]) -> None:
-        """Any other host: come to host 0, and wait until all have come."""
+        """On any other host: connect to host 0, and wait until all hosts are connected."""
         deadline = time.monotonic() + timeout
         while not self._peers:
             try:
@@ -163,18 +163,18 @@ class HostLink:
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise ConfigError(
-                        f"host {self.index} of {self.count} did not find host 0 at {name}, port {port + 1}, within {timeout:g} s "
-                        f"({error.strerror or error}): is it running, and is the port open?"
+                        f"host {self.index} of {self.count} could not reach host 0 at {name}, port {port + 1}, within "
+                        f"{timeout:g} s ({error.strerror or error}): is it running, and is the port open?"
                     ) from error
                 time.sleep(0.1)
         self._tell({"index": self.index, "count": self.count, "flags": flags})
-        problem = self._peers[0].receive(timeout=timeout + 10).get("problem", "host 0 ended before all had come")
+        problem = self._peers[0].receive(timeout=timeout + 10).get("problem", "host 0 ended before all hosts were connected")
         if problem:
             self._close()
             raise ConfigError(f"{problem}; nothing was started")
 
     def _watch(self, index: int) -> None:
-        """Thread: act on the messages of host `index`. End with it if it fails, dies or is silent."""
+        """Thread that reads the messages of host `index`, and ends this process if that host fails, dies or is silent."""
         peer = self._peers[index]
         while True:
             message = peer.receive(SILENCE_SECONDS)
@@ -189,7 +189,7 @@ class HostLink:
                 self._end(message, say=True)
 
     def _beat(self) -> None:
-        """Thread: show the other hosts that this one lives."""
+        """Thread that sends heartbeats to the other hosts."""
         while self._peers:
             self._tell({"alive": True})
             time.sleep(BEAT_SECONDS)
@@ -226,15 +226,17 @@ class _Peer:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout: float) -> dict[str, Any]:
-        """Return the next message, or `{"gone": why}` if there will be none or none came in time."""
+        """Return the next message, or `{"gone": reason}` if the connection is closed or silent for `timeout` seconds."""
         self._connection.settimeout(timeout)
         try:
             message = json.loads(self._lines.readline())
         except TimeoutError:
-            return {"gone": f"has given no sign of life for {timeout:g} s (stopped, cut off)"}
+            return {"gone": f"has sent no heartbeat for {timeout:g} s (stopped, cut off)"}
         except (OSError, ValueError):
             message = None
-        return message if isinstance(message, dict) else {"gone": "is gone without a word (killed, out of memory, cut off)"}
+        if isinstance(message, dict):
+            return message
+        return {"gone": "disconnected without a reason (killed, out of memory, cut off)"}
 
     def own_address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
         """Return the address by which the other side knows this host."""
@@ -248,10 +250,10 @@ class _Peer:
 
 
 class Signals:
-    """Notes Ctrl-C or SIGTERM, so that all hosts stop after the same step. A later Ctrl-C interrupts at once, as usual.
+    """Records Ctrl-C or SIGTERM, so that all hosts stop after the same step. A later Ctrl-C interrupts at once, as usual.
 
-    A signal within `DOUBLE_SIGNAL_SECONDS` of the first is the same one: `timeout`, for example, signals a process and then
-    its group.
+    A signal within `DOUBLE_SIGNAL_SECONDS` of the first counts as the same one: `timeout`, for example, signals a process and
+    then its group.
     """
 
     def __init__(self) -> None:
@@ -261,7 +263,7 @@ class Signals:
         import jax
 
         self._hosts = jax.process_count()
-        # With several hosts, JAX itself takes SIGTERM and makes all hosts agree on a step.
+        # With several hosts, JAX itself handles SIGTERM and makes all hosts agree on a step.
         mine = (signal.SIGINT, signal.SIGTERM) if self._hosts == 1 else (signal.SIGINT,)
         self._before = {signum: signal.signal(signum, self._note) for signum in mine}
         return self
@@ -271,7 +273,7 @@ class Signals:
             signal.signal(signum, handler)
 
     def stop_after(self, step: int) -> bool:
-        """Whether `step` is the last one. Must be called after each step; all hosts get the same answer."""
+        """Return whether `step` is the last one, the same on all hosts. Must be called after each step."""
         if self._hosts == 1:
             return bool(self.received)
         from jax.experimental import multihost_utils
@@ -291,9 +293,9 @@ class Signals:
 
 
 def find_hosts(hosts: Hosts) -> Hosts:
-    """Return `hosts`; if they name no count, what the cluster says (SLURM, Open MPI, Kubernetes, Cloud TPU).
+    """Return `hosts` or, if they have no count, those that the cluster reports (SLURM, Open MPI, Kubernetes, Cloud TPU).
 
-    Uses the cluster detection of `jax.distributed.initialize`, which has no public name of its own.
+    Uses the cluster detection of `jax.distributed.initialize`, which has no public name.
     """
     if hosts.count is not None:
         return hosts
@@ -316,4 +318,4 @@ def _listen(port: int) -> socket.socket:
 
 
 _exit = os._exit
-"""Ends at once: Python's own exit would wait for hosts that are gone."""
+"""Ends the process at once. Python's own exit would wait for lost hosts."""

@@ -32,7 +32,7 @@ class InitialState:
         return jax.eval_shape(self._random)
 
     def placeholder(self) -> TrainState:
-        """Return a state with arbitrary values, which a host holds until it receives the state of host 0."""
+        """Return a state with arbitrary values, for hosts that wait for the state of host 0."""
         return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), self.shapes())
 
     def create(self) -> tuple[TrainState, list[str]]:

@@ -34,7 +34,7 @@ def train(config: Config, workdir: Path) -> int:
     """Train to the last epoch, from the latest checkpoint in `workdir` if there is one.
 
     Returns:
-        0, or the number of the signal (Ctrl-C, SIGTERM) after which the run saved its state and stopped.
+        0, or the number of the signal (Ctrl-C, SIGTERM) that stopped the run. Its state is then saved.
 
     Raises:
         ConfigError: The config does not fit the data, the devices or the checkpoint.
@@ -186,7 +186,7 @@ def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
 
 
 def resume_notes(config: Config, devices_before: int) -> list[str]:
-    """Return what the user should know about a resumed run."""
+    """Return notes for the user about a resumed run."""
     devices, notes = jax.device_count(), []
     if devices_before != devices:
         notes.append(
@@ -198,7 +198,7 @@ def resume_notes(config: Config, devices_before: int) -> list[str]:
 
 
 def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
-    """Return the line that is printed after an epoch."""
+    """Return the line to print after an epoch."""
     return (
         f"epoch {epoch:{len(str(epochs))}}/{epochs}   "
         f"train loss {values['train/loss']:.4f}, accuracy {values['train/top1']:7.2%}   "
@@ -208,9 +208,9 @@ def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
 
 
 def summary(workdir: Path, seconds: float) -> str:
-    """Return the line that is printed at the end of a run."""
+    """Return the line to print at the end of a run."""
     tested = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/top1" in line]
-    if not tested:  # the run had ended and its metrics were lost
+    if not tested:  # a finished run whose metrics were lost
         return f"No test result in {workdir / 'metrics.jsonl'}. The checkpoints are complete; --evaluate tests the latest"
     last, best = tested[-1], best_line(tested)
     return (
@@ -220,12 +220,12 @@ def summary(workdir: Path, seconds: float) -> str:
 
 
 def accuracy(tested: dict[str, Any]) -> str:
-    """Return `98.61 % (355 of 360)`."""
+    """Return the accuracy as text: `98.61 % (355 of 360)`."""
     share, images = tested["eval/top1"], tested["eval/images"]
     return f"{100 * share:.2f} % ({round(share * images)} of {images})"
 
 
 def describe_devices() -> str:
-    """Return `1 × cpu` or `16 × NVIDIA H200 of 2 hosts`."""
+    """Return the devices as text: `1 × cpu` or `16 × NVIDIA H200 of 2 hosts`."""
     devices, hosts = jax.devices(), jax.process_count()
     return f"{len(devices)} × {devices[0].device_kind}" + (f" of {hosts} hosts" if hosts > 1 else "")

@@ -23,7 +23,7 @@ from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_w
 
 
 def parse(argv: Sequence[str]) -> Flags:
-    """Parse a command line, as `parse_flags`; --help prints the help and exits."""
+    """Parse a command line with `parse_flags`; for --help, print the help and exit."""
     flags = parse_flags([word for word in argv if word not in ("-h", "--help")])
     if {"-h", "--help"} & set(argv):
         print_help(_find_base(flags)[0])
@@ -31,7 +31,7 @@ def parse(argv: Sequence[str]) -> Flags:
 
 
 def plan_run(flags: Flags) -> tuple[Config, Path | None]:
-    """Return the experiment and the folder of the run; the folder is None if only weights of `model.init` are tested."""
+    """Return the experiment and the folder of the run, which is None if only the weights of `model.init` are tested."""
     for name in {"multiprocessing_distributed", "dist_backend"} & flags.given.keys():
         flag = name.replace("_", "-")
         print(f"--{flag} has no effect: one process drives all devices of a host, and JAX chooses how they communicate")
@@ -49,7 +49,7 @@ def plan_run(flags: Flags) -> tuple[Config, Path | None]:
 
 
 def _find_base(flags: Flags) -> tuple[Config, Path, Path | None, Config | None]:
-    """Return the config that the flags override, its file, the workdir (None if not known) and the config of a resumed run."""
+    """Return the config that the flags override, its file, the workdir (None if unknown) and the config of a resumed run."""
     path = flags.config or (IMAGENET if flags.images or flags.dummy else DEFAULT)
     workdir, resumed = flags.workdir, None
     if flags.resume or (flags.evaluate and (workdir or "model.init" not in flags.given)):
@@ -96,7 +96,7 @@ def run(flags: Flags, link: HostLink) -> int:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
     text, folder = link.share(plan)
     link.check_name()
-    # Imported late: mistakes in the command are reported before these modules are loaded.
+    # Imported late, so that mistakes in the command are reported before these slow imports.
     from train import loop
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and Grain log what they also raise
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         if link is not None:
             link.fail((reason or f"{type(error).__name__}: {error}").removeprefix("error: ").splitlines()[0], code)
-        if isinstance(error, BrokenPipeError):  # `| head`: silent, as other programs are, also in Python's last flush
+        if isinstance(error, BrokenPipeError):  # `| head`: silent, like other programs, also in Python's last flush
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
         elif not reason:
             raise

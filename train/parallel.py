@@ -1,4 +1,4 @@
-"""Map the step of one device over all devices of all hosts, by `shard_map` or by `pmap`."""
+"""Maps the step of one device over all devices of all hosts, with `shard_map` or `pmap`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Step = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a step (state, batch) → results runs on several devices. State and results are replicated."""
+    """Functions that run a step (state, batch) → results on several devices. State and results are replicated."""
 
     over_devices: Callable[..., Step]
     """(step, donate_state=False) → the step for the global batch."""
@@ -47,7 +47,7 @@ def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
         sharding, hosts = NamedSharding(mesh, split), len({device.process_index for device in devices})
 
         def put(x: np.ndarray) -> jax.Array:
-            if engine == "pmap":  # it expects an axis for the devices
+            if engine == "pmap":  # expects an axis for the devices
                 x = x.reshape(len(devices) // hosts, -1, *x.shape[1:])
             return jax.make_array_from_process_local_data(sharding, x, (hosts * x.shape[0], *x.shape[1:]))
 
@@ -102,7 +102,7 @@ def from_host_0(tree: Any) -> Any:
 
 
 def all_gather_ints(values: list[int]) -> list[list[int]]:
-    """All-gather: the `values` (int32, as many on each host) of every host, on all hosts."""
+    """Return the `values` (int32, equally many on each host) of every host, on all hosts."""
     if jax.process_count() == 1:
         return [values]
     return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32))).tolist()

@@ -30,7 +30,7 @@ from train.data.folder import FolderRecords, open_folder
 SHARD = 8192
 """Images per file: about a gigabyte of ImageNet."""
 PLAN = "plan.txt"
-"""File in `OUT.partial` that identifies the images it was started with."""
+"""File in `OUT.partial` that identifies the images to write."""
 
 
 class Shard(NamedTuple):
@@ -67,7 +67,7 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) 
         data, label = records.read(index)
         file_name = os.fsencode(os.path.relpath(records.name(index), records.root))
         record = features.serialize_example({"image": io.BytesIO(data), "label": label, "file_name": file_name})
-        # TFDS writes fields in random order; parsed and written again, equal images give equal files.
+        # TFDS writes fields in random order. Parsing and writing the record again makes the order fixed.
         return proto.Example.FromString(record).SerializeToString(deterministic=True)
 
     with _replacing(out, _digest(splits.values(), shard)) as partial:
@@ -145,7 +145,7 @@ def _write(
 
 
 def _check_names(classes: Iterable[str]) -> None:
-    """Refuse class names that do not survive TFDS's file of names: one line of UTF-8 each, stripped of spaces."""
+    """Refuse class names that TFDS's file of names would change: it holds one stripped line of UTF-8 for each."""
     for name in classes:
         if name != name.strip() or name.splitlines() != [name] or name.encode(errors="replace").decode() != name:
             raise ConfigError(
@@ -166,7 +166,7 @@ def _digest(splits: Iterable[FolderRecords], shard: int) -> str:
 
 @contextlib.contextmanager
 def _replacing(out: Path, plan: str) -> Iterator[Path]:
-    """Yield the folder `OUT.partial`, new or started with the same plan; rename it to `out` at the end."""
+    """Yield the folder `OUT.partial`, new or with the same plan, and rename it to `out` at the end."""
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another place, or remove it")
     partial = out.with_name(f"{out.name}.partial")

@@ -48,7 +48,7 @@ def make_setup(config: Config) -> TrainingSetup:
 
 
 def check_same_images(dataset: Dataset) -> None:
-    """Check that all hosts, which read one part of each batch each, found the same classes and numbers of images."""
+    """Check that all hosts found the same classes and numbers of images, because each reads a part of every batch."""
     crc = zlib.crc32("\0".join(dataset.classes).encode(errors="surrogateescape")) >> 1
     hosts = all_gather_ints([len(dataset.train), len(dataset.test), dataset.num_classes, crc])
     other = next((host for host, found in enumerate(hosts) if found != hosts[0]), 0)
@@ -60,7 +60,7 @@ def check_same_images(dataset: Dataset) -> None:
 
 
 def make_step(setup: TrainingSetup, config: Config, optimizer: optax.GradientTransformation) -> Step:
-    """Return (state, batch) → the next state and the metrics of the step. The step donates the state it is given."""
+    """Return (state, batch) → the next state and the metrics of the step. The step donates its state."""
     step = functools.partial(
         train_step,
         model=setup.model,
@@ -96,12 +96,12 @@ def make_test(setup: TrainingSetup, config: Config) -> Callable[[TrainState], di
             sums = []
             for batch in prefetcher:
                 sums.append(sums_of(state, batch))
-                jax.block_until_ready(sums[-RUN_AHEAD:][0])  # otherwise all test images would be on the device at once
+                jax.block_until_ready(sums[-RUN_AHEAD:][0])  # otherwise all test images could be on the device at once
         sums = jax.device_get(sums)
         totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
         count = totals.pop("count")
         if not count:
-            raise ConfigError("not one image of the test set can be read")
+            raise ConfigError("no image of the test set can be read")
         return {f"eval/{key}": total / count for key, total in totals.items()} | {"eval/images": int(count)}
 
     return test

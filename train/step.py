@@ -1,8 +1,8 @@
 """The training step and the evaluation step of one device: pure functions of state and batch.
 
-`train.parallel` maps them over the devices. Every device holds the same state and its own share of the batch, and all devices
-return the same values. There is no I/O and no clock here. All randomness comes from `image_keys` and `batch_key`, which do not
-depend on the number of devices.
+`train.parallel` maps them over the devices. Every device has the same state and its own share of the batch, and all devices
+return the same values. This file does no I/O and reads no clock. All randomness comes from `image_keys` and `batch_key`, which do
+not depend on the number of devices.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: Any
     opt_state: Any
     ema: Any = None
-    """Moving average, `{"params", "batch_stats"}`; None if the run keeps none."""
+    """Moving average, `{"params", "batch_stats"}`, or None."""
 
 
 def init_state(
@@ -79,7 +79,7 @@ def train_step(
         seed: Seed of the run.
         mix: (key, h, w) → weights (h, w), the share that each pixel keeps of its own image when neighbouring images are
             blended in pairs; n must be even.
-        parts: Number of parts, n / parts images each, that are computed one after the other to save memory. Their gradients
+        parts: Number of parts, n / parts images each, computed one after the other to save memory. Their gradients
             and BatchNorm statistics are averaged, as over devices.
         rematerialise: Recompute the blocks of the network in the backward pass instead of storing their activations.
         ema_decay: Upper limit of the moving average's decay, if the state has a moving average.
@@ -119,7 +119,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        # A smaller decay at first, so that the average soon forgets the initial values.
+        # The decay is smaller at first, so that the average soon forgets the initial values.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update({"params": params, "batch_stats": batch_stats}, ema, 1 - decay)
     return TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema), metrics
@@ -156,21 +156,21 @@ def rematerialised(model: nn.Module) -> Callable[..., Any]:
 
 
 def blend_pairs(x: Array, kept: Array) -> Array:
-    """Blend each of `x` (n, ...) with its neighbour (0 with 1, 2 with 3, …): `kept` of itself, the rest of the neighbour."""
+    """Blend each of `x` (n, ...) with its neighbour (0 with 1, 2 with 3, …); `kept` is the weight of each itself."""
     partner = x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
     kept = kept.astype(x.dtype)
     return x * kept + partner * (1 - kept)
 
 
 def image_keys(seed: int, step: Array, share: int) -> Array:
-    """Return keys (share,) for this device's images; they depend on seed, step and the position in the global batch."""
+    """Return keys (share,) for this device's images. They depend on seed, step and position in the global batch."""
     positions = jax.lax.axis_index(AXIS) * share + jnp.arange(share)
     step_key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key, positions)
 
 
 def batch_key(seed: int, step: Array) -> Array:
-    """Return the key for values that are drawn once per batch; it depends on seed and step and is no image's key."""
+    """Return the key for random values of a whole batch. It depends on seed and step and differs from all image keys."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 2**32 - 1)
 
 

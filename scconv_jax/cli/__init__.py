@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 if `verify` finds a difference, or 2 with a message for bad input."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # not every encoding has the frames and arrows of a table
+            stream.reconfigure(errors="replace")  # some encodings lack the frames and arrows of tables
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0

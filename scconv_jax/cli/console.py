@@ -1,4 +1,4 @@
-"""Printing of rich's tables on standard output."""
+"""Prints rich's tables to standard output."""
 
 from __future__ import annotations
 

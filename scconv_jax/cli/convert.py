@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
-    """Add the arguments that say where weights come from and what they are; `more_models` extends the help of --model."""
+    """Add the arguments for the source of weights; `more_models` extends the help of --model."""
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -57,7 +57,7 @@ def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
         help="output stride of the network, which weights do not show: 32 (default), 16 or 8",
     )
     parser.add_argument(
-        "--num-classes", type=int, metavar="N", help="number of classes; if it is not the source's, the head is initialised"
+        "--num-classes", type=int, metavar="N", help="number of classes; if the source has others, the head is initialised"
     )
     parser.add_argument(
         "--variant", metavar="NAME", help="version of ScConv, if the weights do not show it: paper or 2023-10 (default)"
@@ -73,7 +73,7 @@ def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
         action="append",
         default=[],
         metavar=("REGEX", "TO"),
-        help="rename keys after the renaming of the key convention; repeatable",
+        help="rename keys, after the key convention's own renaming; repeatable",
     )
 
 
@@ -119,7 +119,7 @@ def _check_out(out: Path, force: bool) -> None:
 
 
 def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedWeights) -> str:
-    """Return the network and its options, and how they are known."""
+    """Return the network, its options, and whether they were recognised or given."""
     if not loaded.name:
         return "none: each entry converted by its kind (as given)"
     how = "recognised" if options.model is None else "as given"
@@ -143,7 +143,7 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedW
         ("entries", f"{len(checkpoint.arrays)} read, {converted} converted, {ignored} ignored"),
         ("ignored", _explain_ignored(checkpoint, conversion)),
         ("also in the file", listed([f"{key} ({kind})" for key, kind in source.skipped.items()], 20)),
-        ("as initialised", ", ".join(conversion.kept)),
+        ("initial values", ", ".join(conversion.kept)),
         ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(loaded.variables['params'])):,}"),
         ("written", f"{out}: {out.stat().st_size:,} bytes"),
         ("SHA-256", sha256(out)),
@@ -165,7 +165,7 @@ def _explain_ignored(checkpoint: Checkpoint, conversion: Conversion) -> str:
     others = [key for key in conversion.ignored if key not in {*counters, *heads}]
     reasons = [f"{len(counters)} num_batches_tracked, PyTorch's counters, which Flax does not have"] if counters else []
     if heads:
-        reasons.append(f"{listed(heads, 3)}: the head stays as initialised")
+        reasons.append(f"{listed(heads, 3)}: the head keeps its initial values")
     if others:
         reasons.append(f"{listed(others, 3)}: skipped ({', '.join(checkpoint.ignore)})")
     return "; ".join(reasons)

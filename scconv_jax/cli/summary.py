@@ -21,11 +21,11 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     summary = commands.add_parser(
         "summary",
-        help="parameters and multiply-adds of a network by part, or of all networks beside the papers'",
+        help="parameters and multiply-adds of a network by part, or of all networks with the papers' figures",
         description="Count parameters and multiply-adds from shapes, without computing or allocating anything.",
     )
     summary.add_argument("model", nargs="?", metavar="MODEL", help="name of the network (default: list all names)")
-    summary.add_argument("--all", action="store_true", help="show the tables of both papers beside our counts")
+    summary.add_argument("--all", action="store_true", help="show the tables of both papers with our counts")
     summary.add_argument("--markdown", action="store_true", help="print docs/networks.md, the page of all networks")
     summary.add_argument("--size", type=int, metavar="PX", help="height and width of the images (default: the network's)")
     summary.add_argument("--depth", type=int, default=2, metavar="N", help="1: stages, 2: their blocks, 3: ... (default: 2)")
@@ -88,7 +88,7 @@ def _network(options: argparse.Namespace) -> None:
 
 
 def _rows() -> list[tuple[ModelSpec, Row]]:
-    """Return the rows of the papers' tables, a network with ScConv after the same network without."""
+    """Return the rows of the papers' tables, each network without ScConv before the same network with it."""
     groups: dict[tuple[int, int, str], list[tuple[ModelSpec, Row]]] = {}
     for spec in MODELS.values():
         for row in spec.rows:

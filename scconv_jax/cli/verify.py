@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--reference",
         metavar="FILE.py:NAME",
-        help="compare with a PyTorch network of your own code, e.g. scnet.py:scnet50; the file is run (default: the network is "
+        help="compare with the PyTorch network in a file, e.g. scnet.py:scnet50; the file is run (default: the network is "
         "rebuilt with PyTorch's operators from the source's entries)",
     )
     parser.add_argument(

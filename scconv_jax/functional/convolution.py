@@ -1,21 +1,21 @@
-"""2D convolution with PyTorch's rules, and the choice of the form in which it is computed.
+"""2D convolution with PyTorch's rules, in the form that is fastest on each platform.
 
 Reference: `torch.nn.functional.conv2d`, https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
 
     y[n, p, q, o] = Σ_ijc x[n, s p + d i - P, s q + d j - P, c] · kernel[i, j, c, o]     s strides, d dilation, P padding
 
-On accelerators every convolution is XLA's own, `native_conv`. XLA's compiler for CPU makes slow programs of some, so these have
-another form of the same sum there. `by_platform` selects the form for the platform that the program is compiled for:
+On accelerators every convolution is XLA's own, `native_conv`. On CPU, XLA compiles some convolutions to slow programs, so they
+have other forms there. `by_platform` selects the form for the platform that the program is compiled for:
 
     convolution                      CPU                                                      accelerators
     1×1, no padding                  `matmul_conv`: a matmul over pixels                      `native_conv`
     depthwise                        `product_conv`: a sum of shifted products                `native_conv`
     grouped                          `blocked_conv`: up to eight dense convolutions           `native_conv`
     any other                        `native_conv`                                            `native_conv`
-    GWC + PWC1 of a CRU              one dense convolution below 16 channels a group,         dense up to 8 groups,
+    GWC + PWC1 of a CRU              one dense convolution if `dense_blocks` is 1,            one if CPU has one or groups <= 8,
                                      else two convolutions                                    else two convolutions
 
-Differences: layouts are channels-last, and strides, padding and dilation are one number for height and width.
+Differences: layouts are channels-last, and strides, padding and dilation are the same for height and width.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def conv(
     on_cpu = form_on_cpu(kernel.shape, padding, groups)
     if on_cpu is native_conv:
         return native_conv(x, kernel, **options)
-    # The channels are cut outside the choice of platform. Cut inside, a gradient that `x` also has from elsewhere would be added
-    # after those of the blocks, not before, and so be rounded differently than in the runs of earlier versions.
+    # Split the channels before choosing the platform. Splitting them inside would change the order in which gradients of `x` are
+    # added, and so the rounding, and runs of earlier versions would not resume bit for bit.
     size = channels // (dense_blocks(groups, channels) if on_cpu is blocked_conv else 1)
     parts = [x[..., i : i + size] for i in range(0, channels, size)] if size < channels else [x]
 
@@ -98,7 +98,7 @@ def form_on_cpu(shape: tuple[int, ...], padding: int, groups: int) -> Callable[.
 def native_conv(
     x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw i o"], *, strides: int, padding: int, dilation: int, groups: int
 ) -> Float[Array, "n p q o"]:
-    """Convolve by XLA's own operation."""
+    """Convolve with XLA's own operation."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -113,9 +113,9 @@ def native_conv(
 def matmul_conv(
     x: Float[Array, "n h w c"], kernel: Float[Array, "1 1 c o"], *, strides: int, padding: int, dilation: int, groups: int
 ) -> Float[Array, "n p q o"]:
-    """Convolve 1×1 by a matmul over pixels. On CPU, `native_conv` takes two to six times as long, forward and backward.
+    """Convolve 1×1 with a matmul over pixels. On CPU, `native_conv` takes two to six times as long, forward and backward.
 
-    For NVIDIA GPUs, XLA of jax 0.10 and 0.11 aborts the process when it compiles the gradient of this form with strides.
+    On NVIDIA GPUs, XLA of jax 0.10 and 0.11 aborts the process when it compiles the gradient of this form with strides.
     """
     del padding, dilation, groups
     x = x[:, ::strides, ::strides]
@@ -125,7 +125,7 @@ def matmul_conv(
 def product_conv(
     x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw 1 c"], *, strides: int, padding: int, dilation: int, groups: int
 ) -> Float[Array, "n p q c"]:
-    """Convolve each channel by itself, by a sum of shifted products. On CPU, the gradient of `native_conv` is far slower."""
+    """Convolve each channel separately, as a sum of shifted products. On CPU, the gradient of `native_conv` is far slower."""
     del groups
     reach = (dilation * (kernel.shape[0] - 1) + 1, dilation * (kernel.shape[1] - 1) + 1)
     seen = taps(x, 0.0, reach, strides, padding, dilation)
@@ -143,7 +143,7 @@ def blocked_conv(
     dilation: int,
     groups: int,
 ) -> Float[Array, "n p q o"]:
-    """Convolve each part of the channels by a dense convolution. On CPU, `native_conv` has a gradient up to 200 times as slow."""
+    """Convolve parts of the channels with dense convolutions. On CPU, `native_conv` has a gradient up to 200 times as slow."""
     blocks, inputs, outputs = len(parts), parts[0].shape[-1], kernel.shape[-1] // len(parts)
     dense = form_on_cpu((*kernel.shape[:2], inputs, outputs), padding, 1)
     options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": 1}
@@ -152,7 +152,7 @@ def blocked_conv(
 
 
 def dense_blocks(groups: int, channels: int) -> int:
-    """Return the number of dense convolutions to compute a grouped one by: at most 8, each of at least 16 channels."""
+    """Return into how many dense convolutions to split a grouped one: at most 8, each of at least 16 channels."""
     fitting = [n for n in range(1, 9) if groups % n == 0 and channels // n >= 16]
     return max(fitting, default=1)
 

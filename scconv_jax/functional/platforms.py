@@ -1,4 +1,4 @@
-"""The choice between two forms of one function, by the platform that a program is compiled for."""
+"""`by_platform`: one form of a function for CPU, another for accelerators."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 References: `torch.nn.functional.avg_pool2d`, `max_pool2d`, `adaptive_avg_pool2d(x, 1)`,
 https://docs.pytorch.org/docs/stable/nn.functional.html#pooling-functions
 
-PyTorch has two divisors of averages at the border, both of which the reference networks use: the size of the window within the
-padded map, and the number of its pixels within the map.
+At the border, PyTorch divides an average either by the size of the window within the padded map or by the number of its pixels
+within the map. The reference networks use both.
 
-Differences: windows, strides and padding are one number for height and width. Averages of float16 and bfloat16 are summed in
+Differences: windows, strides and padding are the same for height and width. Averages of float16 and bfloat16 are summed in
 float32.
 """
 
@@ -131,7 +131,7 @@ def compared_max_pool(x: Float[Array, "n h w c"], *, window: int, strides: int, 
 
 
 def native_max_pool(x: Float[Array, "n h w c"], *, window: int, strides: int, padding: int) -> Float[Array, "n p q c"]:
-    """Reduce by XLA's own operation. Its gradient keeps one map, where `compared_max_pool` keeps one for each tap."""
+    """Reduce with XLA's own operation. Its gradient stores one map, that of `compared_max_pool` one map per tap."""
     margin = (padding, padding)
     return lax.reduce_window(
         x, np.array(-np.inf, x.dtype), lax.max, (1, window, window, 1), (1, strides, strides, 1), ((0, 0), margin, margin, (0, 0))

@@ -16,8 +16,8 @@ Reference implementation: none by the authors. The public one, https://github.co
           β1, β2 = exp(S1), exp(S2) / (exp(S1) + exp(S2))                           Eq. 8
           Y  = β1 · Y1 + β2 · Y2                                                    Eq. 9
 
-Differences: the paper leaves open the number of groups, ε and the gates of weights at or below the threshold. These are
-arguments, as is each way in which the public versions depart from the paper.
+Differences: the paper does not define the number of groups, ε and the gates of weights at or below the threshold. These are
+arguments, and so is each difference between the public versions and the paper.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def spatial_reconstruction(
         unbiased: Divide by the unbiased standard deviation plus ε, not by the root of the variance plus ε.
         threshold: t, between 0 and 1.
         gate: Weights W above t give W1 = 1 and W2 = 0. Other weights give W1 = W2 = W ("soft"), or W1 = 0 and W2 = 1 ("hard").
-        inclusive: Count a weight equal to t as above it.
-        gated: The factor of W1 and W2: X ("input") or GN(X) ("norm").
+        inclusive: Treat a weight equal to t as above t.
+        gated: The map that W1 and W2 multiply: X ("input") or GN(X) ("norm").
         floor: Smallest magnitude of Σγ; a smaller sum is replaced by this value with the same sign.
 
     Returns:
@@ -123,7 +123,7 @@ def _group_statistics(
 
 
 def _safe_sqrt(x: jax.Array) -> jax.Array:
-    """Return the square root, with gradient 0 at 0 where `jnp.sqrt` has an infinite one."""
+    """Return the square root. Its gradient at 0 is 0; that of `jnp.sqrt` is infinite."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 

@@ -6,7 +6,7 @@ https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.interpolate.h
     y[i] = x[floor(i · in / out)]     the product in float32
 
 In float32 the product falls just below a whole number for some sizes, such as 24 → 74. `jax.image.resize` samples at pixel
-centres instead, so it copies other pixels for sizes such as 3 → 14.
+centres instead, so for sizes such as 3 → 14 it copies other pixels.
 
 Differences: none.
 """

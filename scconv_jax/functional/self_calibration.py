@@ -1,4 +1,4 @@
-"""Self-calibrated convolution (SC-Conv) of any four convolutions K1 to K4.
+"""Self-calibrated convolution (SC-Conv), given any four convolutions K1 to K4.
 
 Paper: Liu, Hou, Cheng, Wang, Feng, "Improving Convolutional Networks with Self-Calibrated Convolutions", CVPR 2020,
 pp. 10096-10105.

@@ -1,1 +1,1 @@
-"""Named arrays to variables and back: key conventions, recognition, conversion, loading, verification."""
+"""Conversion between named arrays and Flax variables: key conventions, recognition, conversion, loading, verification."""

@@ -1,4 +1,4 @@
-"""Key conventions of public checkpoints, and how their keys become ours: by keys alone, whatever the arrays hold.
+"""Key conventions of public checkpoints, and the rules that rename their keys to ours. The values of arrays play no part.
 
 Our keys are those of a network's reference (see `conversion.py`), so files of the reference code, of torchvision and of timm need
 no renaming. The other conventions were read in these sources:
@@ -10,7 +10,7 @@ no renaming. The other conventions were read in these sources:
     scconv      https://github.com/cheng-haha/ScConv: shapes and keys distinguish its three versions
 
 Equal keys do not mean equal computation. `REFUSED` lists networks that look like ours and compute something else;
-`KeyConvention.caution` says what a file cannot show.
+`KeyConvention.caution` warns of differences that a file does not show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scconv_jax.messages import did_you_mean
 
 
 class KeyConvention(NamedTuple):
-    """How one library names the entries of its state dicts."""
+    """The keys that one library uses in its state dicts."""
 
     name: str
     description: str
@@ -32,11 +32,11 @@ class KeyConvention(NamedTuple):
     rename: tuple[Rename, ...] = ()
     ignore: tuple[str, ...] = ()  # patterns, after renaming, of entries that belong to another task
     linear: tuple[str, ...] = ()  # entries, after renaming, of 1×1 convolutions that are linear layers here
-    caution: str = ""  # what the keys cannot show
+    caution: str = ""  # warning about a difference that the keys do not show
 
 
 def _conv_norm(prefix: str, parts: Mapping[str, tuple[str, str]]) -> tuple[Rename, ...]:
-    """Return rules for pytorchcv's `NAME.conv` and `NAME.bn` after a prefix, whose only group, if it has one, is kept."""
+    """Return rules for pytorchcv's `NAME.conv` and `NAME.bn` after a prefix. A group in the prefix is kept."""
     kept = r"\g<1>" if "(" in prefix else ""
     return tuple(
         (rf"^{prefix}{re.escape(old)}\.{kind}\.", f"{kept}{new}.")
@@ -141,7 +141,7 @@ CONVENTIONS = (
 )  # fmt: skip
 
 OWN = KeyConvention("own", "no known convention", ())
-FLAX = KeyConvention("flax", "Flax, as this project writes them", ())
+FLAX = KeyConvention("flax", "Flax keys of this project", ())
 
 _CAFFE = (
     "pytorchcv's resnet50b has its stride in the 3×3 convolution, as resnet50 here; pytorchcv's resnet50 has it in the first "
@@ -187,9 +187,9 @@ def _has(keys: Iterable[str], patterns: Iterable[str]) -> bool:
 
 
 def scconv_options(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `variant` and `alpha` of ScConv, each only if a checkpoint's keys and shapes show it, wherever the layers are.
+    """Return `variant` and `alpha` of ScConv, as far as the keys and shapes of a checkpoint show them.
 
-    The paper's form has the same entries as the code of 2023-10; the result is the code's, because public files come from it.
+    The paper's form has the same entries as the code of 2023-10. The result is then "2023-10", because public files come from it.
     """
     options: dict[str, Any] = {}
     for key, value in entries.items():

@@ -42,7 +42,7 @@ class ConversionError(ValueError):
 
 
 class _Rule(NamedTuple):
-    """Conversion of one kind of leaf: PyTorch's names for it, the one that we write first, and the transposition from PyTorch."""
+    """Conversion of one kind of leaf: PyTorch's names (we write the first) and the transposition from PyTorch."""
 
     names: tuple[str, ...]
     axes: tuple[int, ...] | None = None
@@ -73,7 +73,7 @@ class _Leaf(NamedTuple):
 
     @property
     def keys(self) -> list[str]:
-        """PyTorch's keys for the leaf, the one that we write first."""
+        """PyTorch's possible keys for the leaf; we write the first."""
         return [".".join((*self.path[1:-1], name)) for name in self.rule.names]
 
     @property
@@ -94,19 +94,20 @@ def from_torch(
     """Fill the variables of a network or layer from a PyTorch state dict.
 
     Args:
-        state_dict: key to array: NumPy arrays or torch tensors. It may be wrapped as `{"state_dict": ...}`, and its keys may
+        state_dict: Key to array: NumPy arrays or torch tensors. It may be wrapped as `{"state_dict": ...}`, and its keys may
             begin with `module.` or `_orig_mod.`, as `DataParallel` and `torch.compile` write them.
-        template: the variables to fill, or only their shapes: `jax.eval_shape(model.init, ...)`.
-        strict: raise an error if the two sides differ. If False, entries and leaves without a counterpart of their shape are
+        template: The variables to fill, or only their shapes: `jax.eval_shape(model.init, ...)`.
+        strict: If True, any difference is an error. If False, entries and leaves without a counterpart of their shape are
             skipped, and such leaves keep their value in `template`.
-        ignore: patterns of PyTorch keys, in the syntax of file names (`fc.*`), to skip on both sides, strict or not.
-        rename: pairs of a regular expression and its replacement, text or function as for `re.sub`, applied in turn to each key.
+        ignore: Patterns of PyTorch keys, in the syntax of file names (`fc.*`), to skip on both sides, strict or not.
+        rename: Pairs of a regular expression and its replacement, text or function as for `re.sub`, applied in turn to each key.
 
     Returns:
         Variables with the structure of `template`, NumPy arrays with the state dict's dtypes.
 
     Raises:
-        ConversionError: listing every entry without a leaf, every leaf without an entry, and every shape that differs.
+        ConversionError: The sides differ. The message lists every entry without a leaf, every leaf without an entry, and every
+            shape that differs.
     """
     return convert(rename_keys(to_arrays(state_dict), rename), template, strict=strict, ignore=ignore).variables
 
@@ -122,7 +123,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         is 0, and PyTorch reads it only in a norm without momentum.
 
     Raises:
-        ConversionError: no rule covers a leaf.
+        ConversionError: No rule covers a leaf.
     """
     modules: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     for leaf in _leaves(variables):
@@ -143,7 +144,7 @@ def is_counter(key: str) -> bool:
 
 
 def shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the keys and shapes of `to_torch(variables)` without counters; `variables` may be only shapes."""
+    """Return the keys and shapes of `to_torch(variables)`, without counters. The leaves may be only shapes."""
     return {leaf.keys[0]: leaf.shape for leaf in _leaves(variables)}
 
 
@@ -154,14 +155,14 @@ class Conversion(NamedTuple):
     converted: list[str]  # entries converted to a leaf
     ignored: list[str]  # counters, and entries that match a pattern of `ignore`
     unused: list[str]  # entries without a leaf (only if not strict)
-    kept: list[str]  # leaves, by PyTorch key, with their template's value (only if not strict, or ignored)
+    kept: list[str]  # PyTorch keys of the leaves that keep the template's value (only if not strict, or ignored)
 
 
 def convert(
     arrays: Mapping[str, np.ndarray], template: Mapping[str, Any], *, strict: bool = True, ignore: Sequence[str] = ()
 ) -> Conversion:
-    """Do what `from_torch` does for NumPy arrays under their final keys, and account for every entry."""
-    if isinstance(ignore, str):  # each letter would be a pattern, and `*` would skip everything
+    """Convert NumPy arrays under their final keys, as `from_torch` does, and report what happened to each entry."""
+    if isinstance(ignore, str):  # each letter would be a pattern, and `*` would match everything
         raise ConversionError(f"ignore is a sequence of patterns: give [{ignore!r}].")
     leaves = list(_leaves(template))
     ignored = [key for key in arrays if is_counter(key) or matches(key, ignore)]
@@ -277,7 +278,7 @@ def _copy(value: np.ndarray, axes: Sequence[int] | None) -> np.ndarray:
 
 
 def _same_shape(source: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Return whether shapes are equal, or those of a vector with further axes of length 1: (c,) and (c, 1, 1)."""
+    """Return whether shapes are equal, or are vectors that differ in trailing axes of length 1: (c,) and (c, 1, 1)."""
     vectors = math.prod(source) == math.prod(target) == source[0] == target[0] if source and target else False
     return source == target or vectors
 
@@ -311,8 +312,8 @@ def _differences(
 def _nearest_among(keys: Iterable[str]) -> Callable[[str], str]:
     """Return a function that names the nearest of `keys` to a key.
 
-    Comparing all pairs letter by letter would take a minute for two networks of 600 entries. Only the keys with the most
-    components in common are compared; if there are none, all keys, for the first few calls.
+    Comparing all pairs letter by letter would take a minute for two networks of 600 entries. So only the keys with the most
+    components in common are compared. If there are none, the first few calls compare all keys.
     """
     by_component: dict[str, list[str]] = {}
     for key in dict.fromkeys(keys):

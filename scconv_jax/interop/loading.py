@@ -1,4 +1,4 @@
-"""Networks and weights from files, whatever the format and key convention.
+"""Loads networks and weights from files of any format and key convention.
 
     model, variables = scconv_jax.load_model("scnet50-dc6a7e87.pth")
 
@@ -48,10 +48,10 @@ def load_model(source: str | os.PathLike[str], model: str | None = None, **optio
     """Make a network with the weights of a file.
 
     Args:
-        source: a file (`.pth` or `.pt` of PyTorch, `.safetensors` with PyTorch's keys or ours), the folder of a training run, the
+        source: A file (`.pth` or `.pt` of PyTorch, `.safetensors` with PyTorch's keys or ours), the folder of a training run, the
             name of a published checkpoint (`scnet50`), or an http or https address.
-        model: name of the network. If None, it is recognised from the file.
-        **options: of `create_model`; the file decides about options that are not given. With another `num_classes` than the
+        model: Name of the network. If None, it is recognised from the file.
+        **options: Options of `create_model`. By default they come from the file. If `num_classes` differs from the
             file's, the head is initialised. The paper's ScConv has the same entries as the public code of 2023-10, which is
             assumed: give `variant="paper"` for the paper's.
 
@@ -60,9 +60,9 @@ def load_model(source: str | os.PathLike[str], model: str | None = None, **optio
         the user (see `load_weights`) are logged as warnings under `scconv_jax`.
 
     Raises:
-        WeightsError: the file cannot be read or downloaded.
-        ConversionError: the file belongs to no network here, or to another than `model`.
-        ValueError: there is no such network or option.
+        WeightsError: The file cannot be read or downloaded.
+        ConversionError: The file fits no network here, or a network other than `model`.
+        ValueError: There is no such network or option.
     """
     checkpoint = open_checkpoint(source)
     loaded = build_model(checkpoint, model, options)
@@ -78,23 +78,23 @@ def load_weights(
     ignore: Sequence[str] = (),
     rename: Sequence[Rename] = (),
 ) -> tuple[Variables, list[str]]:
-    """Fill variables from a file of weights, if necessary without the head: the start of fine-tuning.
+    """Fill variables from a file of weights, for example to fine-tune. If the head does not fit, it is left out.
 
     Args:
-        source: as for `load_model`.
-        template: the variables to fill, as initialised, or only their shapes; of a network or a single layer.
-        ignore: as for `from_torch`; leaves with such keys keep the template's values.
-        rename: as for `from_torch`, applied after the renaming of the file's key convention.
+        source: As for `load_model`.
+        template: Initial variables of a network or a layer, or only their shapes.
+        ignore: As for `from_torch`; leaves with such keys keep the template's values.
+        rename: As for `from_torch`, applied after the renaming of the file's key convention.
 
     Returns:
         `(variables, notes)`. Variables have the structure, shapes and dtypes of `template`, NumPy arrays. If the file has another
         number of classes, or no head, the head keeps the template's values (it is initialised if there are only shapes). Notes
-        are sentences for the user: a head that was not taken, values that are not finite, a change of dtype, what keys cannot
-        show.
+        are sentences for the user about a head that was left out, values that are not finite, a change of dtype, or a difference
+        that keys do not show.
 
     Raises:
-        WeightsError: the file cannot be read or downloaded.
-        ConversionError: any other difference between file and template; the message lists all.
+        WeightsError: The file cannot be read or downloaded.
+        ConversionError: Any other difference between file and template; the message lists all.
     """
     loaded = convert_checkpoint(open_checkpoint(source, rename=rename, ignore=ignore), template)
     return loaded.variables, loaded.notes
@@ -111,7 +111,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
-        """The entries that are not to be skipped."""
+        """The entries without those to skip."""
         return {key: value for key, value in self.arrays.items() if not matches(key, self.ignore)}
 
 
@@ -128,7 +128,7 @@ class LoadedWeights(NamedTuple):
 def open_checkpoint(
     source: str | os.PathLike[str], *, convention: str | None = None, rename: Sequence[Rename] = (), ignore: Sequence[str] = ()
 ) -> Checkpoint:
-    """Read a source, after downloading it if it is a name or an address; `convention` overrides the one identified."""
+    """Read a source; a name or an address is downloaded first. `convention` overrides the identified one."""
     path, text = Path(source), str(source)
     if "://" in text or (re.fullmatch(r"\w[\w-]*", text) and not os.path.lexists(path)):  # a name, perhaps misspelt
         path = fetch(text, published=PUBLISHED)
@@ -152,7 +152,7 @@ def open_checkpoint(
 
 
 def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> LoadedWeights:
-    """Do what `load_model` does with an open checkpoint; the caller's `model` and `options` take precedence over the file's."""
+    """Build a network with the weights of an open checkpoint. `model` and `options` take precedence over the file's."""
     path, shapes = checkpoint.source.path, None
     named = checkpoint.source.metadata.get("model")
     if model is not None:
@@ -177,28 +177,28 @@ def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str,
         if other is None or other.model == name:
             raise
         raise ConversionError(
-            f"{path} is not of {name}: it looks like {other.model}, which has every key and shape in it. "
+            f"{path} does not fit {name}: it looks like {other.model}, which has every key and shape in it. "
             f"Give {other.model} as the model, or leave it out."
         ) from None
 
 
 def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """Return the options of the network that the file names, after checking that they make a network."""
+    """Return the network's options from the file's metadata, after checking that they are valid."""
     options = json.loads(checkpoint.source.metadata.get("arguments", "{}"))
     description = f"{name} with {json.dumps(options):.200}"
     options.pop("num_classes", None)  # a file cannot ask for a head that it does not have
     options |= {key: value for key, value in options_shown(name, checkpoint.arrays).items() if key == "num_classes"}
     try:
         template(create_model(name, **options))
-    except Exception as error:  # options from a file may be wrong in any way
+    except Exception as error:  # options from a file can fail in any way
         raise WeightsError(
-            f"{checkpoint.source.path} says that it is {description}, which cannot be made: {error!s:.300}"
+            f"{checkpoint.source.path} claims to be {description}, which cannot be built: {error!s:.300}"
         ) from error
     return options
 
 
 def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> LoadedWeights:
-    """Do what `load_weights` does with an open checkpoint."""
+    """Convert an open checkpoint to variables like `template`, as `load_weights` does."""
     arrays = checkpoint.arrays
     numbers = {key: value.dtype for key, value in arrays.items() if not is_counter(key)}
     if wrong := [f"{key} ({dtype})" for key, dtype in numbers.items() if not jnp.issubdtype(dtype, jnp.floating)]:
@@ -229,9 +229,9 @@ def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[i
     """Return a note if the file has another number of classes or no head; else an empty string."""
     weight = arrays.get(f"{name}.weight")
     if weight is None and f"{name}.bias" not in arrays:
-        return f"The file has no head: {name}, of {shape[0]} classes, is as initialised."
+        return f"The file has no head: {name}, of {shape[0]} classes, keeps its initial values."
     if weight is not None and weight.shape != shape and weight.shape[1:] == shape[1:]:
-        return f"The file's head has {weight.shape[0]} classes, the network {shape[0]}: {name} is as initialised."
+        return f"The file's head has {weight.shape[0]} classes, the network {shape[0]}: {name} keeps its initial values."
     return ""
 
 

@@ -26,7 +26,7 @@ SIZE = 128  # pixels; every network accepts such images
 
 
 class Recognised(NamedTuple):
-    """The name of a network, the options that give it the checkpoint's keys and shapes, and its variables as shapes."""
+    """A network's name, the options that fit the checkpoint's keys and shapes, and the shapes of its variables."""
 
     model: str
     options: dict[str, Any]
@@ -58,7 +58,7 @@ def template_from_entries(entries: Mapping[str, Any], ignore: Sequence[str] = ()
 
     Args:
         entries: Arrays, or objects with a shape, by state-dict key.
-        ignore: Patterns of keys to leave out.
+        ignore: Patterns of keys to skip.
 
     Returns:
         The template. 2-D and 4-D weights become kernels, 1-D weights become scales; biases, γ, β and running statistics keep
@@ -102,10 +102,10 @@ def options_shown(name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recognise(entries: Mapping[str, Any]) -> Recognised | None:
-    """Return the network of a checkpoint, or None if it is none of `list_models()`.
+    """Return the network of a checkpoint, or None if no network in `list_models()` fits.
 
     Args:
-        entries: Arrays, or objects with a shape, by the key that the network has here; weights only.
+        entries: Arrays, or objects with a shape, by our keys; weights only.
 
     Returns:
         The network with the options that the checkpoint determines (`options_shown`). The output stride is not among them.

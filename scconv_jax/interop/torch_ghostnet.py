@@ -1,4 +1,4 @@
-"""GhostNet in PyTorch, its authors' and pytorchcv's, computed from a checkpoint's own entries; see `torch_networks.py`."""
+"""GhostNet in PyTorch, both its authors' and pytorchcv's, computed from a checkpoint's own entries; see `torch_networks.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scconv_jax.interop.torch_networks import Pair, Tensor, TorchOperators, conv
 
 
 class KeyTable(NamedTuple):
-    """Keys of GhostNet's modules in one convention; those of a block's parts without the block's prefix."""
+    """Keys of GhostNet's modules in one convention. Keys within a block omit its prefix."""
 
     block: str  # regular expression for the prefix of a block, with the two numbers that order blocks
     stem: Pair
@@ -94,7 +94,7 @@ class TorchGhostNet(TorchOperators):
         return y + x
 
     def _ghost(self, pairs: tuple[Pair, Pair], at: str, x: Tensor, *, relu: bool) -> Tensor:
-        """Compute half of the channels, and from them the other half, each with its norm."""
+        """Compute half of the channels, then the other half from them, each with its norm."""
         first = self.conv_norm(pairs[0], x, at=at)
         first = first.relu() if relu else first
         second = self.conv_norm(pairs[1], first, at=at)

@@ -1,6 +1,6 @@
-"""Residual networks in PyTorch, computed from a checkpoint's own entries: the counterpart in `verify`.
+"""Residual networks in PyTorch, computed from a checkpoint's own entries; `verify` compares with them.
 
-Nothing here knows our modules or how we rename keys. Each key convention has its own table of keys; strides, groups and kinds of
+Nothing here uses our modules or our renaming of keys. Each key convention has its own table of keys; strides, groups and kinds of
 blocks follow from keys and shapes. PyTorch is imported where it is used.
 """
 
@@ -70,7 +70,7 @@ KEY_TABLES = {
 
 
 class TorchOperators:
-    """The operators of a network, each applied with the entries under a given key; `variant` is the version of ScConv."""
+    """The operators of a network. Each takes the key of its entries; `variant` is the version of ScConv."""
 
     def __init__(self, entries: Mapping[str, np.ndarray], variant: str, dtype: str):
         import torch
@@ -108,7 +108,7 @@ class TorchOperators:
         return self.conv(f"{name}.projection", y) if self.has(f"{name}.projection") else y
 
     def conv(self, name: str, x: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
-        """Apply a convolution, same-size at stride 1; its shape shows its groups."""
+        """Apply a convolution that keeps the size at stride 1. The kernel's shape gives the groups."""
         weight = self.entries[f"{name}.weight"]
         size = weight.shape[-1]
         dilation = dilation if size > 1 else 1
@@ -199,7 +199,7 @@ class TorchResNet(TorchOperators):
         return self.keys.block.format(stage, block + self.keys.first)
 
     def block(self, name: str, x: Tensor, stride: int, dilation: int, *, begins: bool) -> Tensor:
-        """Apply a block of either kind; `begins`: it is the first of a stage that halves the map, or dilates instead."""
+        """Apply a block of either kind; `begins` means the first of a stage that halves the map or dilates instead."""
         at = name + "."
         if self.has(f"{at}{self.keys.k[0][0]}"):
             pools = self.v1d and begins

@@ -1,4 +1,4 @@
-"""Flax variables in files: `save` and `load`."""
+"""`save` and `load`: Flax variables in files."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     """Read Flax variables that `save` wrote, or those of a training run.
 
     Args:
-        path: a `.safetensors` file with Flax keys, a run's folder, or one of its `checkpoints/STEP`.
+        path: A `.safetensors` file with Flax keys, a run's folder, or one of its `checkpoints/STEP`.
 
     Returns:
-        `(variables, metadata)`: variables are NumPy arrays; metadata has, if the file gives them, `model` and `arguments` (so
-        that `create_model(metadata["model"], **metadata["arguments"])` makes the network), `source`, `source_sha256`, `version`.
+        `(variables, metadata)`: variables are NumPy arrays; metadata has, if the file contains them, `model` and `arguments`
+        (for `create_model(metadata["model"], **metadata["arguments"])`), `source`, `source_sha256` and `version`.
         Values that are not finite are kept, and logged as a warning under `scconv_jax`.
 
     Raises:
-        WeightsError: the file cannot be read, or has PyTorch's keys: convert it first.
+        WeightsError: The file cannot be read, or has PyTorch's keys: convert it first.
     """
     source = read(path)
     if not source.is_flax:
@@ -61,11 +61,11 @@ def save(path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: M
         path: `.safetensors` for Flax keys and layout (`params/layer1/0/conv1/kernel`), or `.pth` or `.pt` for a PyTorch state
             dict (`layer1.0.conv1.weight`), which PyTorch loads with `weights_only=True`.
         variables: `{"params": ..., "batch_stats": ...}`, JAX or NumPy arrays.
-        metadata: stored in a `.safetensors` file: `model`, `arguments` and the like; values other than strings are stored as
-            JSON. A PyTorch state dict has no place for metadata.
+        metadata: `model`, `arguments` and the like, stored in a `.safetensors` file only. Values other than strings are stored
+            as JSON.
 
     Raises:
-        WeightsError: another suffix, no variables, metadata that JSON cannot express, or a file that cannot be written.
+        WeightsError: The suffix is unknown, there are no variables, JSON cannot express the metadata, or writing fails.
     """
     path = Path(path)
     if "params" not in variables or not set(variables) <= set(runs.COLLECTIONS):

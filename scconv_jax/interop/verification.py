@@ -1,7 +1,7 @@
-"""Comparison of a converted network with PyTorch: at each stage, on several kinds and sizes of images.
+"""Compares a converted network with PyTorch at each stage, on several kinds and sizes of images.
 
-A difference is the largest in an image's map (or logits), relative to PyTorch's largest value there. In float64 rounding stays
-below 1e-12, and nothing systematic can hide; in float32, the usual precision, below 2e-5 through a hundred layers.
+A difference is the largest in an image's map (or logits), relative to PyTorch's largest value there. Rounding
+stays below 1e-12 in float64, where no systematic error can hide, and below 2e-5 in float32 through a hundred layers.
 
 JAX computes on the CPU, as PyTorch does: by default, GPUs and TPUs round the factors of float32 products to fewer bits.
 """
@@ -52,7 +52,7 @@ def sample_images(size: tuple[int, int]) -> dict[str, np.ndarray]:
         "gradients": np.stack([x, y, x * y], axis=-1),
         "checkerboard": np.repeat(squares[..., None], 3, axis=-1),
         "zeros": np.zeros((height, width, 3)),
-        "large values": 10 * noise[1],  # with still larger ones, rounding decides what the gates let through
+        "large values": 10 * noise[1],  # with larger values, rounding decides the gates
     }
 
 
@@ -66,11 +66,11 @@ def compare(
     """Yield the largest difference between JAX and PyTorch over the kinds of images, for each precision, size and stage.
 
     Args:
-        checkpoint: entries for PyTorch's side.
-        loaded: the network and variables made from them.
-        reference: `FILE.py:NAME`, a function or class that makes the network in PyTorch. The file is run. If None, PyTorch's
+        checkpoint: Entries for PyTorch's side.
+        loaded: The network and variables made from them.
+        reference: `FILE.py:NAME`, a function or class that builds the network in PyTorch. The file is run. If None, PyTorch's
             operators compute the network from the checkpoint's own entries.
-        sizes: heights and widths of the images, pixels.
+        sizes: Heights and widths of the images, in pixels.
     """
     try:
         import torch
@@ -100,7 +100,7 @@ def compare(
                 ours = run_jax(cast, jnp.asarray(batch))
                 theirs = run_torch(torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))))
                 for stage, value in theirs.items():
-                    # The logits of a head that is as initialised differ.
+                    # A head with initial values has other logits.
                     if stage in ours and not (stage == "logits" and loaded.conversion.kept):
                         expected = value.numpy().transpose(0, 2, 3, 1) if value.ndim == 4 else value.numpy()
                         yield _difference(stage, dtype, size, list(images), np.asarray(ours[stage]), expected)
@@ -152,7 +152,7 @@ def _difference(
 
 
 def load_reference(reference: str, entries: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> Any:
-    """Run the user's file, make the network that it defines, and load the entries into it."""
+    """Run the user's file, build the network that it defines, and load the entries into it."""
     import torch
 
     path, _, name = reference.rpartition(":")

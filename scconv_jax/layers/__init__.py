@@ -1,4 +1,4 @@
-"""Flax modules that replace a convolution in any network, and the basic layers that the networks here are made of.
+"""Flax modules that replace a convolution in any network, and the basic layers of the networks here.
 
     self_calibrated.py       SelfCalibratedConv, SelfCalibration    SC-Conv, 2020: layer(x, train=train)
     reconstruction.py        ScConv, SRU, CRU                       ScConv, 2023: layer(x)
@@ -7,8 +7,8 @@
     squeeze_excitation.py    SqueezeExcitation                      channel rescaling: layer(x)
     core.py                  Conv, BatchNorm, ConvNorm, Dense       with PyTorch's rules and initial values; conv1x1, conv3x3
 
-Every layer is built as `layer(features, ..., dtype=None, name=None)` and takes maps `(n, h, w, c)`. A layer that ignores `train`
-accepts it all the same, except `SqueezeExcitation`. A norm is passed as a factory, called `norm(dtype=..., name=...)`.
+Every layer is built as `layer(features, ..., dtype=None, name=None)` and takes maps `(n, h, w, c)`. Layers that ignore `train`
+still accept it, except `SqueezeExcitation`. A norm is passed as a factory, called `norm(dtype=..., name=...)`.
 """
 
 from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dense, conv1x1, conv3x3

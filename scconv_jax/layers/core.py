@@ -78,7 +78,7 @@ def conv1x1(features: int, **options: Any) -> Conv:
 
 
 def conv3x3(features: int, *, strides: int = 1, dilation: int = 1, groups: int = 1, **options: Any) -> Conv:
-    """Return a 3×3 convolution that keeps the size at stride 1: the one that the operators here replace."""
+    """Return a 3×3 convolution that keeps the size at stride 1; the operators here replace it."""
     return Conv(features, 3, strides=strides, padding=dilation, dilation=dilation, groups=groups, **options)
 
 
@@ -89,9 +89,9 @@ class BatchNorm(nn.Module):
     stores the unbiased one.
 
     Attributes:
-        momentum: Share of the running statistics kept at each step; PyTorch's `momentum` is one minus this.
+        momentum: Fraction of the running statistics that each step keeps; PyTorch's `momentum` is one minus this.
         epsilon: Added to the variance.
-        dtype: Dtype of the result. If None, that of `x`.
+        dtype: Dtype of the result. If None, the dtype of `x`.
         axis_name: Mapped axis or axes to compute the statistics over, as PyTorch's `SyncBatchNorm` does. If None, each device
             computes its own.
 
@@ -106,7 +106,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], *, train: bool) -> Float[Array, "*batch c"]:
-        """Normalise by the batch's statistics and update the running ones if `train`; else normalise by the running ones."""
+        """Normalise by the running statistics; if `train`, by the batch's statistics, which then update the running ones."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
@@ -154,8 +154,8 @@ def moments(
     mean = x.mean(axes)
     if axis_name is not None:
         mean = lax.pmean(mean, axis_name)
-    # Two passes, because Σx² - (Σx)² loses digits if the mean is large. The derivative of the variance by the mean is 0, since
-    # Σ(x - mean) = 0; `stop_gradient` saves the backward pass from computing it.
+    # Two passes, because E[x²] - E[x]² loses digits if the mean is large. The derivative of the variance with respect to the mean
+    # is 0, since Σ(x - mean) = 0; `stop_gradient` spares the backward pass from computing it.
     var = jnp.square(x - _over_channels(lax.stop_gradient(mean), x)).mean(axes)
     if axis_name is not None:
         var = lax.pmean(var, axis_name)

@@ -1,8 +1,8 @@
-"""Ghost convolution: an ordinary convolution makes half of the channels, a cheap depthwise one the others from those.
+"""Ghost convolution: an ordinary convolution makes half of the channels, and a cheap depthwise one makes the rest from them.
 
 Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Eqs. 3-4 with s = 2,
 https://arxiv.org/abs/1911.11907
-Reference implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch). Parameters have its names.
+Reference implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch). It gives the parameter names.
 
     Y' = X ∗ primary_conv    Y'' = Y' ∗ cheap_operation    Y = [Y', Y'']
 

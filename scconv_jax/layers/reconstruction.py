@@ -1,8 +1,8 @@
 """Spatial and channel reconstruction convolution (ScConv): SRU, then CRU.
 
 Paper: Li, Wen, He, "SCConv: Spatial and Channel Reconstruction Convolution for Feature Redundancy", CVPR 2023, pp. 6153-6162,
-DOI 10.1109/CVPR52729.2023.00596. Its authors published no code; what people use is https://github.com/cheng-haha/ScConv, in three
-versions that differ from the paper and from each other. `variant` selects one of them:
+DOI 10.1109/CVPR52729.2023.00596. Its authors published no code. The public code, https://github.com/cheng-haha/ScConv, has three
+versions that differ from the paper and from each other. `variant` selects the paper's form or a version:
 
     variant    group norm              initial γ   gate                 gated    softmax over      groups
     paper      √(σ² + 1e-5)            1           W > t: 1, else W     X        pair (Eq. 8)      4
@@ -20,13 +20,14 @@ How they behave, and which to choose:
 - "2023-07": the output is as small. The gate is a step function and X is gated, so γ and β receive no gradient and keep their
   initial values.
 
-The weights are γ / Σγ. If Σγ is near zero, which can happen with normally distributed γ, they become huge and the gate becomes a
-step function. "paper" starts with γ = 1 and bounds |Σγ| from below by 1e-6, so its output is always finite. If all values of a
-group are equal, GN(X) is β, and for β = 0 every W is exactly 0.5 = t. "2023-07" and "2023-09" count these as informative.
+The weights are γ / Σγ. If Σγ is near zero, which can happen with normally distributed γ, the weights are huge and the gate
+becomes a step function. "paper" starts with γ = 1 and bounds |Σγ| from below by 1e-6, so its output is always finite. If all
+values of a group are equal, GN(X) is β, and for β = 0 every W is exactly 0.5 = t. "2023-07" and "2023-09" treat these as
+informative.
 
-Differences: the paper leaves these points open. Here, weights at or below t are kept, as in the last public code; strides are an
-average pool before the units; a 1×1 convolution follows if the channels change; "S&C" adds the outputs of both units. The table
-gives the number of groups and ε.
+Differences: the paper does not define these points. Here, weights at or below t are kept, as in the last public code; an average
+pool before the units has the strides; a 1×1 convolution follows if the channels change; "S&C" adds the outputs of both units. The
+table gives the number of groups and ε.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class SRU(nn.Module):
         gate: "soft" or "hard".
         inclusive: Whether a weight equal to t counts as informative.
         gated: "input" or "norm".
-        dtype: Dtype of the result. If None, that of `x`. Statistics and gates are computed in float32 or float64.
+        dtype: Dtype of the result. If None, the dtype of `x`. Statistics and gates are computed in float32 or float64.
 
     Raises:
         ValueError: If a value is not one of its choices, c is odd or `groups` does not divide c.
@@ -121,7 +122,7 @@ class CRU(nn.Module):
         features: Channels of the output. If None, c.
         variant: "paper", "2023-07", "2023-09" or "2023-10". It sets `fuse` if that is None.
         alpha: α, the upper part's share of the channels, between 0 and 1; αc is rounded down.
-        squeeze: r, by which the 1×1 convolutions divide the channels of both parts.
+        squeeze: r, the factor by which the 1×1 convolutions reduce the channels of both parts.
         conv_groups: g, groups of the group-wise convolution.
         kernel_size: k, kernel size of the group-wise convolution, odd.
         dilation: Dilation of the group-wise convolution.
@@ -129,7 +130,7 @@ class CRU(nn.Module):
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
 
     Raises:
-        ValueError: If a value is out of range, or the channels cannot be split as the attributes say.
+        ValueError: If a value is out of range, or the attributes do not fit the number of channels.
     """
 
     features: int | None = None
@@ -198,13 +199,13 @@ class ScConv(nn.Module):
 
     Attributes:
         features: Channels of the output. If None, c.
-        strides: s, strides of an average pool before the units. Windows at the border average only pixels within the map.
+        strides: s, strides of an average pool before the units. At the border it averages only pixels within the map.
         variant: "paper", "2023-07", "2023-09" or "2023-10" (see the module's docstring). It sets `groups`, `epsilon`,
             `unbiased`, `gate`, `inclusive`, `gated` and `fuse` if they are None.
         groups: Groups of the SRU's group norm.
         threshold: t, threshold of the SRU's gate.
         alpha: α, the CRU's share of upper channels, between 0 and 1.
-        squeeze: r, by which the CRU divides the channels.
+        squeeze: r, the factor by which the CRU reduces the channels.
         conv_groups: g, groups of the CRU's group-wise convolution.
         kernel_size: k, kernel size of the CRU's group-wise convolution, odd.
         arrangement: "S+C" (SRU, then CRU), "C+S" (CRU, then SRU), "S&C" (the sum of both), "S" or "C" (one unit).

@@ -1,4 +1,4 @@
-"""Self-calibrated convolution (SC-Conv) as it was trained: each K is a 3×3 convolution without bias and a batch norm.
+"""Self-calibrated convolution (SC-Conv) as in SCNet: K1 to K4 are 3×3 convolutions without bias, each with a batch norm.
 
 Paper: Liu, Hou, Cheng, Wang, Feng, "Improving Convolutional Networks with Self-Calibrated Convolutions", CVPR 2020,
 pp. 10096-10105. Reference implementation: https://github.com/MCG-NKU/SCNet
@@ -6,7 +6,7 @@ pp. 10096-10105. Reference implementation: https://github.com/MCG-NKU/SCNet
 The equations are in `scconv_jax/functional/self_calibration.py`. As in the reference implementation, K1 and K4 have the strides,
 and all four convolutions have the dilation and the groups.
 
-Differences: none. The reference implementation's class `SCConv` is `SelfCalibration` here. Its networks hold K1 beside that
+Differences: none. The reference implementation's class `SCConv` is `SelfCalibration` here. Its networks define K1 outside that
 class and concatenate in the other order (see `scconv_jax/models/scnet.py`).
 """
 

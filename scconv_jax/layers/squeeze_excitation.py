@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation: each channel is rescaled by a factor computed from all channels' averages.
+"""Squeeze-and-excitation: rescales each channel by a factor computed from the averages of all channels.
 
 Paper: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, Eqs. 2-4, https://arxiv.org/abs/1709.01507
 

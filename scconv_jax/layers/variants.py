@@ -13,7 +13,7 @@ from flax import linen as nn
 
 
 class Variant(NamedTuple):
-    """The options in which the public versions differ; `functional.spatial_reconstruction` explains them."""
+    """The options that differ between the versions; `functional.spatial_reconstruction` explains them."""
 
     groups: int = 4
     epsilon: float = 1e-5
@@ -63,7 +63,7 @@ class CRUSplit(NamedTuple):
         return upper, lower, upper // self.squeeze, lower // self.squeeze
 
     def problem(self) -> str:
-        """Return a sentence about the first broken rule, or an empty string if the split is valid."""
+        """Return a sentence that describes the first broken rule, or an empty string if the split is valid."""
         _, _, upper, lower = self.widths()
         options = f"alpha={self.alpha:g} and squeeze={self.squeeze}"
         if min(upper, lower) < 1:
@@ -81,7 +81,7 @@ class CRUSplit(NamedTuple):
         return ""
 
     def suggestion(self) -> str:
-        """Return a sentence with the nearest valid value of each option, the others unchanged."""
+        """Return a sentence with the nearest valid value of each option, given the other options."""
         whole = range(1, self.channels + 1)
         found = []
         for name, values in {"conv_groups": whole, "squeeze": whole, "alpha": [i / 8 for i in range(1, 8)]}.items():

@@ -1,10 +1,11 @@
-"""The networks, and the blocks and classes to build others.
+"""The networks, and the blocks and classes for building new ones.
 
-- By name: `create_model`, `list_models`; `model_info` returns a network's record, a `ModelSpec`; `feature_info` its maps.
-- Residual networks of any block: `ResNet`, with the blocks `Bottleneck`, `BasicBlock` and `SCBottleneck` (self-calibrated);
+- By name: `create_model`, `list_models`; `model_info` returns a network's record, a `ModelSpec`, and `feature_info`
+  the channels and strides of its maps.
+- Residual networks with any block: `ResNet`, with the blocks `Bottleneck`, `BasicBlock` and `SCBottleneck` (self-calibrated);
   `SCNet` is a `ResNet` that checks the image size for `SCBottleneck`. `ResNet(block, stage_sizes, **NARROW)` is a network for
   small images.
-- Others: `WideResNet`, `DenseNet`, `GhostNet`. `Network` is the base of all.
+- Other networks: `WideResNet`, `DenseNet`, `GhostNet`. `Network` is the base of all.
 
     block = functools.partial(Bottleneck, conv=scconv_jax.ScConv)
     model = ResNet(block, stage_sizes=(3, 4, 6, 3), num_classes=10)

@@ -1,11 +1,11 @@
-"""The blocks of plain residual networks. Each takes the operator in place of its 3×3 convolution as an argument.
+"""The blocks of plain residual networks. Each takes its 3×3 convolution, or a replacement, as an argument.
 
 Paper: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, https://arxiv.org/abs/1512.03385
-Reference implementation: torchvision's `resnet.py`, which has the stride in the 3×3 convolution. Parameters have its names.
+Reference implementation: torchvision's `resnet.py`, which has the stride in the 3×3 convolution. It gives the parameter names.
 
     y = ReLU(F(x) + shortcut(x))     F: convolutions, each followed by a norm, with ReLU between them
 
-The factory `conv` is called as `conv(features, strides=..., dilation=..., dtype=..., name=...)`, its result as
+The factory `conv` is called as `conv(features, strides=..., dilation=..., dtype=..., name=...)`, and its result as
 `(x, train=...)`. `SelfCalibratedConv` and `functools.partial(ScConv, alpha=0.75)` are such factories. In a block of two 3×3
 convolutions, `conv` makes the second: one replaced convolution per block fits the parameter counts of the 2023 paper.
 
@@ -33,9 +33,9 @@ class ResidualBlock(nn.Module):
 
     Attributes:
         planes: Width of the block.
-        strides: Height and width of the map divided by those of the output.
+        strides: Size of the input map divided by the size of the output map.
         dilation: Dilation of the 3×3 convolutions.
-        transition: Whether the block starts a stage that halves the map, or would halve it in a network without dilation.
+        transition: Whether the block starts a stage that halves the map, or that dilates instead.
         norm: Factory of the norms.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
     """
@@ -51,10 +51,10 @@ class ResidualBlock(nn.Module):
     def shortcut(
         self, x: Float[Array, "n h w c"], features: int, *, train: bool, average: bool = False
     ) -> Float[Array, "n p q d"]:
-        """Return `x` if it has the shape of the block's output, else a 1×1 convolution of it with norm, named "downsample".
+        """Return `x` if it has the shape of the output, else `x` after a 1×1 convolution and norm, named "downsample".
 
-        If `average`, an average pool has the strides, not the convolution ("ResNet-D"). Its windows at the border average only
-        pixels within the map.
+        If `average`, an average pool has the strides, not the convolution ("ResNet-D"). At the border it averages only pixels
+        within the map.
         """
         strides, names = self.strides, ("0", "1")
         if strides == 1 and x.shape[-1] == features:

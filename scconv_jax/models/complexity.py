@@ -1,8 +1,8 @@
 """Parameters and multiply-adds of a network, part by part, counted from shapes alone.
 
 A multiply-add is one multiplication and one addition ("FLOPs" in both papers). Counts follow the papers: convolutions, linear
-layers and the scales of norms; additions, activations, pooling and gates are excluded. Where a faster form of an operator
-runs, the form of the paper is counted.
+layers and the scales of norms; additions, activations, pooling and gates are excluded. An operator counts as in the
+paper, even if a faster form of it runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int 
     Args:
         model: Any network of this library, or another Flax module called as `model(images, train=...)`.
         size: Height and width of the images, in pixels. If None, the `image_size` of the network, or 224 if it has none.
-        depth: Levels of submodules to list: 1 gives a network's stages, 2 their blocks.
+        depth: Depth of submodules to list: 1 for a network's stages, 2 for their blocks.
 
     Returns:
         The parts. Their counts add up to those of the whole network.
@@ -52,7 +52,7 @@ def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int 
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     sizes = jax.tree.map(lambda leaf: math.prod(leaf.shape), variables["params"])
     leaves: dict[str, Any] = flatten_dict(sizes, sep="/")
-    # Each value of a kernel or scale is used once for each pixel of its module's output.
+    # Each value of a kernel or scale is multiplied once per pixel of its module's output.
     counts = {
         path: number * math.prod(_output_of(path, outputs)[1:-1]) for path, number in leaves.items() if path.endswith(_MULTIPLIED)
     }
@@ -84,14 +84,14 @@ def total(parts: Sequence[Part]) -> Part:
 
 
 def _output_of(path: str, outputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
-    """Return the output shape of the innermost module that holds a parameter and returns a map."""
+    """Return the output shape of the innermost module that contains a parameter and returns a map."""
     while path not in outputs:
         path = path.rpartition("/")[0]
     return outputs[path][1]
 
 
 def _is_listed(name: str, names: Mapping[str, Any], depth: int) -> bool:
-    """Return whether a part is at `depth`, or above it and has no parts of its own."""
+    """Return whether a part is at `depth`, or above it without parts of its own."""
     level = name.count("/") + 1
     return level == depth or (level < depth and not any(other.startswith(f"{name}/") for other in names))
 

@@ -2,11 +2,12 @@
 
 Paper: Han, Wang, Tian, Guo, Xu, Xu, "GhostNet: More Features from Cheap Operations", CVPR 2020, Table 1,
 https://arxiv.org/abs/1911.11907
-Reference implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch). Parameters have its names.
+Reference implementation: https://github.com/huawei-noah/Efficient-AI-Backbones (ghostnet_pytorch). It gives the parameter names.
 
-Differences: none in `ghostnet_100`. pytorchcv (https://github.com/osmr/imgclsmob) has another network of the same name, with its
-own checkpoint. Here it is `ghostnet_100_pytorchcv`; `Version` lists the differences. In the residual networks, every convolution
-of the blocks except the shortcut's is a ghost convolution. It has no norm or ReLU inside, because the block's own follow.
+Differences: none in `ghostnet_100`. pytorchcv (https://github.com/osmr/imgclsmob) has a different network of the same name, with
+its own checkpoint. Here it is `ghostnet_100_pytorchcv`; `Version` lists the differences. In the residual networks, every
+convolution of the blocks except the shortcut's is a ghost convolution. It contains no norm or ReLU, because the block's own
+follow.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Version(NamedTuple):
 
 
 def _divisible(value: float, divisor: int) -> int:
-    """Round to a multiple of `divisor`; round up where rounding down would lose more than a tenth."""
+    """Round to a multiple of `divisor`; round up if rounding down would lose more than a tenth."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
@@ -99,7 +100,7 @@ GHOSTNET = (
 class GhostBottleneck(nn.Module):
     """Block of two ghost modules: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`.
 
-    Between them are a depthwise convolution if the block has strides, and a squeeze-and-excitation if the row says so.
+    A depthwise convolution is between them if the block has strides, and a squeeze-and-excitation if the row has one.
 
     Attributes:
         row: Kernel size, channels, strides and whether there is a squeeze-and-excitation.

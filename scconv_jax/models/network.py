@@ -33,7 +33,7 @@ class Stage(nn.Module):
 
 
 class Network(nn.Module, kw_only=True):
-    """Images `(n, h, w, 3)` to logits `(n, num_classes)`. A network defines `features`, `feature_info` and its linear layer.
+    """Base class: images `(n, h, w, 3)` to logits `(n, num_classes)`. Subclasses define `features`, `feature_info` and the head.
 
     Attributes:
         num_classes: Length of the logits.
@@ -79,7 +79,7 @@ class Network(nn.Module, kw_only=True):
 
 
 class SmallNetwork(Network, kw_only=True):
-    """A network whose defaults are those for small images."""
+    """A network with defaults for small images."""
 
     num_classes: int = 10
     image_size: int = 32

@@ -26,7 +26,7 @@ MODELS: dict[str, ModelSpec] = {
 # Address of the published weights by the name of the network.
 PUBLISHED = {name: spec.weights for name, spec in MODELS.items() if spec.weights}
 
-# What to do instead of an option that other libraries have.
+# Advice for options that other libraries have.
 _NO_DROPOUT = "These networks have no dropout and no stochastic depth, as in the papers."
 _MAPS = (
     'model.apply(variables, images, train=False, method="features") returns the map of every stage; feature_info describes them.'
@@ -54,7 +54,7 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     """Return the names of networks, sorted.
 
     Args:
-        pattern: Shell pattern that the names match: `"scnet*"`.
+        pattern: Shell pattern for the names, such as `"scnet*"`.
         pretrained: Whether to list only networks with published weights, which `load_model` takes by name.
     """
     return sorted(name for name, spec in MODELS.items() if fnmatchcase(name, pattern) and (spec.weights or not pretrained))
@@ -66,7 +66,7 @@ def list_pretrained() -> list[str]:
 
 
 def model_info(name: str) -> ModelSpec:
-    """Return the record of a network; print it to read it.
+    """Return the record of a network. Printing it shows all fields.
 
     Raises:
         ValueError: There is no such network.
@@ -92,7 +92,7 @@ def feature_info(model: str | nn.Module, **options: Any) -> dict[str, Feature]:
     if isinstance(model, str):
         model = create_model(model, **options)
     elif options:
-        raise ValueError(f"{', '.join(options)}: a network that is given as a module already has its options.")
+        raise ValueError(f"{', '.join(options)}: a module already has its options. Give the network's name to set them.")
     describe = getattr(model, "feature_info", None)
     if describe is None:
         raise ValueError(f"{type(model).__name__} has no method feature_info; trace its maps with jax.eval_shape.")
@@ -104,7 +104,7 @@ def create_model(name: str, **options: Any) -> Network:
 
     Args:
         name: One of `list_models()`.
-        **options: Those in `model_info(name).options`, which gives the meaning of each. All networks have `num_classes`,
+        **options: See `model_info(name).options` for the options and their meaning. All networks have `num_classes`,
             `dtype` and `axis_name`; residual networks have `output_stride`, and networks of ScConv `alpha` and `variant`.
 
     Returns:

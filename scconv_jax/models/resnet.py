@@ -4,7 +4,7 @@ He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016; 
 Tricks of the "v1d" networks: He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019.
 Dilated networks: Yu, Koltun, Funkhouser, "Dilated Residual Networks", CVPR 2017.
 
-`ResNet` depends on no operator: it accepts any block that can be called as `blocks.py` says.
+`ResNet` depends on no operator: it accepts any block with the interface in `blocks.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ResNet(Network):
         planes: Width of the blocks of each stage.
         stem: Factory of the layers before `bn1` and the stages, called as `stem(norm=..., dtype=...)(x, train=...)`.
         stem_pool: Whether a 3×3 max-pool with stride 2 follows the stem.
-        stem_stride: Image size divided by the size of the first stage's map. The pool counts.
+        stem_stride: Image size divided by the size of the first stage's map, pool included.
         smallest_map: Smallest height and width of the last map that the block accepts, in pixels.
         output_stride: Image size divided by the size of the last map. At a half or a quarter of the natural output stride, the
             last one or two stages keep their size and dilate their convolutions.

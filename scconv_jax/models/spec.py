@@ -1,4 +1,4 @@
-"""`ModelSpec`, the one record of a network: what this library knows of it stands there and nowhere else.
+"""`ModelSpec`, the only record of a network. All tables and help texts are made from it.
 
 Each model file ends with its records; `registry.py` merges them into one table.
 """
@@ -47,22 +47,22 @@ class Row(NamedTuple):
     parameters: float  # millions
     multiply_adds: float  # billions
     top1: float  # percent, on ImageNet, or on CIFAR-100 for small images
-    margins: tuple[float, float] = (0.5, 2.0)  # percent within which our parameters and multiply-adds agree
+    margins: tuple[float, float] = (0.5, 2.0)  # largest differences of our parameters and multiply-adds, percent
     reason: str = ROUNDED  # for the margins
     options: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModelSpec:
-    """What is known of one network. Printing it shows everything.
+    """The record of one network. Printing it shows all fields.
 
     Attributes:
         name: Name for `create_model`.
-        build: Returns the network, given any of `options`.
+        build: Function from any of `options` to the network.
         options: Meaning of each option of `create_model`.
-        preparation: How images are prepared.
-        conventions: Key conventions of its checkpoints, the most common first. If empty, no other project's are known.
-        counterpart: Network of PyTorch that `verify` compares it with, "resnet" or "ghostnet", or None.
+        preparation: Preparation of images.
+        conventions: Key conventions of its checkpoints, the most common first. Empty if no other project's are supported.
+        counterpart: PyTorch network for `verify` to compare with: "resnet", "ghostnet" or None.
         weights: Address of the published weights, or None.
         rows: Its rows in the tables of the two papers.
     """

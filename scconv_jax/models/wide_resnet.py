@@ -1,9 +1,9 @@
-"""Wide residual networks for small images: norm and ReLU come before each convolution.
+"""Wide residual networks for small images, with norm and ReLU before each convolution.
 
 Paper: Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016. In the ScConv network (Li, Wen, He, CVPR 2023), ScConv replaces
 the second convolution of each block, which fits the paper's parameter count.
 
-Differences: there is no dropout, which the tables of neither paper use. By default, the second convolution of a block has the
+Differences: there is no dropout; neither paper uses it in its tables. By default, the second convolution of a block has the
 stride (`strided="conv2"`); in the first paper the first has it (`strided="conv1"`). The ScConv paper's multiply-adds, 5.96
 billion for WRN-28-10 and 3.75 with ScConv, fit the second (5.95 and 3.69 here) and not the first (5.25 and 2.99). The weights are
 the same.
@@ -61,7 +61,7 @@ class WideResNet(SmallNetwork):
 
     Attributes:
         depth: Number of layers, 6 k + 4.
-        width: Channels divided by those of the plain network (16, 32, 64).
+        width: Factor on the channels of the plain network (16, 32, 64).
         conv: Factory of each block's second convolution.
         strided: Convolution with the stride: "conv2", as the ScConv paper counts, or "conv1".
 

@@ -1,4 +1,4 @@
-"""Downloads published weights, by name or address, once into a cache: complete and with the right hash, or not at all."""
+"""Downloads weights by name or address into a cache, once, completely and with the right hash or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scconv_jax.messages import did_you_mean
 from scconv_jax.weights.files import WeightsError, sha256
 
 TIMEOUT = 30.0
-"""Seconds without a byte after which a download is given up."""
+"""A download fails after this many seconds without a byte."""
 
 MAX_BYTES = 16 << 30
 
@@ -41,19 +41,19 @@ def fetch(
 ) -> Path:
     """Download weights unless they are in the cache.
 
-    The part of an interrupted download is kept, and the next call continues it if the server still has the same file. If two
+    An interrupted download is kept. The next call continues it if the server still has the same file. If two
     processes fetch the same file, one waits for the other (except on Windows, which lacks `fcntl`).
 
     Args:
-        source: a name in `published`, or an http or https address.
-        published: addresses of the files that have a name, by name.
-        cache: folder for the files. If None, `SCCONV_JAX_CACHE`, else `scconv_jax` in the user's cache folder
+        source: A name in `published`, or an http or https address.
+        published: Addresses of published files by name.
+        cache: Folder for the files. If None, `SCCONV_JAX_CACHE`, else `scconv_jax` in the user's cache folder
             (`XDG_CACHE_HOME`, else `~/.cache`).
-        progress: show a progress bar if standard error is a terminal.
+        progress: Show a progress bar if standard error is a terminal.
 
     Returns:
         The file on this machine. If its name ends in eight hex digits (`scnet50-dc6a7e87.pth`), its SHA-256 begins with them.
-        Any other file in the cache is not compared with the server's again.
+        Other files in the cache are not compared with the server's again.
     """
     address = published.get(source, source)
     path = _cache_path(address, Path(cache) if cache is not None else cache_folder(), published)
@@ -136,7 +136,7 @@ def _download(address: str, part: Path, name: str, progress: bool) -> None:
             return _receive(response, part, have, total, name, progress)
         if response.status == 200:
             _delete_part(part)
-            # Without these headers, only a hash in the name could show later that the rest belongs to the same file.
+            # Without these headers, only a hash in the name could show that the rest belongs to the same file.
             if response.headers["ETag"] or response.headers["Last-Modified"] or _hash_in_name(name):
                 version_path.write_text(version)
             return _receive(response, part, 0, total, name, progress)
@@ -197,7 +197,7 @@ def _request(address: str, start: int) -> Any:
 
 
 def _version(response: Any) -> str:
-    """Return what identifies one version of a file on the server."""
+    """Return an identifier for the server's version of a file."""
     return json.dumps([response.headers["ETag"], response.headers["Last-Modified"], _total_bytes(response)])
 
 

@@ -1,4 +1,4 @@
-"""Shared by all readers and writers of weights: the error class, atomic writes, hashes, what an unknown file looks like."""
+"""Shared by all readers and writers of weights: error class, atomic writes, hashes, descriptions of unknown files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _OTHER_FORMATS = (
 
 
 def describe_unknown(head: bytes) -> str:
-    """Return what a file that cannot be read seems to be, from its first 512 bytes, and what can be read."""
+    """Describe an unknown file from its first 512 bytes, and name the formats that can be read."""
     text = head.lstrip().lower()
     if not head:
         kind = "empty"

@@ -1,7 +1,7 @@
-"""Reading a file of weights in any supported format, which its first bytes identify.
+"""Reads a file of weights in any supported format; its first bytes identify the format.
 
-No file can run code: a restricted unpickler (`scconv_jax.weights.pickles`) admits the few names that a state dict needs. Every
-bad file ends in one `WeightsError`.
+No file can run code: a restricted unpickler (`scconv_jax.weights.pickles`) admits only the few names that a state dict needs.
+Every bad file raises a `WeightsError`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flax import traverse_util
 from scconv_jax.weights import runs, safetensors_files, torch_files
 from scconv_jax.weights.files import WeightsError, describe_unknown
 
-_MAX_KEY_LENGTH = 500  # characters; a key may be a path in a tree, and a tree of any depth would take for ever to walk
+_MAX_KEY_LENGTH = 500  # characters; a key may be a path in a tree, and a very deep tree takes too long to walk
 
 
 class Source(NamedTuple):
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     path: Path
     bytes: int  # size of the file, or of all files in a folder
     skipped: dict[str, str]  # other items of a checkpoint, name to type: `{"epoch": "int", "optimizer": "dict"}`
-    not_finite: dict[str, int]  # keys of arrays with NaN or infinite values, and the number of such values
+    not_finite: dict[str, int]  # keys of arrays with NaN or infinite values, and how many they have
 
     @property
     def variables(self) -> dict[str, Any]:

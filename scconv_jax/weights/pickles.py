@@ -1,13 +1,13 @@
-"""A restricted unpickler: plain data, and objects by the few names that its caller admits.
+"""A restricted unpickler for plain data and for the few classes and functions that its caller admits.
 
 Python's own unpickler looks up and calls whatever a file names. PyTorch's `weights_only` loader does not, but before 2.6 a
 file could make it run code (CVE-2025-32434) and before 2.10 corrupt its memory (CVE-2026-24747); it unpacks archives that grow
-a thousandfold; and it needs torch. This unpickler imports nothing and calls only the functions that it is given; any other
-name is an error. It knows the opcodes of https://github.com/python/cpython/blob/main/Lib/pickletools.py that weights need,
-protocols 2 to 5.
+a thousandfold; and it needs torch. This unpickler imports nothing and calls only the functions that its caller passes;
+any other name is an error. It knows the opcodes that weights need, of protocols 2 to 5 in
+https://github.com/python/cpython/blob/main/Lib/pickletools.py.
 
-It never recurses, its memory is bounded by the size of the pickle and the number of its opcodes, and it trusts no declared length
-before it has seen that many bytes.
+It never recurses. The size of the pickle and the number of opcodes bound its memory, and it checks each declared length against
+the bytes that are there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_INTEGER = 16  # bytes
 
 
 class Global(NamedTuple):
-    """A class or function on the stack: its dotted name, and the function to call in its place, if it may be called."""
+    """A class or function on the stack: its dotted name, and the function that calls to it run instead, if any."""
 
     name: str
     build: Callable[..., Any] | None = None
@@ -48,8 +48,8 @@ def unpickle(
     """Return the value of the pickle at offset `start` of `data`, and the offset at which the pickle ends.
 
     The pickle may use only the `admitted` names. A `Global` with a function may be called; a `Placeholder` may be called,
-    instantiated or given a state, and stays as it is. `load_persistent` returns what a persistent identifier stands for, and
-    `explain_refusal` the error message for a name that is not admitted.
+    instantiated or given a state, and stays as it is. `load_persistent` returns the object for a persistent identifier, and
+    `explain_refusal` the error message for any other name.
     """
     unpickler = _Unpickler(data, start, admitted, load_persistent, explain_refusal)
     try:
@@ -71,7 +71,7 @@ class _Unpickler:
     def __post_init__(self) -> None:
         self.end = min(len(self.data), self.offset + MAX_BYTES)
         self.stack: list[Any] = []
-        self.outer_stacks: list[list[Any]] = []  # one for each open mark
+        self.outer_stacks: list[list[Any]] = []  # one per open mark
         self.memo: dict[int, Any] = {}
         self.opcodes_left = MAX_OPCODES
 
@@ -163,7 +163,7 @@ class _Unpickler:
         if isinstance(function, Placeholder):
             self.push(function)
         elif isinstance(function, Global) and function.build is not None and type(arguments) is tuple:
-            # A single call can walk through all that a million earlier opcodes built, so its arguments count as opcodes.
+            # One call can walk through everything that a million earlier opcodes built, so its arguments count as opcodes.
             self.count_opcodes(len(arguments) + sum(len(item) for item in arguments if isinstance(item, (dict, list, tuple))))
             self.push(function.build(*arguments))
         else:
@@ -175,7 +175,7 @@ class _Unpickler:
             raise WeightsError(f"its pickle makes an object of {describe(self.stack[-1])}")
 
     def set_state(self) -> None:
-        """Drop a state. PyTorch gives a state dict, an OrderedDict, its `_metadata`; for other objects a state may be code."""
+        """Drop a state. For a state dict, PyTorch stores `_metadata` as the state; for other objects a state may be code."""
         state = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, Placeholder) and not (isinstance(target, dict) and isinstance(state, dict)):

@@ -36,7 +36,7 @@ def latest_step(folder: Path) -> int | None:
 
 
 def best_step(folder: Path) -> int | None:
-    """Return the step with the highest `eval/top1`, the later one of equals; None if no step was tested."""
+    """Return the step with the highest `eval/top1`, the latest if several are equal. None if no step was tested."""
     tested = [(top1, step) for step in steps(folder) if (top1 := eval_top1(folder, step)) is not None]
     return max(tested)[1] if tested else None
 
@@ -52,15 +52,15 @@ def eval_top1(folder: Path, step: int) -> float | None:
 def restore(state: Path, like: Any, *, partial: bool = False) -> Any:
     """Return the arrays of one `checkpoints/STEP/state` as NumPy arrays.
 
-    Only this process takes part, so each host of a distributed run may call it alone.
+    No other process takes part, so one host of a distributed run may call it alone.
 
     Args:
-        state: the folder `state` of a step.
-        like: a tree of the structure that was saved; its leaves are not read.
-        partial: allow `like` to lack some of the saved arrays.
+        state: The folder `state` of a step.
+        like: A tree with the saved structure; its leaves are not read.
+        partial: Allow `like` to lack some of the saved arrays.
 
     Raises:
-        Exception: whatever Orbax and its storage raise for damaged files.
+        Exception: Files are damaged; Orbax and its storage raise many types.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -70,11 +70,11 @@ def restore(state: Path, like: Any, *, partial: bool = False) -> Any:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str], int]:
-    """Read a checkpoint, of the best step (else the latest) if `path` is a run's folder.
+    """Read a checkpoint. For a run's folder, read the best step, or the latest if no step was tested.
 
     Returns:
-        The variables as NumPy arrays (those of the moving average, if the run kept one); `step` and, as far as the run's config
-        tells, `model` and `arguments` (JSON); the other items of the training state, name to type; the size in bytes.
+        The variables as NumPy arrays (from the moving average, if the run has one); metadata: `step` and, if the config gives
+        them, `model` and `arguments` (JSON); the other items of the training state, name to type; the size in bytes.
     """
     state = _state_folder(path)
     try:
@@ -112,7 +112,7 @@ def _handler() -> Any:
 
 
 def _state_folder(path: Path) -> Path:
-    """Return the `state` of the given step or, for a run's folder, of its best step, else of its latest."""
+    """Return the `state` folder of the given step. For a run's folder, take the best step, or the latest if none was tested."""
     if (path / "manifest.ocdbt").exists() or (path / "_METADATA").exists():
         return path.resolve()
     if (path / "state").is_dir():

@@ -1,4 +1,4 @@
-"""The pickle of a PyTorch state dict, read and written without PyTorch: tensors as views of storages, and the admitted names.
+"""Reads and writes the pickle of a PyTorch state dict without PyTorch. Tensors are views of storages.
 
 References: https://github.com/pytorch/pytorch/blob/main/torch/_utils.py and
 https://github.com/pytorch/pytorch/blob/main/torch/serialization.py.
@@ -34,7 +34,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
-"""Keys under which training scripts store the state dict; the first present is taken."""
+"""Keys under which training scripts store the state dict; the first that is present counts."""
 
 
 class Storage(NamedTuple):
@@ -54,7 +54,7 @@ class Tensor(NamedTuple):
     """A view of a storage."""
 
     storage: Storage
-    offset: int  # elements, as are the strides
+    offset: int  # in elements, like the strides
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     negative: bool  # PyTorch's negative bit: the values are the storage's with the sign flipped
@@ -140,7 +140,7 @@ _PLACEHOLDERS = (
     "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
 )  # fmt: skip
-"""Classes of the objects that training scripts store beside their weights. None of them is ever built."""
+"""Classes of objects that training scripts store with their weights. None of them is ever built."""
 
 _FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys((*DTYPES, "torch.Tensor", "torch.nn.parameter.Parameter")),
@@ -197,10 +197,10 @@ def _explain_refusal(name: str) -> str:
 def extract(
     pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size: int
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the state dict of a checkpoint, out of its wrappers, and the checkpoint's other items, name to type.
+    """Return the state dict inside a checkpoint's wrappers, and the checkpoint's other items, name to type.
 
-    The wrappers are modified. `load` reads a storage as an array (count,) of its dtype, once for each storage that is needed. The
-    size of the file limits the bytes of the arrays.
+    The wrappers are modified. `load` reads a storage as an array (count,) of its dtype, once per storage. The arrays may not
+    have more bytes than the file.
     """
     value, others = pickled.value, {}
     while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):

@@ -1,4 +1,4 @@
-"""PyTorch's files of tensors, read and written without PyTorch.
+"""Reads and writes PyTorch's files of tensors without PyTorch.
 
 Two formats hold the same pickle of a state dict, in which each tensor is a view (offset, sizes, strides) of a storage:
 
@@ -7,8 +7,7 @@ Two formats hold the same pickle of a state dict, in which each tensor is a view
                         storage as its length (int64) and its elements
 
 Reference: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py. A restricted unpickler
-(`scconv_jax.weights.pickles`) reads the pickles, and every size that a file states is checked against the file before it is
-used.
+(`scconv_jax.weights.pickles`) reads the pickles. Every size in a file is checked against the file before it is used.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def write_zip(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 class _BoundedFile(io.BufferedReader):
-    """A file that `zipfile` cannot make to read more at once than an honest archive's directory needs."""
+    """A file that refuses to read more at once than the directory of an honest archive needs."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_BYTES:
@@ -142,7 +141,7 @@ class _Entry(NamedTuple):
 def _read_archive(file: io.BufferedReader) -> dict[str, _Entry]:
     """Return the entries of PyTorch's archive, by name without their common folder.
 
-    Whatever could make two readers see different contents (Python's zipfile, PyTorch's miniz) is an error.
+    Anything that Python's zipfile and PyTorch's miniz could read differently is an error.
     """
     try:
         archive = zipfile.ZipFile(file)
@@ -186,7 +185,7 @@ def _read_archive(file: io.BufferedReader) -> dict[str, _Entry]:
 
 
 def _directory_offset(file: io.BufferedReader) -> int:
-    """Return the directory's offset as the archive's last record states it; -1 if the directory does not end at that record.
+    """Return the directory's offset from the archive's last record, or -1 if the directory does not end at that record.
 
     Python looks for the directory before the record, PyTorch at the stated offset.
     """
@@ -225,7 +224,7 @@ def _data_offset(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
 
 
 def _describe_archive(names: list[str]) -> str:
-    """Return what an archive without a state dict seems to be, and what to do."""
+    """Describe an archive without a state dict, and say what to do."""
     if any(name.endswith("/constants.pkl") for name in names):
         return (
             "it is a TorchScript archive, which holds code. Take its weights out in PyTorch: "

@@ -61,7 +61,7 @@ def test_over_and_back_bit_for_bit(capsys, variables):
         "version": f"scconv_jax {__version__}",
     }
     table = convert(capsys, "ours.safetensors", "--out", "again.pth")
-    assert "flax: Flax, as this project writes them" in table
+    assert "flax: Flax keys of this project" in table
     with open("theirs.pth", "rb") as first, open("again.pth", "rb") as second:
         assert first.read() == second.read()
 
@@ -98,9 +98,9 @@ def test_how_the_version_of_scconv_is_known(capsys):
 def test_another_number_of_classes(capsys, variables):
     save("theirs.pth", variables)
     table = convert(capsys, "theirs.pth", "--num-classes", "3", "--out", "ours.safetensors")
-    assert "note The file's head has 10 classes, the network 3: fc is as initialised." in table
-    assert "as initialised fc.weight, fc.bias" in table
-    assert "which Flax does not have; fc.weight, fc.bias: the head stays as initialised" in table
+    assert "note The file's head has 10 classes, the network 3: fc keeps its initial values." in table
+    assert "initial values fc.weight, fc.bias" in table
+    assert "which Flax does not have; fc.weight, fc.bias: the head keeps its initial values" in table
     found, metadata = load("ours.safetensors")
     assert metadata["arguments"] == {"num_classes": 3}
     assert found["params"]["fc"]["kernel"].shape == (256, 3)
@@ -188,7 +188,7 @@ def test_no_network_at_all(capsys):
         (["theirs.pth", "--out", "no/new.pth"], "There is no folder no to write new.pth in; make it first."),
         (
             ["theirs.pth", "--model", "resnet20_small", "--out", "new.pth"],
-            "is not of resnet20_small: it looks like scnet20_small",
+            "does not fit resnet20_small: it looks like scnet20_small",
         ),
         (
             ["theirs.pth", "--model", "scnet20_smal", "--out", "new.pth"],

@@ -87,7 +87,7 @@ def test_a_file_cannot_ask_for_a_head_that_it_does_not_have(tmp_path, variables,
 )
 def test_options_in_a_file_that_make_no_network(tmp_path, variables, arguments):
     save(tmp_path / "x.safetensors", variables, {"model": NAME, "arguments": arguments})
-    with pytest.raises(WeightsError, match=rf"x\.safetensors says that it is {NAME} with .*, which cannot be made: "):
+    with pytest.raises(WeightsError, match=rf"x\.safetensors claims to be {NAME} with .*, which cannot be built: "):
         load_model(tmp_path / "x.safetensors")
 
 
@@ -105,13 +105,13 @@ def test_a_file_without_a_head_cannot_ask_for_one_that_fills_the_memory(tmp_path
 
 def test_a_file_cannot_change_the_structure_of_a_network(tmp_path, variables):
     save(tmp_path / "x.safetensors", variables, {"model": "wrn28_10_small", "arguments": {"depth": 4 + 6 * 10**6}})
-    with pytest.raises(WeightsError, match=r"which cannot be made: Model 'wrn28_10_small' has no option 'depth'"):
+    with pytest.raises(WeightsError, match=r"which cannot be built: Model 'wrn28_10_small' has no option 'depth'"):
         load_model(tmp_path / "x.safetensors")
 
 
 def test_options_in_a_file_are_shown_in_one_line(tmp_path, variables):
     save(tmp_path / "x.safetensors", variables, {"model": NAME, "arguments": '{"stem":\n\n\n7}'})
-    with pytest.raises(WeightsError, match=r'with {"stem": 7}, which cannot be made') as error:
+    with pytest.raises(WeightsError, match=r'with {"stem": 7}, which cannot be built') as error:
         load_model(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
 
@@ -129,7 +129,7 @@ def test_a_misspelt_name(name, hint):
 def test_another_head_keeps_the_templates_values(write, variables):
     start = filled(seed=1, num_classes=3)
     found, notes = load_weights(write(to_torch(variables)), start)
-    assert notes == ["The file's head has 10 classes, the network 3: fc is as initialised."]
+    assert notes == ["The file's head has 10 classes, the network 3: fc keeps its initial values."]
     equal(found, {**variables, "params": {**variables["params"], "fc": start["params"]["fc"]}})
 
 
@@ -139,14 +139,14 @@ def test_another_head_of_which_there_are_only_shapes_is_drawn(write, variables, 
     assert model == create_model(NAME, num_classes=3)
     assert found["params"]["fc"]["kernel"].shape == (256, 3)
     assert np.std(found["params"]["fc"]["kernel"]) > 0.01
-    assert "weights.safetensors: The file's head has 10 classes, the network 3: fc is as initialised." in caplog.text
+    assert "weights.safetensors: The file's head has 10 classes, the network 3: fc keeps its initial values." in caplog.text
 
 
 def test_no_head(write, variables):
     state_dict = {name: value for name, value in to_torch(variables).items() if not name.startswith("fc.")}
     start = filled(seed=1)
     found, notes = load_weights(write(state_dict), start)
-    assert notes == ["The file has no head: fc, of 10 classes, is as initialised."]
+    assert notes == ["The file has no head: fc, of 10 classes, keeps its initial values."]
     np.testing.assert_array_equal(found["params"]["fc"]["kernel"], start["params"]["fc"]["kernel"])
 
 
@@ -169,7 +169,7 @@ def test_every_other_difference_is_an_error(write, variables):
 
 def test_another_network_is_named(write, variables):
     path = write(to_torch(variables))
-    with pytest.raises(ConversionError, match="is not of resnet20_small: it looks like scnet20_small"):
+    with pytest.raises(ConversionError, match="does not fit resnet20_small: it looks like scnet20_small"):
         load_model(path, "resnet20_small")
     with pytest.raises(ValueError, match="There is no model 'scnet20'"):
         load_model(path, "scnet20")

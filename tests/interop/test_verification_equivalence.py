@@ -196,7 +196,7 @@ def test_small_networks_are_compared_at_small_sizes(capsys, folder, monkeypatch)
 def test_a_head_drawn_anew_is_not_compared(capsys, folder):
     out = verify(capsys, folder, "resnet20_small.pth", "--num-classes", "3", "--sizes", "24").out
     assert "logits" not in out
-    assert "note: The file's head has 10 classes, the network 3: fc is as initialised." in out
+    assert "note: The file's head has 10 classes, the network 3: fc keeps its initial values." in out
 
 
 @pytest.mark.parametrize(

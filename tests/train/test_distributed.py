@@ -59,7 +59,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def start(*flags, devices, silence=None):
-    """Start a host. If `silence` is given, it gives up hosts after that many seconds without a sign of life."""
+    """Start a host. If `silence` is given, it gives up hosts after that many seconds without a heartbeat."""
     flags_of_xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags_of_xla}
     program = ["-m", "tests.train.tiny"]
@@ -157,7 +157,7 @@ def test_a_killed_host_ends_the_other_at_once(victim):
     code, _, err = finish(both[1 - victim])
     assert time.monotonic() - killed < 20
     assert code in (1, -signal.SIGABRT), "JAX may be first to notice that host 0 is gone, and abort"
-    reason = f"error: host {victim} of 2 is gone without a word (killed, out of memory, cut off); the checkpoints are kept"
+    reason = f"error: host {victim} of 2 disconnected without a reason (killed, out of memory, cut off); the checkpoints are kept"
     assert reason in errors(err)
     finish(both[victim])
 
@@ -173,7 +173,7 @@ def test_a_stopped_host_ends_the_other():
     try:
         code, _, err = finish(both[1])
         assert time.monotonic() - stopped < 40
-        reason = "error: host 0 of 2 has given no sign of life for 15 s (stopped, cut off); the checkpoints are kept"
+        reason = "error: host 0 of 2 has sent no heartbeat for 15 s (stopped, cut off); the checkpoints are kept"
         assert (code, errors(err)) == (1, [reason])
     finally:
         both[0].kill()
@@ -260,7 +260,7 @@ def team(monkeypatch, capsys):
     meet.ended = ended
     meet.said = lambda: capsys.readouterr().err
     yield meet
-    # All must have left before the first connection closes: a host that sees another go without a word ends its process.
+    # All must have left before the first connection closes: a host ends its process if another disconnects without a reason.
     peers = [peer for link in links for peer in link._peers.values()]
     for link in links:
         link._peers = {}
@@ -316,26 +316,26 @@ def test_a_silent_host_ends_all(team, monkeypatch):
     port = free_port()
     links = team(*[(of(index, port, count=3), []) for index in range(3)])
     time.sleep(3)
-    assert team.ended == [], "signs of life keep all going"
+    assert team.ended == [], "heartbeats keep all connected"
     monkeypatch.setattr(links[1], "_tell", lambda _: None)
     eventually(lambda: len(team.ended) == 3)
     assert team.ended == [1, 1, 1]
-    reason = "host 1 of 3 has given no sign of life for 2 s (stopped, cut off); the checkpoints are kept"
+    reason = "host 1 of 3 has sent no heartbeat for 2 s (stopped, cut off); the checkpoints are kept"
     assert team.said() == f"error: {reason}\n" * 3
 
 
 def test_a_host_that_never_comes_is_named(team):
     port = free_port()
     zero, one = team((of(0, port, count=4, timeout=1), []), (of(1, port, count=4, timeout=1), []))
-    assert zero == f"hosts 2, 3 of 4 did not come to port {port + 1} within 1 s; nothing was started"
+    assert zero == f"hosts 2, 3 of 4 did not connect to port {port + 1} within 1 s; nothing was started"
     assert one == zero
     (alone,) = team((of(1, port, timeout=0.5), []))
-    assert alone.startswith(f"host 1 of 2 did not find host 0 at 127.0.0.1, port {port + 1}, within 0.5 s (")
+    assert alone.startswith(f"host 1 of 2 could not reach host 0 at 127.0.0.1, port {port + 1}, within 0.5 s (")
 
 
 def test_hosts_that_do_not_fit_are_refused(team):
     for other, flags, message in (
-        (of(1, port := free_port(), count=3), [], "host 1 was told of 3 hosts, host 0 of 2; nothing was started"),
+        (of(1, port := free_port(), count=3), [], "host 1 expects 3 hosts, host 0 expects 2; nothing was started"),
         (
             of(1, port, count=2),
             ["--seed", "3"],
@@ -344,7 +344,7 @@ def test_hosts_that_do_not_fit_are_refused(team):
     ):
         assert team((of(0, port), ["--seed"][: len(flags)]), (other, flags)) == [message, message]
     twice = team((of(0, port, count=3), []), (of(1, port, count=3), []), (of(1, port, count=3), []))
-    assert "two processes were told that they are host 1; nothing was started" in twice
+    assert "two processes have the index 1; nothing was started" in twice
 
 
 def test_a_port_in_use_is_named(team):

@@ -59,7 +59,7 @@ def test_a_head_of_other_classes_is_drawn_and_the_rest_taken(weights):
     assert_same(state.params["fc"], drawn.params["fc"])
     assert_same(state.params["conv"], variables["params"]["conv"])
     assert_same(state.batch_stats, variables["batch_stats"])
-    assert notes[1:] == ["The file's head has 10 classes, the network 7: fc is as initialised."]
+    assert notes[1:] == ["The file's head has 10 classes, the network 7: fc keeps its initial values."]
 
 
 def test_pretrained_is_the_weights_published_for_the_network(weights, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_later_epoch_has_its_place_in_schedule_and_data():
     ("source", "message"),
     [
         ("nothing.pth", "model.init 'nothing.pth': nothing.pth cannot be read: No such file or directory"),
-        ("resnet.safetensors", "is not of scnet20_small: it looks like resnet20_small"),
+        ("resnet.safetensors", "does not fit scnet20_small: it looks like resnet20_small"),
         ("other.safetensors", "the state dict does not fit"),
         ("broken.pth", "model.init 'broken.pth': "),
     ],

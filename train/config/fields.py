@@ -1,4 +1,4 @@
-"""Base class of the config dataclasses, which checks names, types and ranges, and the errors that end a run with one line."""
+"""Base class of the config dataclasses, which checks names, types and ranges, and errors that end a run with one line."""
 
 import math
 import types
@@ -23,7 +23,7 @@ class Group:
     """Base class of a group of fields."""
 
     def __new__(cls, *_args: Any, **fields: Any) -> Self:
-        """Refuse unknown field names; unlike the dataclass's own error, this one suggests the nearest field."""
+        """Refuse unknown field names. Unlike the dataclass's own error, the message suggests the nearest field."""
         known = typing.get_type_hints(cls)
         for name in fields.keys() - known.keys():
             raise ConfigError(f"{cls.__name__} has no field {name!r}{suggest(name, known)}")
@@ -52,7 +52,7 @@ class Group:
 
 
 def suggest(name: str, valid: Iterable[Any]) -> str:
-    """Return the end of an error message: the valid names that resemble `name`, or all valid names if none does."""
+    """Return the end of an error message: the valid names that resemble `name`, or all if none does."""
     import scconv_jax  # loads JAX, so only after a mistake
 
     names = [v for v in valid if isinstance(v, str)]

@@ -31,7 +31,7 @@ def load_config(path: Path) -> Config:
         config = runpy.run_path(str(path)).get("config")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:  # a config file is a program: anything can go wrong in it
+    except Exception as error:  # a config file is a program and can fail in any way
         lines = [step.lineno for step in traceback.extract_tb(error.__traceback__) if step.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}") from error

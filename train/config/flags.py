@@ -43,7 +43,7 @@ Short names, as in PyTorch's ImageNet script:
 """ + "\n".join(f"  {names:<24}{full}" for names, full in SHORT_NAMES.items())
 
 PERMISSIVE = Config(epochs=10**9, data=Data(image_size=1))
-"""Defaults while flags are parsed: any valid value of one field fits the others."""
+"""Defaults during parsing. Any valid value of one field is compatible with them."""
 
 Switch = Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")]
 
@@ -63,7 +63,7 @@ class Flags:
     resume: Switch = False
     """Resume the run in the workdir, with its own config unless --config is given. Or: --resume DIR."""
     evaluate: Switch = False
-    """Only test: the latest checkpoint in the workdir or, with --model.init and without --workdir, those weights."""
+    """Only test the latest checkpoint in the workdir or, with --model.init and without --workdir, those weights."""
     best: Switch = False
     """With --evaluate: test the checkpoint with the best test accuracy instead of the latest."""
     dummy: Switch = False
@@ -73,17 +73,17 @@ class Flags:
     gpu: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Use only this GPU of the machine."""
     multiprocessing_distributed: Switch = False
-    """Accepted, without effect: one process drives all devices of a host."""
+    """Accepted without effect: one process drives all devices of a host."""
     dist_backend: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
-    """Accepted, without effect: JAX chooses how devices communicate."""
+    """Accepted without effect: JAX chooses how devices communicate."""
     images: Annotated[str, Positional, arg(metavar="[DIR]", help_behavior_hint="")] = ""
     """Images to train on: a folder with train/CLASS/… and val/CLASS/…, or a TFDS data set. Sets --data.name and --data.dir."""
     given: Annotated[dict[str, Any], Fixed, Suppress] = dataclasses.field(default_factory=dict)
-    """No flag: the value of each flag that is given, by name, as in `{"optim.lr": 0.1}`."""
+    """Not a flag: the given flags and their values, such as `{"optim.lr": 0.1}`."""
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
-    """Parse a command line without --help. Fields of the experiment that are not given have placeholders.
+    """Parse a command line without --help. Fields without a flag have placeholders.
 
     Raises:
         ConfigError: A flag is unknown, or its value is out of range.

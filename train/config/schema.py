@@ -42,7 +42,7 @@ class Data(Group):
     image_size: int = 32
     """Height and width of the network's input in pixels."""
     resize: int = 0
-    """Shorter side in pixels of a test image file before the center crop. 0: 256 for image_size 224, others in proportion."""
+    """Shorter side in pixels of a test image file before the central crop. 0: 256 for image_size 224, others in proportion."""
     crop_scale: tuple[float, ...] = (0.08, 1.0)
     """Smallest and largest area of the random training crop, as a fraction of the image file."""
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
@@ -50,7 +50,7 @@ class Data(Group):
     exif: bool = False
     """Rotate image files by their EXIF orientation. PyTorch's ImageFolder does not, nor do published accuracies include it."""
     max_bad_images: int = 10
-    """Unreadable image files to tolerate. Each is reported and replaced by another image; one more is an error."""
+    """Unreadable image files to tolerate. Each is reported and replaced by another image. One more is an error."""
     mean: tuple[float, ...] = ()
     """Channel means to subtract, for pixels from 0 to 1. Empty: ImageNet's for image files, otherwise the training images'."""
     std: tuple[float, ...] = ()
@@ -111,13 +111,13 @@ class Optim(Group):
     lr: float = 0.1
     """Peak learning rate for the global batch; see lr_reference_batch."""
     lr_reference_batch: int = 0
-    """Batch size for which `lr` is meant: the peak is `lr * batch_size / lr_reference_batch`. 0: the peak is `lr`."""
+    """Batch size that `lr` refers to: the peak is `lr * batch_size / lr_reference_batch`. 0: the peak is `lr`."""
     momentum: float = 0.9
     """Momentum coefficient."""
     weight_decay: float = 1e-4
     """Weight decay coefficient; the decay is added to the gradient, as in PyTorch's SGD."""
     decay_kernels_only: bool = False
-    """Exclude biases and normalization parameters from weight decay. LARS always excludes them."""
+    """Exclude biases and parameters of norms from weight decay. LARS always excludes them."""
     clip_norm: float = 0.0
     """Largest norm of the gradient over all parameters; longer gradients are scaled down to it. 0: no clipping."""
     label_smoothing: float = 0.0
@@ -148,7 +148,7 @@ class Optim(Group):
 class Hosts(Group):
     """The processes that train one network together, one per host. They are not part of the experiment and not saved with it.
 
-    If no flag is given, hosts find each other under SLURM, Open MPI and Kubernetes and on Cloud TPU; elsewhere there is one host.
+    Without these flags, hosts find each other under SLURM, Open MPI and Kubernetes and on Cloud TPU; elsewhere there is one host.
     """
 
     count: int | None = None
@@ -231,7 +231,7 @@ class Config(Group):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config means for a number of training images and devices: steps, and the peak learning rate."""
+    """Steps and peak learning rate of a config for a number of training images and devices."""
 
     steps_per_epoch: int
     total_steps: int

@@ -33,7 +33,7 @@ def random_flip(key: Array, image: Array) -> Array:
 
 
 def make_augment(data: Data, augment: Augment = NOTHING) -> Callable[[Array, Array], Array]:
-    """Return a function (keys (n,), images uint8 (n, h, w, c)) → images that does the config's operations on single images."""
+    """Return a function (keys (n,), images uint8 (n, h, w, c)) → images with the config's operations on single images."""
 
     def one(key: Array, image: Array) -> Array:
         crop_key, flip_key = jax.random.split(key)
@@ -49,7 +49,7 @@ def make_augment(data: Data, augment: Augment = NOTHING) -> Callable[[Array, Arr
 
 
 def make_mix(augment: Augment) -> Callable[[Array, int, int], Array] | None:
-    """Return a function (key, height, width) → float (height, width), or None if the config asks for no mixing.
+    """Return a function (key, height, width) → float (height, width), or None if the config has no mixing.
 
     The result is the weight of each pixel's own image when neighbours are blended. Its mean is the weight of the image's label.
     """

@@ -1,8 +1,8 @@
-"""Batches in the order of a run, read ahead by threads, and their transfer to the device.
+"""Makes the batches of a run in order, reads ahead in threads, and transfers batches to the device.
 
 A batch is a function of (seed, step) alone, whatever the number of hosts, threads or restarts: the global batch of a step is
 a fixed list of images, and each host reads its part. So a checkpoint's step is also the position in the data, and a resumed run
-continues with exactly the batch that was next.
+continues with exactly the next batch.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from train.config import ConfigError
 Batch = dict[str, np.ndarray]
 
 IMAGES_PER_TASK = 16
-"""Images that a thread reads as one task. Few, so that all threads work on the next batch and memory stays small."""
+"""Images per task of a thread. Few, so that all threads work on the next batch and memory stays small."""
 POLL_SECONDS = 1e-3
-"""Interval between two checks whether the device is idle, while a batch is awaited."""
+"""Interval between two checks whether the device is idle, during the wait for a batch."""
 
 
 class UnreadableImageError(Exception):
-    """An image cannot be decoded. The source that raises this has counted the image."""
+    """An image cannot be decoded. The source has already counted it."""
 
 
 class Source(Protocol):
-    """Images at random access."""
+    """Images with random access."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -65,7 +65,7 @@ def train_batches(
     Each epoch is shuffled anew and has `len(source) // batch_size` full batches. Host h of H reads the positions
     `[h * b / H, (h + 1) * b / H)` of each batch. An unreadable image is replaced by the next readable one of the source.
 
-    `batch_size` counts the images of all hosts together. With no `threads`, a batch is read when it is asked for.
+    `batch_size` counts the images of all hosts together. With `threads` 0, nothing is read ahead.
 
     Yields:
         `{"image": uint8 (b / H, h, w, 3), "label": int32 (b / H,)}`
@@ -80,7 +80,7 @@ def train_batches(
         for offset in range(len(source)):
             with contextlib.suppress(UnreadableImageError):
                 return {"label": source.load((index + offset) % len(source), (seed, step, position), out)}
-        raise ConfigError("not one image of the training set can be read")
+        raise ConfigError("no image of the training set can be read")
 
     positions = _positions(batch_size, process_index, process_count)
     return _read_ahead(read, source.image_shape, {"label": np.int32}, itertools.count(first_step), positions, threads)
@@ -89,7 +89,7 @@ def train_batches(
 def eval_batches(
     source: Source, batch_size: int, *, threads: int, process_index: int = 0, process_count: int = 1
 ) -> Generator[Batch, None, None]:
-    """Yield every image once over all hosts together, in order; every host gets the same number of batches.
+    """Yield this host's part of all images, each once, in order. Every host gets the same number of batches.
 
     Unreadable images, and the padding of the last batch, are black and have weight 0.
 
@@ -126,9 +126,9 @@ def _read_ahead(
     positions: range,
     threads: int,
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of `steps`, which the threads have begun to read before they are asked for.
+    """Yield the batches of `steps`, which threads read ahead.
 
-    `read`: (step, position, out) → the value of each of the `fields` (name → dtype); it writes the image to `out`.
+    `read`: (step, position, out) → a value for each of the `fields` (name → dtype). It writes the image to `out`.
     """
     size = len(positions)
     tasks = [range(start, min(start + IMAGES_PER_TASK, size)) for start in range(0, size, IMAGES_PER_TASK)]
@@ -176,7 +176,7 @@ class DevicePrefetcher(Iterator[Any]):
 
     def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Any]) -> None:
         self.waited = 0.0
-        """Seconds that the device has been idle for want of a batch."""
+        """Seconds that the device has been idle because no batch was ready."""
         self._batches, self._put = batches, put
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(2)
         self._stop = threading.Event()
@@ -199,7 +199,7 @@ class DevicePrefetcher(Iterator[Any]):
         return self.take(lambda: True)
 
     def take(self, idle: Callable[[], bool]) -> Any:
-        """Return the next batch. `waited` grows by the time spent here while `idle()`: while the device has nothing to do."""
+        """Return the next batch. The time spent here while `idle()`, when the device has no work, is added to `waited`."""
         found = None
         while found is None:
             start, lost = time.perf_counter(), idle()
@@ -209,7 +209,7 @@ class DevicePrefetcher(Iterator[Any]):
                 self.waited += time.perf_counter() - start
         batch, error = found
         if error is not None:
-            self._queue.put((None, error))  # for the next call, which then ends the same way
+            self._queue.put((None, error))  # so that the next call raises it too
             raise error
         return batch
 

@@ -1,4 +1,4 @@
-"""Data sets by name: each has a training and a test source, the classes, and the mean and deviation of its pixels."""
+"""Data sets by name: training and test source, classes, and mean and standard deviation of the pixels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class ArraySource:
         return self.images.shape[1:]
 
     def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
-        """Write the image to `out`, uint8 (h, w, 3), and return its label; nothing is random."""
+        """Write the image to `out`, uint8 (h, w, 3), and return its label. `key` is ignored."""
         del key
         out[...] = self.images[index]
         return self.labels[index]
@@ -35,7 +35,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Disjoint training and test images, and what the network and the step need to know about them."""
+    """Disjoint training and test images, their classes, and the mean and standard deviation of their pixels."""
 
     train: Source
     test: Source
@@ -61,15 +61,15 @@ def load_dataset(data: Data) -> Dataset:
     """Load the data set that the config names.
 
     Raises:
-        ConfigError: the data set is missing or not as expected.
-        ModuleNotFoundError: a package is missing; the message names the extra that installs it.
+        ConfigError: The data set is missing or invalid.
+        ModuleNotFoundError: A package is missing; the message names the extra that installs it.
     """
     dataset = DATASETS[data.name](data)
     return replace(dataset, mean=data.mean or dataset.mean, std=data.std or dataset.std)
 
 
 def load_digits(data: Data) -> Dataset:
-    """1,797 scans of handwritten digits, 8×8 pixels, that come with scikit-learn (UCI ML repository, "optdigits").
+    """Load scikit-learn's 1,797 scans of handwritten digits, 8×8 pixels (UCI ML repository, "optdigits").
 
     1,437 are for training and 360 for testing, every digit in proportion. The split is the same for every seed, and no scan
     occurs twice. The scans are enlarged to `image_size` bilinearly and repeated to three channels.
@@ -88,7 +88,7 @@ def load_digits(data: Data) -> Dataset:
 
 
 def load_synthetic(data: Data) -> Dataset:
-    """Noise on one random 4×4 pattern per class, in any size, for smoke tests and benchmarks."""
+    """Make images of noise on one random 4×4 pattern per class, in any size, for smoke tests and benchmarks."""
     rng = np.random.default_rng(0)
     patterns = rng.uniform(64, 192, (data.synthetic_classes, 4, 4, 3))
     shape = (data.image_size, data.image_size, 3)
@@ -105,12 +105,12 @@ def load_synthetic(data: Data) -> Dataset:
 
 
 def load_folder(data: Data) -> Dataset:
-    """The image files in `data.dir`: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
+    """Load the image files in `data.dir`: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
     return _from_files(data, *open_folder(data.dir))
 
 
 def load_tfds(data: Data) -> Dataset:
-    """A data set of TensorFlow Datasets in `data.dir`."""
+    """Load a data set of TensorFlow Datasets in `data.dir`."""
     return _from_files(data, *open_tfds(data.dir, data.tfds_name, data.train_split, data.test_split))
 
 

@@ -1,7 +1,7 @@
 """A folder of images, `SPLIT/CLASS/…/IMAGE`: PyTorch's ImageNet layout, in the order of torchvision's `ImageFolder`.
 
-The index of a split is made once and kept in the user's cache with the modification times of all its folders. It is made again
-when one of them has changed. All file names are stored as one block of bytes: 1.28 million take 40 MB, as strings over 100.
+The index of a split is cached with the modification times of all its folders, and made again when one of them has changed. All
+file names are stored as one block of bytes: 1.28 million take 40 MB, as strings over 100.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 """Extensions of image files, in any case: torchvision's list."""
 THREADS = 16
 SETTLED_NS = 2 * 10**9
-"""A folder that changed less than this before it was read may change again without a new modification time."""
+"""A folder read this soon after a change may change again without a new modification time."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _read_cache(path: Path, root: Path) -> FolderRecords | None:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             texts = {name: _split(arrays[name]) for name in ("classes", "folders", "watched")}
             numbers = {name: arrays[name] for name in ("labels", "starts", "names", "offsets", "times")}
-    except Exception:  # absent, or damaged in one of a zip file's many ways
+    except Exception:  # absent, or damaged: zip files raise many types
         return None
     watched, times = texts.pop("watched"), numbers.pop("times")
     try:
@@ -187,7 +187,7 @@ def _read_cache(path: Path, root: Path) -> FolderRecords | None:
 
 
 def _write_cache(path: Path, records: FolderRecords, modified: dict[str, int]) -> None:
-    """Keep an index, unless its folders have changed within the last seconds."""
+    """Write an index to the cache, unless its folders have just changed."""
     import scconv_jax
 
     if max(modified.values()) > time.time_ns() - SETTLED_NS:

@@ -1,8 +1,8 @@
 """Random crops of image files for training: uint8, RGB.
 
 This is torchvision's `RandomResizedCrop(size)`; the crop box follows the same rule. Differences, for speed: a JPEG much larger
-than needed is decoded at a half, quarter or eighth of its size (but the box never falls below `size`), only down to the last row
-of the box, and with libjpeg's fast variants. The bilinear resize takes the nearest pixels without smoothing, as TensorFlow does.
+than needed is decoded at a half, quarter or eighth of its size (with the box at least `size`), only down to the last row of the
+box, and with libjpeg's fast variants. The bilinear resize uses the nearest pixels without smoothing, as TensorFlow does.
 
 Test images are prepared by `scconv_jax.images`, which also decodes all files that are not ordinary JPEGs.
 """
@@ -30,7 +30,7 @@ SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")
 BEFORE_FRAME = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
 """Markers of tables, application data and comments."""
 ROWS = 16
-"""Most files code this many rows together, so the height is cut at a multiple. It is twice the largest decoding factor."""
+"""Most files code this many rows together, so the height is cut to a multiple of it. Twice the largest decoding factor."""
 
 cv2.setNumThreads(1)  # the trainer already reads images in several threads
 
@@ -48,16 +48,16 @@ def random_resized_crop(
     """Decode a random part of an image file and resize it to uint8 (size, size, 3).
 
     Args:
-        data: the bytes of the file.
-        size: height and width of the result.
-        rng: draws the crop box.
-        scale: least and greatest share of the image's area.
-        ratio: least and greatest width over height.
-        exif: whether to turn the image as its EXIF orientation says.
-        out: array to write to, contiguous. If None, a new one.
+        data: Bytes of the file.
+        size: Height and width of the result, in pixels.
+        rng: Random generator for the crop box.
+        scale: Smallest and largest area of the crop, as a fraction of the image.
+        ratio: Smallest and largest width divided by height.
+        exif: Whether to rotate the image by its EXIF orientation.
+        out: Contiguous array to write to. If None, a new one.
 
     Raises:
-        scconv_jax.images.ImageError: the file is damaged, truncated or not an image.
+        scconv_jax.images.ImageError: The file is damaged, truncated or not an image.
     """
 
     def box_of(height: int, width: int) -> Box:
@@ -69,7 +69,7 @@ def random_resized_crop(
     if crop is None:
         pixels = np.asarray(scconv_jax.images.decode(data, exif=exif))
         crop = _cut(pixels, *box_of(*pixels.shape[:2]))
-    # Bilinear uses the two nearest pixels, so from a factor of two on it would skip some.
+    # Bilinear uses the two nearest pixels, so it would skip some at a factor of two or more.
     shrinks = min(crop.shape[:2]) >= 2 * size
     return cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
@@ -95,7 +95,7 @@ def crop_box(height: int, width: int, rng: np.random.Generator, scale: Sequence[
 
 
 def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> np.ndarray | None:
-    """Decode the part of a JPEG that `box_of(height, width)` asks for, scaled down as far as `size` allows.
+    """Decode the part of a JPEG in `box_of(height, width)`, scaled down as far as `size` allows.
 
     The result is a view into a buffer that this thread's next call overwrites, or None if only PIL can read the file.
     """
@@ -118,7 +118,7 @@ def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> n
             min_width=width,
             buffer=_buffer(height * width * 3),
         )
-    except (ValueError, LookupError):  # damaged, or of a rare kind: 4:4:1 is a KeyError
+    except (ValueError, LookupError):  # damaged or rare: 4:4:1 raises a KeyError
         return None
     return _cut(pixels, *(round(side / factor) for side in box))
 
@@ -143,7 +143,7 @@ _own = threading.local()
 
 
 def _buffer(size: int) -> bytearray:
-    """Return at least `size` bytes that this thread uses again and again: fresh memory costs a tenth of the decoding."""
+    """Return this thread's buffer of at least `size` bytes. New memory would cost a tenth of the decoding time."""
     if len(getattr(_own, "buffer", b"")) < size:
         _own.buffer = bytearray(size)
     return _own.buffer
@@ -154,7 +154,7 @@ def _cut(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np
 
 
 def _is_turned(data: bytes) -> bool:
-    """Whether the EXIF orientation is not upright."""
+    """Return whether the EXIF orientation is not upright."""
     try:
         return Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) != 1
     except Exception:

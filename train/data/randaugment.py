@@ -4,9 +4,9 @@ Cubuk, Zoph, Shlens, Le, "RandAugment: Practical Automated Data Augmentation wit
 operations, their ranges and their 31 strengths are torchvision's `RandAugment`. The pixels are PIL's, which torchvision calls,
 with nearest-pixel sampling and black outside the image.
 
-For each image all operations are computed and one is kept, because a device does the same for a whole batch.
+All operations are computed for each image and one is kept, because a device does the same for a whole batch.
 
-Differences: PIL rounds in float64, or to 1/65536 of a pixel. So a value may differ by 1, or a pixel may be its neighbour.
+Differences: PIL rounds in float64, or to 1/65536 of a pixel. So a value may differ by 1, or a pixel be a neighbouring one.
 """
 
 import math
@@ -25,7 +25,7 @@ OPERATIONS = ("identity", *GEOMETRIC, *ENHANCING, *OTHERS)
 
 
 def rand_augment(key: Array, image: Array, operations: int, magnitude: int) -> Array:
-    """Apply that many random `OPERATIONS` to `image`, uint8 (h, w, 3), each with strength `magnitude` (0 to 30)."""
+    """Apply `operations` random members of `OPERATIONS` to `image`, uint8 (h, w, 3), with strength `magnitude` (0 to 30)."""
     for part in jax.random.split(key, operations):
         operation_key, sign_key = jax.random.split(part)
         sign = jnp.where(jax.random.bernoulli(sign_key), 1.0, -1.0)
@@ -70,7 +70,7 @@ def apply(operation: Array, image: Array, magnitude: int, sign: Array) -> Array:
 
 
 def transform(image: Array, matrix: Array) -> Array:
-    """Take each pixel from where `matrix` (6,) maps its centre; black if that is outside the image."""
+    """Take each pixel from the position to which `matrix` (6,) maps its centre; black outside the image."""
     height, width = image.shape[:2]
     x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
     a, b, c, d, e, f = matrix
@@ -109,7 +109,7 @@ def autocontrast(image: Array) -> Array:
 
 
 def equalize(image: Array) -> Array:
-    """Make the values of each channel as evenly frequent as a table of 256 entries can."""
+    """Equalise the histogram of each channel with a table of 256 entries."""
 
     def one(channel: Array) -> Array:
         below = jnp.searchsorted(jnp.sort(channel.ravel()), jnp.arange(256, dtype=channel.dtype))  # pixels below each value

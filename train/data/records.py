@@ -1,4 +1,4 @@
-"""Sources of encoded images: files are decoded and cropped for training or testing, and unreadable ones are counted."""
+"""Sources that decode image files, crop them for training or testing, and count unreadable ones."""
 
 import sys
 import threading
@@ -16,11 +16,11 @@ from train.data.images import random_resized_crop
 from train.data.tfds import TfdsRecords
 
 Records = FolderRecords | TfdsRecords
-"""Encoded images at random access."""
+"""Encoded images with random access."""
 
 
 class Unreadable:
-    """Names each unreadable image once, and ends the run when there are more than `limit`."""
+    """Reports each unreadable image once, and ends the run if there are more than `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -58,7 +58,7 @@ class EncodedSource:
         return len(self.records)
 
     def load(self, index: int, key: tuple[int, ...], out: np.ndarray) -> int:
-        """Write the cropped image to `out`, uint8 (h, w, 3), and return its label; `key` decides a random crop."""
+        """Write the cropped image to `out`, uint8 (h, w, 3), and return its label. A random crop depends on `key`."""
         try:
             data, label = self.records.read(index)
             self.write_pixels(data, key, out)

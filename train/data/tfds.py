@@ -1,7 +1,7 @@
 """Image classification data sets of TensorFlow Datasets (TFDS), read without TensorFlow.
 
-Both file formats give random access to records: array_record by its own reader; TFRecord by the position of each record, which is
-read from the record headers (length, checksum) when a file is first used. TFDS itself decodes the record.
+Records are read with random access: array_record by its own reader, TFRecord by the positions of its records, which are read from
+the record headers (length, checksum) when a file is first used. TFDS itself decodes the record.
 """
 
 import functools
@@ -45,9 +45,9 @@ class TfdsRecords:
     classes: tuple[str, ...]
     split: str
     files: Sequence[Any]
-    """TFDS's `FileInstruction`s: which records of which file."""
+    """TFDS's `FileInstruction`s, the records to read from each file."""
     serialized: Any
-    """Serialized records at random access: `len(serialized)`, `serialized[index]` → bytes."""
+    """Serialized records with random access: `len(serialized)`, `serialized[index]` → bytes."""
     features: Any
     """TFDS's `FeaturesDict`."""
     image: str
@@ -83,7 +83,7 @@ class TfdsRecords:
 
 
 def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> tuple[TfdsRecords, TfdsRecords]:
-    """Open training and test images of a prepared data set; the arguments are those of the config.
+    """Open training and test images of a prepared data set, given fields of the config.
 
     `name` is empty, `NAME` or `NAME/CONFIG`, with or without `/VERSION` (or `:VERSION`).
     """

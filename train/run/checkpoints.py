@@ -1,6 +1,6 @@
 """Checkpoints of the training state, written and read by Orbax.
 
-A checkpoint is `checkpoints/STEP/` with three items: `state`, the arrays; `about`, the config, the number of devices and of
+A checkpoint is `checkpoints/STEP/` with three items: `state`, the arrays; `about`, the config, the numbers of devices and
 training images, and the shape, dtype and CRC-32 of each array; `metrics`, the test metrics, if there are any. The step also gives
 the position in the data and, with the config's seed, all random numbers. Orbax writes a step completely or not at all. Checksums
 find later damage; the previous step then replaces the damaged one.
@@ -25,7 +25,7 @@ from train.config import CheckpointError, ConfigError
 
 
 class DamagedError(Exception):
-    """The files of a checkpoint are not those that were written."""
+    """The files of a checkpoint have changed since they were written."""
 
 
 class Checkpoints:
@@ -35,10 +35,10 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path | None, keep: int, config: dict[str, Any] | None = None, images: int | None = None) -> None:
-        """Open the checkpoints in the folder of a run. If it is None, there are none and `save` does nothing: host 0 writes them.
+        """Open the checkpoints in the folder of a run. With None, for hosts other than 0, `save` does nothing.
 
-        `config` is stored with each checkpoint. So is `images`, the number of training images: a restored step is a position in
-        as many images.
+        `config` and `images`, the number of training images, are stored with each checkpoint. A restored step identifies a
+        position in the data only if the number of images is the same.
         """
         self._config, self._images, self._keep = config or {}, images, keep
         self.devices = jax.device_count()
@@ -57,7 +57,7 @@ class Checkpoints:
         try:
             if kind is None:
                 self.wait()
-                sys.unraisablehook = self._hook  # after an error, the noise may continue until the process ends
+                sys.unraisablehook = self._hook  # after an error, the messages may continue until the process ends
         finally:
             self._writer.shutdown()  # waits for the current write
             if self._manager is not None:
@@ -77,13 +77,13 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Return the step with the best `eval/top1`; of equals, the latest. None if no step was tested."""
+        """Return the step with the best `eval/top1`, the latest if several are equal. None if no step was tested."""
         return scconv_jax.runs.best_step(self.directory)
 
     def save(self, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Copy `state` to the host and start to write it, unless a checkpoint of its step exists.
 
-        The next `save`, `check` or `wait` raises the error of a failed write:
+        The next `save`, `check` or `wait` raises the error of a failed write.
 
         Raises:
             FloatingPointError: A value of the state is not finite. Nothing was written.
@@ -107,11 +107,11 @@ class Checkpoints:
             writing.result()
 
     def restore(self, like: Any, step: int | None = None, move_damaged: bool = False) -> Any:
-        """Return the latest undamaged state, as NumPy arrays, and report damaged checkpoints on stderr.
+        """Return a saved state as NumPy arrays, and report damaged checkpoints on stderr.
 
         Args:
             like: A state of the same structure, or its shapes.
-            step: If given, restore this step alone.
+            step: Step to restore. If None, the latest undamaged one.
             move_damaged: Move damaged checkpoints to `damaged/` in the run's folder. Nothing is ever deleted.
 
         Raises:
@@ -152,11 +152,11 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about | {"crc32": _crc_of(about)})}
         try:
             self._open().save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
-        except Exception as error:  # Orbax and TensorStore raise what they like
+        except Exception as error:  # Orbax and TensorStore raise many types
             raise CheckpointError(f"the checkpoint of step {step} cannot be written: {_reason(error)}") from error
 
     def _open(self) -> ocp.CheckpointManager:
-        """Return the Orbax manager, opened at the first write: to open it reads all metrics and removes leftovers."""
+        """Return the Orbax manager. The first call opens it, which reads all metrics and removes leftovers."""
         if self._manager is None:
             for step in self.steps():
                 if (self.directory / str(step) / "metrics").is_dir() and scconv_jax.runs.eval_top1(self.directory, step) is None:
@@ -166,7 +166,7 @@ class Checkpoints:
                     )
             self.directory.mkdir(parents=True, exist_ok=True)
             process = jax.process_index()
-            # By default Orbax waits for the other hosts, which take no part.
+            # By default Orbax waits for the other hosts, which do not write.
             alone = ocp.options.MultiprocessingOptions(process, active_processes={process})
             self._manager = ocp.CheckpointManager(
                 self.directory,

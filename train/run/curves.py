@@ -39,7 +39,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         best, last = best_line(tested), tested[-1]
         label = f"best: {best['eval/top1']:.2%}, epoch {best['epoch']}; last: {last['eval/top1']:.2%}"
         top1_axes.plot(best["epoch"], 100 * best["eval/top1"], "*", color="tab:red", markersize=13, label=label)
-    # The axis is stretched towards 100 %, where runs differ.
+    # Stretch the axis near 100 %, where runs differ.
     top1_axes.set_yscale("function", functions=(lambda y: -np.log(102 - y), lambda z: 102 - np.exp(-z)))
     top1_axes.set(ylabel="accuracy, %", ylim=(0, 100.5), yticks=(0, 50, 70, 80, 90, 95, 98, 99, 100))
 

@@ -3,10 +3,11 @@
 Training lines hold means since the previous training line:
 
 - `train/loss` (the objective, label smoothing included), `train/top1` and, with more than five classes, `train/top5`; `lr`;
-- without compilation and tests: `images_per_second`, `waiting_for_data` (share of the time in which the devices were idle because
+- excluding compilation and tests: `images_per_second`, `waiting_for_data` (share of the time that the devices were idle because
   no batch was ready), `multiply_adds_per_second` and, if the devices' peak is known, `peak_share`.
 
-Test lines, one per epoch, hold `eval/loss`, `eval/top1`, `eval/top5` and `eval/images`, the number of test images.
+Test lines, one per epoch, hold `eval/loss`, `eval/top1`, `eval/top5` and `eval/images`, the number of test images
+that could be read.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ class Metrics:
             tracker.close()
 
     def write(self, step: int, **values: float) -> None:
-        """Write one line. Keys may contain a slash: `write(3, **{"train/loss": 0.1})`."""
+        """Write one line: `write(3, **{"train/loss": 0.1})`."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._file.flush()
@@ -73,7 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWindow:
-    """Training metrics since the last line; they stay on the device until then.
+    """Training metrics since the last line. They stay on the device until the next line.
 
     The host runs at most `RUN_AHEAD` steps ahead of the device, which bounds the number of batches on the device.
     """
@@ -105,7 +106,7 @@ class MetricsWindow:
         self._since, self._waited_before, self._timed_steps = time.perf_counter(), self._waited(), 0
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Add the metrics that step number `step` returned."""
+        """Add the metrics of one step."""
         self._steps.append((step, values))
         self._timed_steps += 1
         if len(self._steps) > RUN_AHEAD:
@@ -140,5 +141,5 @@ class MetricsWindow:
 
 
 def best_line(tested: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the line with the best `eval/top1`; of equals, the latest."""
+    """Return the line with the best `eval/top1`, the latest if several are equal."""
     return max(reversed(tested), key=lambda line: line["eval/top1"])

@@ -1,7 +1,7 @@
 """Multiply-adds of a training step, peak rates of devices, and a profiler for single steps.
 
 A training step counts as three forward passes, as is usual: outputs, gradients of the inputs, gradients of the kernels.
-Rematerialised operations are not counted again.
+Rematerialised operations count once.
 """
 
 from collections.abc import Sequence

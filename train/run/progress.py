@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A progress bar over all images of the run, with images/s and remaining time. Without a terminal, only lines are printed."""
+    """A progress bar over all images of the run, with images/s and remaining time. Without a terminal, it prints only lines."""
 
     def __init__(self, total_steps: int, first_step: int, batch_size: int, *, shown: bool = True) -> None:
         self._batch_size = batch_size

@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard and Weights & Biases, beside `metrics.jsonl`."""
+"""Sends metrics to TensorBoard and Weights & Biases, in addition to `metrics.jsonl`."""
 
 import importlib.util
 import uuid
@@ -27,7 +27,7 @@ def check_trackers(log: Log) -> None:
 
 
 def open_trackers(log: Log, workdir: Path, first_step: int, config: Mapping[str, Any]) -> list[Tracker]:
-    """Open the trackers of the config. `config` is shown with the run; `first_step` is the step that a run resumes from."""
+    """Open the trackers of the config. `config` is shown with the run; a resumed run starts after `first_step`."""
     trackers: list[Tracker] = []
     if log.tensorboard:
         trackers.append(_tensorboard(workdir / "tensorboard", first_step))
@@ -71,5 +71,5 @@ def _weights_and_biases(workdir: Path, project: str, config: Mapping[str, Any]) 
     except wandb.Error as error:
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(f"Weights & Biases: {first}; WANDB_MODE=offline keeps the metrics in the workdir") from error
-    run.define_metric("*", step_metric="step")  # a resumed run may repeat steps, which its own counter does not know
+    run.define_metric("*", step_metric="step")  # a resumed run repeats steps, which the own counter of Weights & Biases cannot
     return Tracker(lambda step, values: run.log({"step": step, **values}), run.finish)

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its lock and its config; nothing in it is overwritten by mistake.
+"""The folder of a run: its name, lock and config. No run is overwritten by mistake.
 
 A folder holds a run if it holds `config.json`, which is written before any metrics or checkpoint.
 """
@@ -22,7 +22,7 @@ FIXED = ("model.name", "data.name", "data.batch_size", "data.synthetic_train", "
 
 
 def holds_run(workdir: Path) -> bool:
-    """Return whether a run has begun here. A run that lost its config counts too, so that it is not overwritten."""
+    """Return whether a run has begun here. A run without its config counts too, so that it is not overwritten."""
     return (workdir / "config.json").is_file() or (workdir / "checkpoints").is_dir()
 
 
@@ -58,7 +58,7 @@ def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
 
 
 def refuse_held(workdir: Path, new: Config) -> NoReturn:
-    """Raise an error: `workdir` already holds a run, whose config differs from `new` in these fields."""
+    """Raise an error that `workdir` already holds a run, with the fields in which its config differs from `new`."""
     changes = [f"{name} {old!r}, not {new!r}" for name, (old, new) in differences(load_run(workdir), new).items()]
     with_ = f", with {'; '.join(changes)}" if changes else ""
     raise ConfigError(f"{workdir} already holds a run{with_}: add --resume to continue it, or choose another --workdir")
@@ -93,7 +93,7 @@ def locked_workdir(workdir: Path | None) -> Iterator[None]:
 
 
 def save_config(workdir: Path, config: Config) -> None:
-    """Write the config of the run into its folder, atomically."""
+    """Write the config of the run to its folder atomically."""
     import scconv_jax  # late: it imports jax, and this module is needed to print the help
 
     with scconv_jax.files.replacing(workdir / "config.json") as file:

@@ -97,7 +97,7 @@ def test_the_next_readable_image_stands_in_for_an_unreadable_one(threads):
 
 
 def test_a_source_without_a_readable_image_is_an_error():
-    with pytest.raises(ConfigError, match="not one image of the training set can be read"):
+    with pytest.raises(ConfigError, match="no image of the training set can be read"):
         next(training(Numbered(7, unreadable=range(7))))
 
 

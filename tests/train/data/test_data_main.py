@@ -123,7 +123,7 @@ def test_a_test_set_without_a_readable_image_is_an_error(digits, capsys):
     for path in digits.glob("val/*/*.jpg"):
         path.write_bytes(b"")
     code, error = run(capsys, digits, "--workdir", "a", "--data.max-bad-images", "100")
-    assert (code, error) == (2, "error: not one image of the test set can be read")
+    assert (code, error) == (2, "error: no image of the test set can be read")
 
 
 @pytest.mark.parametrize(
