@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 OneImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray | jax.Array"
 """A path, the bytes of an image file, a PIL image, or a uint8 array (h, w, 3)."""
 
-MOST_PIXELS = 2**28
+MAX_PIXELS = 2**28
 """Limit on the size of a resized image: a gigabyte. An image of 1 × 60,000 pixels would need 16 GB."""
 
 
@@ -98,7 +98,7 @@ def center_crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
     width, height = image.size
     if min(width, height) != resize:
         longer = int(resize * max(width, height) / min(width, height))
-        if longer * resize > MOST_PIXELS:
+        if longer * resize > MAX_PIXELS:
             raise ImageError(f"{width} × {height} pixels, which would be {longer} × {resize} when resized")
         width, height = (resize, longer) if width <= height else (longer, resize)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -187,7 +187,7 @@ def _cropped(image: Any, name: str, preparation: Preparation, exif: bool) -> np.
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
-    """Return a uint8 array (h, w, 3), or say what is wrong with it."""
+    """Return `array` if it is uint8 (h, w, 3); raise an error if it is not."""
     expected = "expected uint8 (h, w, 3) with values 0 to 255"
     found = f"{name} is an array of {array.dtype} with shape {array.shape}; {expected}"
     if array.dtype != np.uint8:

@@ -28,7 +28,7 @@ from typing import Any, NoReturn, Self
 
 from train.config import ConfigError, Hosts
 
-BEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 5.0
 """Interval between two heartbeats of a host."""
 SILENCE_SECONDS = 45.0
 """Time without a heartbeat after which a host counts as lost. JAX aborts the process after 50 to 100 s."""
@@ -54,12 +54,12 @@ class HostLink:
             return
         name, _, port = hosts.address.rpartition(":")
         if self.index == 0:
-            self._gather(int(port), hosts.timeout, flags)
+            self._accept_hosts(int(port), hosts.timeout, flags)
         else:
-            self._report(name.strip("[]"), int(port), hosts.timeout, flags)
+            self._join_host_0(name.strip("[]"), int(port), hosts.timeout, flags)
         for index in self._peers:
             threading.Thread(target=self._watch, args=(index,), daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, daemon=True).start()
         import jax
 
         # No cluster detection: it would assign one GPU to this process, which drives all GPUs of the host.
@@ -114,7 +114,7 @@ class HostLink:
         if self._peers:
             time.sleep(REASON_SECONDS)
 
-    def _gather(self, port: int, timeout: float, flags: list[str]) -> None:
+    def _accept_hosts(self, port: int, timeout: float, flags: list[str]) -> None:
         """On host 0: wait for all other hosts and check their count, index and flags."""
         try:
             _listen(port).close()  # jax.distributed will listen here
@@ -154,7 +154,7 @@ class HostLink:
             self._close()
             raise ConfigError(f"{problem}; nothing was started")
 
-    def _report(self, name: str, port: int, timeout: float, flags: list[str]) -> None:
+    def _join_host_0(self, name: str, port: int, timeout: float, flags: list[str]) -> None:
         """On any other host: connect to host 0, and wait until all hosts are connected."""
         deadline = time.monotonic() + timeout
         while not self._peers:
@@ -188,14 +188,14 @@ class HostLink:
             if "failed" in message:
                 self._end(message, say=True)
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         """Thread that sends heartbeats to the other hosts."""
         while self._peers:
             self._tell({"alive": True})
-            time.sleep(BEAT_SECONDS)
+            time.sleep(HEARTBEAT_SECONDS)
 
     def _end(self, message: dict[str, Any], say: bool = False) -> NoReturn:
-        """End this process, and the others with the same reason."""
+        """End this process and the others, all with the same reason."""
         with self._ending:
             if say:
                 print(f"error: {message['failed']}", file=sys.stderr)

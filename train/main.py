@@ -19,7 +19,7 @@ except ModuleNotFoundError:
 from train.config import CheckpointError, Config, ConfigError, DivergedError
 from train.config.files import DEFAULT, IMAGENET, from_json, load_config, override, to_json
 from train.distributed import HostLink, find_hosts
-from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_held
+from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_existing_run
 
 
 def parse(argv: Sequence[str]) -> Flags:
@@ -44,7 +44,7 @@ def plan_run(flags: Flags) -> tuple[Config, Path | None]:
         for change in check_same_run(workdir, resumed, experiment):
             print(f"changed since the run began: {change}")
     elif holds_run(workdir):
-        refuse_held(workdir, experiment)
+        refuse_existing_run(workdir, experiment)
     return experiment, workdir
 
 

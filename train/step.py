@@ -156,7 +156,7 @@ def rematerialised(model: nn.Module) -> Callable[..., Any]:
 
 
 def blend_pairs(x: Array, kept: Array) -> Array:
-    """Blend each of `x` (n, ...) with its neighbour (0 with 1, 2 with 3, …); `kept` is the weight of each itself."""
+    """Blend each of `x` (n, ...) with its neighbour (0 with 1, 2 with 3, …), with weights `kept` and `1 - kept`."""
     partner = x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
     kept = kept.astype(x.dtype)
     return x * kept + partner * (1 - kept)

@@ -196,7 +196,7 @@ def _page() -> Iterator[str]:
     )
     yield "## The papers' tables\n"
     yield (
-        "Parameters in millions and multiply-adds in billions, the paper's beside ours. Multiply-adds follow the papers:\n"
+        "Parameters in millions and multiply-adds in billions, the paper's and ours. Multiply-adds follow the papers:\n"
         "convolutions, linear layers and the scales of norms; additions, activations, pooling and gates are excluded.\n"
         "Top-1 accuracy is the paper's, in percent: on ImageNet at 224 px, on CIFAR-100 at 32 px.\n"
     )

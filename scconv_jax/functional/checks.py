@@ -11,7 +11,7 @@ from scconv_jax.messages import did_you_mean
 from scconv_jax.shapes import Array
 
 
-def check_whole(**values: Any) -> None:
+def check_positive_int(**values: Any) -> None:
     """Raise a ValueError unless each value is a positive integer or None."""
     for name, value in values.items():
         if value is not None and (not isinstance(value, Integral) or value < 1):
@@ -21,7 +21,7 @@ def check_whole(**values: Any) -> None:
 
 def check_odd(**sizes: int) -> None:
     """Raise a ValueError unless each kernel size is a positive odd integer: only an odd kernel has a centre."""
-    check_whole(**sizes)
+    check_positive_int(**sizes)
     for name, size in sizes.items():
         if size % 2 == 0:
             raise ValueError(f"{name}={size} must be odd, so that the kernel has a centre. Use {size - 1} or {size + 1}.")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from scconv_jax.functional.checks import check_maps, check_whole
+from scconv_jax.functional.checks import check_maps, check_positive_int
 from scconv_jax.functional.platforms import by_platform
 from scconv_jax.functional.windows import taps
 from scconv_jax.shapes import Array, Float
@@ -53,7 +53,7 @@ def avg_pool(
         ValueError: If `x` does not have four axes, a size is not a positive integer, or the map is too small for one window.
     """
     check_maps("avg_pool", x)
-    check_whole(window=window, strides=strides)
+    check_positive_int(window=window, strides=strides)
     strides = window if strides is None else strides
     height, width = x.shape[1:3]
     smallest = max(window - 2 * padding - (strides - 1 if ceil_mode else 0), 1)

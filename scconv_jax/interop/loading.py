@@ -2,7 +2,7 @@
 
     model, variables = scconv_jax.load_model("scnet50-dc6a7e87.pth")
 
-`conventions.py` identifies the key convention of a file, `recognition.py` the network; warnings and notes say what was found.
+`conventions.py` identifies the key convention of a file, `recognition.py` the network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from scconv_jax.interop.conversion import (
     to_arrays,
     to_torch,
 )
-from scconv_jax.interop.recognition import head, options_shown, recognise, template
+from scconv_jax.interop.recognition import head, options_from_entries, recognise, template
 from scconv_jax.layers.core import Dense
 from scconv_jax.messages import listed
 from scconv_jax.models.registry import MODELS, PUBLISHED, create_model
@@ -156,7 +156,7 @@ def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str,
     path, shapes = checkpoint.source.path, None
     named = checkpoint.source.metadata.get("model")
     if model is not None:
-        name, options = model, {**(options_shown(model, checkpoint.arrays) if model in MODELS else {}), **options}
+        name, options = model, {**(options_from_entries(model, checkpoint.arrays) if model in MODELS else {}), **options}
     elif named in MODELS:
         name, options = named, {**_options_in_metadata(checkpoint, named), **options}
     elif recognised := recognise(checkpoint.weights):
@@ -187,7 +187,7 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     options = json.loads(checkpoint.source.metadata.get("arguments", "{}"))
     description = f"{name} with {json.dumps(options):.200}"
     options.pop("num_classes", None)  # a file cannot ask for a head that it does not have
-    options |= {key: value for key, value in options_shown(name, checkpoint.arrays).items() if key == "num_classes"}
+    options |= {key: value for key, value in options_from_entries(name, checkpoint.arrays).items() if key == "num_classes"}
     try:
         template(create_model(name, **options))
     except Exception as error:  # options from a file can fail in any way

@@ -91,7 +91,7 @@ def template_from_entries(entries: Mapping[str, Any], ignore: Sequence[str] = ()
 _LEAVES = {"weight": "scale", "bias": "bias", "gamma": "gamma", "beta": "beta", "running_mean": "mean", "running_var": "var"}
 
 
-def options_shown(name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+def options_from_entries(name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a network that a checkpoint determines: `num_classes`, and `alpha` and `variant` of ScConv."""
     spec = MODELS[name]
     shown = scconv_options(entries)
@@ -108,18 +108,18 @@ def recognise(entries: Mapping[str, Any]) -> Recognised | None:
         entries: Arrays, or objects with a shape, by our keys; weights only.
 
     Returns:
-        The network with the options that the checkpoint determines (`options_shown`). The output stride is not among them.
+        The network with the options that the checkpoint determines (`options_from_entries`). The output stride is not among them.
     """
     found = {name: tuple(value.shape) for name, value in entries.items() if not is_counter(name)}
     blocks = _blocks(found)
     for name, spec in MODELS.items():
-        options = options_shown(name, entries)
+        options = options_from_entries(name, entries)
         try:
             model = create_model(name, **options)
         except ValueError:  # an α that no network can have
             continue
         headless = f"{spec.head}." if f"{spec.head}.weight" not in found else None
-        if _stage_sizes(model) != blocks or (blocks and not _begins(model, found, f"{spec.head}.")):
+        if _stage_sizes(model) != blocks or (blocks and not _has_stem_and_first_block(model, found, f"{spec.head}.")):
             continue
         variables = template(model)
         if _without(headless, shapes(variables)) == found:
@@ -143,7 +143,7 @@ def _blocks(names: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(sum(stage == i for stage, _ in numbers) for i in sorted({stage for stage, _ in numbers}))
 
 
-def _begins(model: Any, found: Mapping[str, tuple[int, ...]], head: str) -> bool:
+def _has_stem_and_first_block(model: Any, found: Mapping[str, tuple[int, ...]], head: str) -> bool:
     """Return whether a checkpoint has the stem and the first block of a residual network."""
     first = model.clone(stage_sizes=(1,), planes=model.planes[:1], output_stride=model.stem_stride)
     start = {name: shape for name, shape in found.items() if name.startswith(("conv1.", "bn1.", "layer1.0."))}

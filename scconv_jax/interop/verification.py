@@ -21,7 +21,7 @@ import numpy as np
 
 from scconv_jax.interop.conversion import ConversionError, Variables
 from scconv_jax.interop.loading import Checkpoint, LoadedWeights
-from scconv_jax.interop.recognition import options_shown
+from scconv_jax.interop.recognition import options_from_entries
 from scconv_jax.interop.torch_ghostnet import TorchGhostNet
 from scconv_jax.interop.torch_networks import TorchResNet
 from scconv_jax.models.registry import create_model, model_info
@@ -78,7 +78,9 @@ def compare(
         raise ConversionError("verify compares with PyTorch, which is not installed: pip install torch") from error
     # In float32, the dtype of parameters here.
     entries = {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in checkpoint.original.items()}
-    module = None if reference is None else load_reference(reference, entries, options_shown(loaded.name, checkpoint.arrays))
+    module = (
+        None if reference is None else load_reference(reference, entries, options_from_entries(loaded.name, checkpoint.arrays))
+    )
     counterpart = model_info(loaded.name).counterpart
     for dtype in LIMITS:
         with jax.enable_x64(dtype == "float64"), jax.default_device(_cpu()), torch.no_grad():
@@ -109,7 +111,7 @@ def compare(
 def _cpu() -> Any:
     try:
         return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX was told to use only other platforms
+    except RuntimeError:  # JAX is configured for other platforms only
         return None
 
 

@@ -19,7 +19,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_divides, check_whole
+from scconv_jax.functional.checks import check_divides, check_positive_int
 from scconv_jax.shapes import Array, Float
 
 Factory = Callable[..., nn.Module]  # a module class, or a functools.partial of one
@@ -61,7 +61,7 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
         """Convolve. `train` is ignored."""
         del train
-        check_whole(features=self.features, kernel_size=self.kernel_size, strides=self.strides, dilation=self.dilation)
+        check_positive_int(features=self.features, kernel_size=self.kernel_size, strides=self.strides, dilation=self.dilation)
         channels = x.shape[-1]
         check_divides("groups", self.groups, "the channels of input and output", channels, self.features)
         shape = (self.kernel_size, self.kernel_size, channels // self.groups, self.features)

@@ -16,7 +16,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import linen as nn
 
-from scconv_jax.functional.checks import check_odd, check_whole
+from scconv_jax.functional.checks import check_odd, check_positive_int
 from scconv_jax.layers.core import ConvNorm, Dtype, Factory
 from scconv_jax.shapes import Array, Float
 
@@ -51,7 +51,7 @@ class GhostConv(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
         """Apply both convolutions. `train` is needed only with a norm that uses it."""
         check_odd(kernel_size=self.kernel_size, cheap_size=self.cheap_size)
-        check_whole(features=self.features)
+        check_positive_int(features=self.features)
         primary = -(-self.features // 2)
         part = partial(ConvNorm, primary, norm=self.norm, relu=self.relu, dtype=self.dtype)
         y = part(self.kernel_size, self.strides, self.dilation, name="primary_conv")(x, train=train)

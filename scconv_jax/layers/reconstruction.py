@@ -41,7 +41,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_choice, check_odd, check_whole
+from scconv_jax.functional.checks import check_choice, check_odd, check_positive_int
 from scconv_jax.layers.core import Conv, Dtype, Factory, kaiming_normal
 from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS, CRUSplit, Variant, check_alpha
 from scconv_jax.shapes import Array, Float
@@ -98,7 +98,7 @@ class SRU(nn.Module):
             check_choice("gate", self.gate, ("soft", "hard"))
         if self.gated is not None:
             check_choice("gated", self.gated, ("input", "norm"))
-        check_whole(groups=self.groups)
+        check_positive_int(groups=self.groups)
         super().__post_init__()
 
     @nn.compact
@@ -150,7 +150,7 @@ class CRU(nn.Module):
             check_choice("fuse", self.fuse, ("pair", "all"))
         check_alpha(self.alpha)
         check_odd(kernel_size=self.kernel_size)
-        check_whole(features=self.features, squeeze=self.squeeze, conv_groups=self.conv_groups, dilation=self.dilation)
+        check_positive_int(features=self.features, squeeze=self.squeeze, conv_groups=self.conv_groups, dilation=self.dilation)
         super().__post_init__()
 
     @nn.compact
@@ -250,7 +250,7 @@ class ScConv(nn.Module):
         check_choice("widen", self.widen, ("projection", "cru"))
         check_choice("arrangement", self.arrangement, ARRANGEMENTS)
         check_alpha(self.alpha)
-        check_whole(features=self.features, strides=self.strides)
+        check_positive_int(features=self.features, strides=self.strides)
         super().__post_init__()
 
     @nn.compact

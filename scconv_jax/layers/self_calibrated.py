@@ -17,7 +17,7 @@ from functools import partial
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_whole
+from scconv_jax.functional.checks import check_positive_int
 from scconv_jax.layers.core import BatchNorm, ConvNorm, Dtype, Factory
 from scconv_jax.shapes import Array, Float
 
@@ -102,7 +102,7 @@ class SelfCalibratedConv(nn.Module):
 
 
 def _check_channels(module: SelfCalibration | SelfCalibratedConv, channels: int) -> None:
-    check_whole(pooling=module.pooling)
+    check_positive_int(pooling=module.pooling)
     if channels != module.features:
         raise ValueError(
             f"{type(module).__name__}: features={module.features} must equal the input's channels, {channels}, because the "

@@ -19,7 +19,7 @@ from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Dense, Dtype, Factory, check_images, conv1x1, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
 from scconv_jax.models.network import Feature, SmallNetwork, Stage
-from scconv_jax.models.spec import ALIKE, COMMON, RECONSTRUCTION, SMALL_IMAGES, ModelSpec, Row
+from scconv_jax.models.spec import COMMON, RECONSTRUCTION, SAME_COUNT, SMALL_IMAGES, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
@@ -128,12 +128,15 @@ _CIFAR100 = {"num_classes": 100}
 
 SPECS = (
     _SMALL(
-        "densenet121_small", DenseNet, COMMON, rows=(Row(2023, "DenseNet-121", 7.05, 0.898, 79.43, (0.5, 1.0), ALIKE, _CIFAR100),)
+        "densenet121_small",
+        DenseNet,
+        COMMON,
+        rows=(Row(2023, "DenseNet-121", 7.05, 0.898, 79.43, (0.5, 1.0), SAME_COUNT, _CIFAR100),),
     ),
     _SMALL(
         "scconv_densenet121_small",
         scconv_densenet,
         COMMON | RECONSTRUCTION,
-        rows=(Row(2023, "DenseNet-121, ScConv", 5.45, 0.594, 80.24, (1.0, 1.0), ALIKE, _CIFAR100),),
+        rows=(Row(2023, "DenseNet-121, ScConv", 5.45, 0.594, 80.24, (1.0, 1.0), SAME_COUNT, _CIFAR100),),
     ),
 )

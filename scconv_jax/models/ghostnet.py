@@ -77,7 +77,7 @@ def _clip(x: jax.Array) -> jax.Array:
 REFERENCE = Version(_rounded_quarter, _hard_sigmoid, None, False, False)
 PYTORCHCV = Version(_quarter, _clip, 3, True, True)
 
-# Grouped as in the reference implementation: a new group where the map is halved, and one after it.
+# Grouped as in the reference implementation: a new group starts where the map is halved, and another after it.
 GHOSTNET = (
     (Row(3, 16, 16, False, 1),),
     (Row(3, 48, 24, False, 2),),

@@ -34,7 +34,7 @@ _MAPS = (
 _BUILD = (
     "A network by name has a fixed structure: build another with the classes of scconv_jax.models, such as ResNet or WideResNet."
 )
-INSTEAD = {
+ADVICE = {
     **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "drop_connect_rate", "dropout"), _NO_DROPOUT),
     **dict.fromkeys(("features_only", "out_indices"), _MAPS),
     **dict.fromkeys(("block", "stage_sizes", "planes", "stem", "depth", "width", "growth", "block_sizes", "conv"), _BUILD),
@@ -61,7 +61,7 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
 
 
 def list_pretrained() -> list[str]:
-    """Return the names of the networks with published weights, sorted: `load_model` takes such a name."""
+    """Return the names of networks with published weights, sorted. `load_model` accepts them."""
     return list_models(pretrained=True)
 
 
@@ -116,7 +116,7 @@ def create_model(name: str, **options: Any) -> Network:
     spec = model_info(name)
     for option in options:
         if option not in spec.options:
-            hint = f" {_instead(name, option)}" if _instead(name, option) else did_you_mean(option, spec.options)
+            hint = f" {_advice(name, option)}" if _advice(name, option) else did_you_mean(option, spec.options)
             raise ValueError(f"Model {name!r} has no option {option!r}.{hint} Its options: {', '.join(spec.options)}.")
     classes = options.get("num_classes", 1)
     if isinstance(classes, bool) or not isinstance(classes, Integral) or classes < 1:
@@ -152,10 +152,10 @@ def prepare_images(images: OneImage | Iterable[OneImage], model: str | Preparati
     return prepare(images, model if isinstance(model, Preparation) else model_info(model).preparation, exif=exif)
 
 
-def _instead(name: str, option: str) -> str:
+def _advice(name: str, option: str) -> str:
     """Return the advice for an option of another library, or an empty string."""
     if option != "pretrained":
-        return INSTEAD.get(option, "")
+        return ADVICE.get(option, "")
     if name in PUBLISHED:
         return f"Load the published weights with scconv_jax.load_model({name!r})."
     return f"Only {', '.join(list_pretrained())} have published weights; load your own with scconv_jax.load_model(SOURCE)."

@@ -18,7 +18,7 @@ from scconv_jax import functional as F
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
 from scconv_jax.models.network import Feature, Network, Stage
-from scconv_jax.models.spec import ALIKE, DILATED, SMALL_IMAGES, UNNAMED, ModelSpec, Row
+from scconv_jax.models.spec import DILATED, SAME_COUNT, SMALL_IMAGES, WIDTH_UNKNOWN, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
@@ -156,7 +156,7 @@ RESNEXT29 = {**SMALL, "planes": (256, 512, 1024), "stem": partial(stem, 64, 3, 1
 _IMAGENET = partial(ModelSpec, options=DILATED, counterpart="resnet", conventions=("torchvision", "pytorchcv"))
 _SMALL = partial(_IMAGENET, preparation=SMALL_IMAGES, conventions=("torchvision",))
 _RESNEXT = partial(Bottleneck, expansion=2, conv=partial(conv3x3, groups=4))
-_EXACT = ((0.5, 0.5), ALIKE)
+_EXACT = ((0.5, 0.5), SAME_COUNT)
 
 SPECS = (
     _IMAGENET(
@@ -183,6 +183,6 @@ SPECS = (
     _SMALL(
         "resnext29_small",
         partial(ResNet, _RESNEXT, (3, 3, 3), **RESNEXT29),
-        rows=(Row(2023, "ResNeXt-29", 28.27, 4.55, 81.54, (4.5, 7.5), UNNAMED),),
+        rows=(Row(2023, "ResNeXt-29", 28.27, 4.55, 81.54, (4.5, 7.5), WIDTH_UNKNOWN),),
     ),
 )

@@ -16,7 +16,7 @@ from scconv_jax.layers.core import Factory
 from scconv_jax.layers.reconstruction import scconv_factory
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
 from scconv_jax.models.resnet import NARROW, RESNEXT29, WIDE, ResNet
-from scconv_jax.models.spec import ABOVE, DILATED, RECONSTRUCTION, SMALL_IMAGES, UNNAMED, ModelSpec, Row
+from scconv_jax.models.spec import ABOVE_EQ_11, DILATED, RECONSTRUCTION, SMALL_IMAGES, WIDTH_UNKNOWN, ModelSpec, Row
 
 # Two partial objects are never equal; a cached one keeps equal networks equal.
 _cached_partial = functools.cache(partial)
@@ -42,29 +42,29 @@ SPECS = (
         "scconv_resnet50",
         partial(scconv_resnet, Bottleneck, (3, 4, 6, 3)),
         rows=(
-            Row(2023, "ResNet-50, α = 1/2", 16.78, 2.70, 76.41, (2.0, 3.0), ABOVE),
-            Row(2023, "ResNet-50, α = 3/4", 17.69, 2.87, 76.79, (2.0, 4.0), ABOVE, {"alpha": 0.75}),
+            Row(2023, "ResNet-50, α = 1/2", 16.78, 2.70, 76.41, (2.0, 3.0), ABOVE_EQ_11),
+            Row(2023, "ResNet-50, α = 3/4", 17.69, 2.87, 76.79, (2.0, 4.0), ABOVE_EQ_11, {"alpha": 0.75}),
         ),
     ),
     _IMAGENET(
         "scconv_resnet101",
         partial(scconv_resnet, Bottleneck, (3, 4, 23, 3)),
-        rows=(Row(2023, "ResNet-101, α = 1/2", 28.00, 4.90, 77.93, (2.0, 3.0), ABOVE),),
+        rows=(Row(2023, "ResNet-101, α = 1/2", 28.00, 4.90, 77.93, (2.0, 3.0), ABOVE_EQ_11),),
     ),
     _SMALL("scconv_resnet20_small", partial(scconv_resnet, Bottleneck, (2, 2, 2), **NARROW)),
     _SMALL(
         "scconv_resnet56_small",
         partial(scconv_resnet, BasicBlock, (9, 9, 9), **NARROW),
-        rows=(Row(2023, "ResNet-56, ScConv", 0.52, 0.07955, 72.56, (2.0, 5.0), ABOVE),),
+        rows=(Row(2023, "ResNet-56, ScConv", 0.52, 0.07955, 72.56, (2.0, 5.0), ABOVE_EQ_11),),
     ),
     _SMALL(
         "scconv_resnet50_small",
         partial(scconv_resnet, Bottleneck, (3, 4, 6, 3), **WIDE),
-        rows=(Row(2023, "ResNet-50, ScConv", 14.69, 0.831, 79.89, (2.0, 2.0), ABOVE),),
+        rows=(Row(2023, "ResNet-50, ScConv", 14.69, 0.831, 79.89, (2.0, 2.0), ABOVE_EQ_11),),
     ),
     _SMALL(
         "scconv_resnext29_small",
         partial(scconv_resnet, _RESNEXT, (3, 3, 3), **RESNEXT29),
-        rows=(Row(2023, "ResNeXt-29, ScConv", 22.31, 3.57, 82.56, (14.0, 12.0), UNNAMED),),
+        rows=(Row(2023, "ResNeXt-29, ScConv", 22.31, 3.57, 82.56, (14.0, 12.0), WIDTH_UNKNOWN),),
     ),
 )

@@ -34,9 +34,9 @@ SMALL_IMAGES = Preparation(size=32, resize=32)
 
 # Why our counts differ from a paper's.
 ROUNDED = "printed with one decimal"
-ALIKE = "the same count"
-ABOVE = "the paper's figure is above its own Eq. 11"
-UNNAMED = "groups and width not given; 4×64d is nearest"
+SAME_COUNT = "the same count"
+ABOVE_EQ_11 = "the paper's figure is above its own Eq. 11"
+WIDTH_UNKNOWN = "groups and width not given; 4×64d is nearest"
 
 
 class Row(NamedTuple):

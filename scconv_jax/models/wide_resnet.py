@@ -20,7 +20,7 @@ from scconv_jax.functional.checks import check_choice
 from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
 from scconv_jax.models.network import Feature, SmallNetwork, Stage
-from scconv_jax.models.spec import ABOVE, ALIKE, COMMON, RECONSTRUCTION, SMALL_IMAGES, ModelSpec, Row
+from scconv_jax.models.spec import ABOVE_EQ_11, COMMON, RECONSTRUCTION, SAME_COUNT, SMALL_IMAGES, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
 
 
@@ -123,13 +123,13 @@ SPECS = (
         WideResNet,
         _OPTIONS,
         preparation=SMALL_IMAGES,
-        rows=(Row(2023, "WRN-28-10", 36.55, 5.96, 79.4, (0.5, 0.5), ALIKE, _CIFAR100),),
+        rows=(Row(2023, "WRN-28-10", 36.55, 5.96, 79.4, (0.5, 0.5), SAME_COUNT, _CIFAR100),),
     ),
     ModelSpec(
         "scconv_wrn28_10_small",
         scconv_wide_resnet,
         _OPTIONS | RECONSTRUCTION,
         preparation=SMALL_IMAGES,
-        rows=(Row(2023, "WRN-28-10, ScConv", 21.12, 3.75, 80.83, (0.5, 2.0), ABOVE, _CIFAR100),),
+        rows=(Row(2023, "WRN-28-10, ScConv", 21.12, 3.75, 80.83, (0.5, 2.0), ABOVE_EQ_11, _CIFAR100),),
     ),
 )

@@ -1,6 +1,6 @@
 """A restricted unpickler for plain data and for the few classes and functions that its caller admits.
 
-Python's own unpickler looks up and calls whatever a file names. PyTorch's `weights_only` loader does not, but before 2.6 a
+Python's own unpickler imports and calls any name in a file. PyTorch's `weights_only` loader does not, but before 2.6 a
 file could make it run code (CVE-2025-32434) and before 2.10 corrupt its memory (CVE-2026-24747); it unpacks archives that grow
 a thousandfold; and it needs torch. This unpickler imports nothing and calls only the functions that its caller passes;
 any other name is an error. It knows the opcodes that weights need, of protocols 2 to 5 in

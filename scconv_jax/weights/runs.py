@@ -126,7 +126,7 @@ def _state_folder(path: Path) -> Path:
 
 
 def _metadata(state: Path, variables: dict[str, Any]) -> dict[str, str]:
-    """Return the step, the network's name from the run's config.json, and its number of classes, as far as they are known."""
+    """Return the step and, if known, the network's name from the run's config.json and its number of classes."""
     metadata = {"step": state.parent.name}
     try:
         metadata["model"] = str(json.loads((state.parents[2] / "config.json").read_text())["model"]["name"])

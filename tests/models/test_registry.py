@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import scconv_jax
 from scconv_jax import create_model, feature_info, list_models, list_pretrained, model_info, models
-from scconv_jax.models.registry import INSTEAD, MODELS
+from scconv_jax.models.registry import ADVICE, MODELS
 
 
 def small(model):
@@ -174,7 +174,7 @@ def test_weights_that_were_not_published():
 
 
 def test_no_advice_hides_an_option():
-    assert not set(INSTEAD) & {option for spec in MODELS.values() for option in spec.options}
+    assert not set(ADVICE) & {option for spec in MODELS.values() for option in spec.options}
 
 
 @pytest.mark.parametrize("value", [None, "10", 0, -1, True, 2.0, (10,)])

@@ -183,8 +183,8 @@ def test_a_stopped_host_ends_the_other():
 def test_a_silent_host_is_given_up_before_jax_aborts():
     """JAX sends a heartbeat after each half of its time-out, so it may abort that long after a host has stopped."""
     timeout = inspect.signature(jax.distributed.initialize).parameters["heartbeat_timeout_seconds"].default
-    assert 5 * hosts_module.BEAT_SECONDS < hosts_module.SILENCE_SECONDS < timeout / 2
-    assert hosts_module.SILENCE_SECONDS + hosts_module.BEAT_SECONDS < 60
+    assert 5 * hosts_module.HEARTBEAT_SECONDS < hosts_module.SILENCE_SECONDS < timeout / 2
+    assert hosts_module.SILENCE_SECONDS + hosts_module.HEARTBEAT_SECONDS < 60
 
 
 @pytest.mark.slow
@@ -311,7 +311,7 @@ def test_the_reason_of_one_host_ends_all(team):
 
 
 def test_a_silent_host_ends_all(team, monkeypatch):
-    monkeypatch.setattr(hosts_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(hosts_module, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(hosts_module, "SILENCE_SECONDS", 2.0)
     port = free_port()
     links = team(*[(of(index, port, count=3), []) for index in range(3)])

@@ -77,7 +77,7 @@ def override(group: AnyGroup, values: dict[str, Any], prefix: str = "") -> AnyGr
 
 
 def _nearest_files(path: Path) -> str:
-    """Return the config files whose names are nearest to that of `path`, as the user would type them."""
+    """Return the config files with the names nearest to `path`, as the user would type them."""
     import scconv_jax  # loads JAX, so only after a mistake
 
     def typed(path: Path) -> str:

@@ -67,7 +67,7 @@ class Flags:
     best: Switch = False
     """With --evaluate: test the checkpoint with the best test accuracy instead of the latest."""
     dummy: Switch = False
-    """Random images of 1,000 classes: --data.name synthetic --data.synthetic-classes 1000, whatever DIR is."""
+    """Random images of 1,000 classes: --data.name synthetic --data.synthetic-classes 1000, regardless of DIR."""
     no_accel: Switch = False
     """Compute on the CPU even if there is an accelerator, as with JAX_PLATFORMS=cpu."""
     gpu: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None

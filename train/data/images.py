@@ -64,7 +64,7 @@ def random_resized_crop(
         return crop_box(height, width, rng, scale, ratio)
 
     crop = None
-    if data.startswith(JPEG) and not (exif and _is_turned(data)):
+    if data.startswith(JPEG) and not (exif and _is_rotated(data)):
         crop = _decode_jpeg(data, size, box_of)
     if crop is None:
         pixels = np.asarray(scconv_jax.images.decode(data, exif=exif))
@@ -153,7 +153,7 @@ def _cut(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np
     return pixels[top : top + height, left : left + width]
 
 
-def _is_turned(data: bytes) -> bool:
+def _is_rotated(data: bytes) -> bool:
     """Return whether the EXIF orientation is not upright."""
     try:
         return Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) != 1

@@ -51,7 +51,7 @@ def _tensorboard(folder: Path, first_step: int) -> Tracker:
 
 
 def _weights_and_biases(workdir: Path, project: str, config: Mapping[str, Any]) -> Tracker:
-    """Start a run of Weights & Biases with the name of the workdir, or continue the run whose id the workdir holds."""
+    """Start a run of Weights & Biases with the name of the workdir, or continue the run with the id in the workdir."""
     import wandb
 
     name = workdir / "wandb" / "run-id"
@@ -71,5 +71,5 @@ def _weights_and_biases(workdir: Path, project: str, config: Mapping[str, Any]) 
     except wandb.Error as error:
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(f"Weights & Biases: {first}; WANDB_MODE=offline keeps the metrics in the workdir") from error
-    run.define_metric("*", step_metric="step")  # a resumed run repeats steps, which the own counter of Weights & Biases cannot
+    run.define_metric("*", step_metric="step")  # a resumed run repeats steps, which W&B's own counter does not allow
     return Tracker(lambda step, values: run.log({"step": step, **values}), run.finish)

@@ -57,7 +57,7 @@ def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
     return [f"{name}: {before!r} → {after!r}" for name, (before, after) in changes.items()]
 
 
-def refuse_held(workdir: Path, new: Config) -> NoReturn:
+def refuse_existing_run(workdir: Path, new: Config) -> NoReturn:
     """Raise an error that `workdir` already holds a run, with the fields in which its config differs from `new`."""
     changes = [f"{name} {old!r}, not {new!r}" for name, (old, new) in differences(load_run(workdir), new).items()]
     with_ = f", with {'; '.join(changes)}" if changes else ""
