@@ -147,7 +147,7 @@ def to_rgb(image: Image.Image, *, exif: bool = False) -> Image.Image:
 
 @contextlib.contextmanager
 def _image_errors() -> Iterator[None]:
-    """Turn the errors of PIL, which depend on the format of the image, into `ImageError`."""
+    """Turn PIL's errors, which differ by image format, into `ImageError`."""
     from PIL import UnidentifiedImageError
 
     try:

@@ -87,7 +87,7 @@ def join(flags: Flags) -> HostLink:
 
 
 def run(flags: Flags, link: HostLink) -> int:
-    """Train or test. Host 0 reads the config and tells the other hosts, which print nothing."""
+    """Train or test. Host 0 reads the config and sends it to the other hosts, which print nothing."""
     plan = None
     if link.index == 0:
         experiment, workdir = plan_run(flags)

@@ -80,7 +80,7 @@ class ResNet(Network):
     output_stride: int = 32
 
     def __post_init__(self) -> None:
-        """Check the output stride, which needs no input."""
+        """Check the output stride."""
         natural = self.stem_stride << (len(self.stage_sizes) - 1)
         possible = [natural, natural // 2, natural // 4]
         if isinstance(self.output_stride, bool) or self.output_stride not in possible:
@@ -91,7 +91,7 @@ class ResNet(Network):
         super().__post_init__()
 
     def setup(self) -> None:
-        """Create conv1, bn1, layer1, layer2, ... and fc, which are torchvision's names."""
+        """Create conv1, bn1, layer1, layer2, ... and fc (torchvision's names)."""
         norm = partial(BatchNorm, axis_name=self.axis_name)
         self.conv1 = self.stem(norm=norm, dtype=self.dtype)
         self.bn1 = norm(dtype=self.dtype)

@@ -75,7 +75,7 @@ class WideResNet(SmallNetwork):
     strided: Literal["conv1", "conv2"] = "conv2"
 
     def __post_init__(self) -> None:
-        """Check `strided`, which needs no input."""
+        """Check `strided`."""
         check_choice("strided", self.strided, ("conv1", "conv2"))
         super().__post_init__()
 

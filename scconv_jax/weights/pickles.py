@@ -26,7 +26,7 @@ _MAX_INTEGER = 16  # bytes
 
 
 class Global(NamedTuple):
-    """A class or function on the stack: its dotted name, and the function that calls to it run instead, if any."""
+    """A class or function on the stack: its dotted name, and the function to call instead. If None, calls are errors."""
 
     name: str
     build: Callable[..., Any] | None = None
@@ -194,7 +194,7 @@ class _Unpickler:
 
 
 def ordered_dict(items: Any = ()) -> dict[Any, Any]:
-    """Build the dict for an `OrderedDict`, whose items Python 2 passes to the call, or a `Counter`, called with a dict."""
+    """Build the dict for an `OrderedDict` (Python 2 passes its items) or a `Counter` (called with a dict)."""
     result: dict[Any, Any] = {}
     if type(items) not in (dict, list, tuple):  # a tensor is a subclass of tuple here
         raise WeightsError(f"its pickle makes a dict of {describe(items)}")

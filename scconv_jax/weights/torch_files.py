@@ -211,7 +211,7 @@ def _directory_offset(file: io.BufferedReader) -> int:
 
 
 def _data_offset(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
-    """Return the offset of an entry's data, after its local header, which must agree with the directory."""
+    """Return the offset of an entry's data after its local header. The header must agree with the directory."""
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\3\4":
