@@ -54,6 +54,11 @@ class Preparation:
             raise ValueError(f"resize={self.resize} must be at least size={self.size}, and both must be positive.")
 
 
+def resize_for(size: int) -> int:
+    """Return the usual length of the shorter side before a crop of `size`: 256 for 224, and in proportion."""
+    return round(size * 256 / 224)
+
+
 def prepare(images: OneImage | Iterable[OneImage], preparation: Preparation, *, exif: bool = False) -> np.ndarray:
     """Return the batch that a network expects; see `scconv_jax.prepare_images`, which also takes a network's name."""
     one = isinstance(images, str | os.PathLike | bytes | bytearray) or getattr(images, "ndim", 4) != 4

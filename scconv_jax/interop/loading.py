@@ -189,6 +189,8 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     options.pop("num_classes", None)  # a file cannot ask for a head that it does not have
     options |= {key: value for key, value in options_from_entries(name, checkpoint.arrays).items() if key == "num_classes"}
     try:
+        if options.get("depth", 0) > len(checkpoint.arrays):  # to trace such a network would never end
+            raise ValueError("it has more layers than the file has entries")
         template(create_model(name, **options))
     except Exception as error:  # options from a file can fail in any way
         raise WeightsError(

@@ -8,10 +8,10 @@
     core.py                  Conv, BatchNorm, ConvNorm, Dense       with PyTorch's rules and initial values; conv1x1, conv3x3
 
 Every layer is built as `layer(features, ..., dtype=None, name=None)` and takes maps `(n, h, w, c)`. Layers that ignore `train`
-still accept it, except `SqueezeExcitation`. A norm is passed as a factory, called `norm(dtype=..., name=...)`.
+still accept it, except `SqueezeExcitation`. A norm is passed as a `Factory`, called `norm(dtype=..., name=...)`.
 """
 
-from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dense, conv1x1, conv3x3
+from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dense, Dtype, Factory, conv1x1, conv3x3
 from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
 from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
@@ -27,6 +27,8 @@ __all__ = [
     "Conv",
     "ConvNorm",
     "Dense",
+    "Dtype",
+    "Factory",
     "GhostConv",
     "ScConv",
     "SelfCalibratedConv",

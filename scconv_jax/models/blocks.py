@@ -18,6 +18,7 @@ Differences: none.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import ClassVar
 
@@ -44,6 +45,7 @@ class ResidualBlock(nn.Module):
     strides: int = 1
     dilation: int = 1
     transition: bool = False
+    _: dataclasses.KW_ONLY
     norm: Factory = BatchNorm
     dtype: Dtype | None = None
 
@@ -65,7 +67,7 @@ class ResidualBlock(nn.Module):
         return conv(x, train=train)
 
 
-class Bottleneck(ResidualBlock):
+class Bottleneck(ResidualBlock, kw_only=True):
     """Block of a 1×1, a 3×3 and a 1×1 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, expansion planes)`.
 
     Attributes:
@@ -92,7 +94,7 @@ class Bottleneck(ResidualBlock):
         return nn.relu(y + self.shortcut(x, features, train=train))
 
 
-class BasicBlock(ResidualBlock):
+class BasicBlock(ResidualBlock, kw_only=True):
     """Block of two 3×3 convolutions: `(n, h, w, c)` to `(n, h / strides, w / strides, planes)`.
 
     Attributes:

@@ -126,17 +126,22 @@ def scconv_densenet(*, alpha: float = 0.5, variant: str = "paper", **options: An
 _SMALL = partial(ModelSpec, preparation=SMALL_IMAGES)
 _CIFAR100 = {"num_classes": 100}
 
+_OPTIONS = COMMON | {
+    "block_sizes": "Number of layers of each block, a tuple. (6, 12, 24, 16) by default.",
+    "growth": "Channels that each layer adds. 32 by default.",
+}
+
 SPECS = (
     _SMALL(
         "densenet121_small",
         DenseNet,
-        COMMON,
+        _OPTIONS,
         rows=(Row(2023, "DenseNet-121", 7.05, 0.898, 79.43, (0.5, 1.0), SAME_COUNT, _CIFAR100),),
     ),
     _SMALL(
         "scconv_densenet121_small",
         scconv_densenet,
-        COMMON | RECONSTRUCTION,
+        _OPTIONS | RECONSTRUCTION,
         rows=(Row(2023, "DenseNet-121, ScConv", 5.45, 0.594, 80.24, (1.0, 1.0), SAME_COUNT, _CIFAR100),),
     ),
 )

@@ -180,7 +180,7 @@ class _Trunk(nn.Module):
         return maps | {f"layer{len(maps) + 1}": x}
 
 
-class GhostNet(Network):
+class GhostNet(Network, kw_only=True):
     """GhostNet 1.0×: images `(n, h, w, 3)` to logits `(n, num_classes)`.
 
     Attributes:

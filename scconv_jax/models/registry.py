@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -37,7 +38,6 @@ _BUILD = (
 ADVICE = {
     **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "drop_connect_rate", "dropout"), _NO_DROPOUT),
     **dict.fromkeys(("features_only", "out_indices"), _MAPS),
-    **dict.fromkeys(("block", "stage_sizes", "planes", "stem", "depth", "width", "growth", "block_sizes", "conv"), _BUILD),
     **dict.fromkeys(("checkpoint_path", "weights"), "Load weights with scconv_jax.load_model(SOURCE)."),
     **dict.fromkeys(
         ("in_chans", "in_channels"), "Images have three channels: repeat a grey one with jnp.repeat(images, 3, axis=-1)."
@@ -155,7 +155,8 @@ def prepare_images(images: OneImage | Iterable[OneImage], model: str | Preparati
 def _advice(name: str, option: str) -> str:
     """Return the advice for an option of another library, or an empty string."""
     if option != "pretrained":
-        return ADVICE.get(option, "")
+        fields = {field.name for field in dataclasses.fields(MODELS[name].build())}
+        return ADVICE.get(option) or (_BUILD if option in fields else "")
     if name in PUBLISHED:
         return f"Load the published weights with scconv_jax.load_model({name!r})."
     return f"Only {', '.join(list_pretrained())} have published weights; load your own with scconv_jax.load_model(SOURCE)."

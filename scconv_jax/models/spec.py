@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from scconv_jax.images import Preparation
+from scconv_jax.images import Preparation, resize_for
 from scconv_jax.models.complexity import Part, summarise, total
 from scconv_jax.models.network import Feature, Network
 
@@ -22,15 +22,16 @@ COMMON = {
     "axis_name": "Mapped axis over which BatchNorm computes its statistics. None (default): each device computes its own.",
 }
 DILATED = COMMON | {
-    "output_stride": "Image size divided by the size of the last map. A half or a quarter of the default dilates the last stages."
+    "planes": "Width of the blocks in each stage, a tuple.",
+    "output_stride": "Image size divided by the size of the last map. Half or a quarter of the default dilates the last stages.",
 }
 RECONSTRUCTION = {
     "alpha": "ScConv's α, between 0 and 1: share of the channels in the branch with the k×k convolution. 0.5 by default.",
     "variant": 'Version of ScConv: "paper" (default), "2023-07", "2023-09" or "2023-10".',
 }
 
-IMAGENET = Preparation(size=224, resize=256)
-SMALL_IMAGES = Preparation(size=32, resize=32)
+IMAGENET = Preparation(size=224, resize=resize_for(224))
+SMALL_IMAGES = Preparation(size=32, resize=resize_for(32))
 
 # Why our counts differ from a paper's.
 ROUNDED = "printed with one decimal"

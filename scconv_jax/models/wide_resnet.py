@@ -113,7 +113,9 @@ def scconv_wide_resnet(*, alpha: float = 0.5, variant: str = "paper", **options:
 
 
 _OPTIONS = COMMON | {
-    "strided": 'Convolution of a block with the stride: "conv2" (default), as the ScConv paper counts, or "conv1".'
+    "depth": "Number of layers, 6 k + 4. 28 by default.",
+    "width": "Channels divided by those of a plain network (16, 32, 64). 10 by default.",
+    "strided": 'Convolution of a block with the stride: "conv2" (default), as the ScConv paper counts, or "conv1".',
 }
 _CIFAR100 = {"num_classes": 100}
 

@@ -103,12 +103,18 @@ def _checkpoints(folder: Path) -> Path:
 
 
 def _handler() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=this_process_alone())
+
+
+def this_process_alone() -> Any:
+    """Return Orbax's options for work in which the other hosts take no part; by default Orbax waits for them."""
     import jax
     import orbax.checkpoint as ocp
 
     process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(process, active_processes={process})  # by default Orbax waits for all hosts
-    return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.options.MultiprocessingOptions(process, active_processes={process})
 
 
 def _state_folder(path: Path) -> Path:

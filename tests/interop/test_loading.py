@@ -103,10 +103,19 @@ def test_a_file_without_a_head_cannot_ask_for_one_that_fills_the_memory(tmp_path
     )
 
 
-def test_a_file_cannot_change_the_structure_of_a_network(tmp_path, variables):
+def test_a_file_cannot_ask_for_a_network_without_end(tmp_path, variables):
     save(tmp_path / "x.safetensors", variables, {"model": "wrn28_10_small", "arguments": {"depth": 4 + 6 * 10**6}})
-    with pytest.raises(WeightsError, match=r"which cannot be built: Model 'wrn28_10_small' has no option 'depth'"):
+    with pytest.raises(WeightsError, match=r"which cannot be built: it has more layers than the file has entries"):
         load_model(tmp_path / "x.safetensors")
+
+
+def test_a_file_says_the_structure_of_its_network(tmp_path):
+    arguments = {"depth": 10, "width": 1}
+    weights = filled("wrn28_10_small", num_classes=3, **arguments)
+    save(tmp_path / "x.safetensors", weights, {"model": "wrn28_10_small", "arguments": arguments})
+    loaded, variables = load_model(tmp_path / "x.safetensors")
+    assert loaded == create_model("wrn28_10_small", num_classes=3, **arguments)
+    jax.tree.map(np.testing.assert_array_equal, variables, weights)
 
 
 def test_options_in_a_file_are_shown_in_one_line(tmp_path, variables):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,8 @@ def expand(argv: Sequence[str]) -> list[str]:
     """Replace short names by full ones, and `--resume DIR` by `--resume --workdir DIR`."""
     words: list[str] = []
     for word, following in itertools.pairwise([*argv, "-"]):
+        if attached := re.fullmatch(r"(-[abjp])([^=].*)", word):  # -b256
+            word = "=".join(attached.groups())
         name, equals, value = word.partition("=")
         full = FULL_NAMES.get(name.replace("_", "-"))
         if name == "--resume" and (equals or not following.startswith("-")):

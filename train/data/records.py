@@ -71,7 +71,7 @@ class EncodedSource:
 def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSource, EncodedSource]:
     """Make sources of training and test images of `data.image_size`, cropped as the config says."""
     size, exif = data.image_size, data.exif
-    resize = data.resize or round(size * 256 / 224)
+    resize = data.resize or scconv_jax.images.resize_for(size)
     unreadable = Unreadable(data.max_bad_images)
 
     def random_crop(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:

@@ -165,9 +165,7 @@ class Checkpoints:
                         file=sys.stderr,
                     )
             self.directory.mkdir(parents=True, exist_ok=True)
-            process = jax.process_index()
-            # By default Orbax waits for the other hosts, which do not write.
-            alone = ocp.options.MultiprocessingOptions(process, active_processes={process})
+            alone = scconv_jax.runs.this_process_alone()
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(

@@ -202,6 +202,8 @@ def test_help_and_mistakes_need_no_jax():
     ("argv", "words"),
     [
         (["-b=3"], ["--data.batch-size", "3"]),
+        (["-b256", "-j8"], ["--data.batch-size", "256", "--data.threads", "8"]),
+        (["-aresnet50"], ["--model.name", "resnet50"]),
         (["--batch_size", "3"], ["--data.batch-size", "3"]),
         (["--data.dir=a=b"], ["--data.dir=a=b"]),
         (["--resume"], ["--resume"]),
