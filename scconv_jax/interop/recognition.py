@@ -20,6 +20,7 @@ from flax.traverse_util import unflatten_dict
 
 from scconv_jax.interop.conventions import scconv_options
 from scconv_jax.interop.conversion import ConversionError, is_counter, shapes
+from scconv_jax.models.complexity import shorten
 from scconv_jax.models.registry import MODELS, create_model
 
 SIZE = 128  # pixels; every network accepts such images
@@ -35,14 +36,11 @@ class Recognised(NamedTuple):
 
 def template(model: nn.Module) -> dict[str, Any]:
     """Return the shapes and dtypes of a network's variables, like `jax.eval_shape(model.init, ...)` but faster."""
-    sizes = _stage_sizes(model)
-    if max(sizes, default=0) <= 2:
-        return _traced(model)
-    variables = _traced(model.clone(stage_sizes=tuple(min(size, 2) for size in sizes)))
+    short, sizes = shorten(model)
+    variables = _traced(short)
     for collection in variables.values():
-        for i, size in enumerate(sizes):
-            stage = collection[f"layer{i + 1}"]
-            stage |= {str(block): stage["1"] for block in range(2, size)}
+        for name, size in sizes.items():
+            collection[name] |= {str(block): collection[name]["1"] for block in range(2, size)}
     return variables
 
 

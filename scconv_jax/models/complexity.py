@@ -7,6 +7,7 @@ paper, even if a faster form of it runs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,10 +49,12 @@ def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int 
         return result
 
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    short, repeated = shorten(model)
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+        variables = jax.eval_shape(lambda x: short.init(jax.random.key(0), x, train=False), images)
     sizes = jax.tree.map(lambda leaf: math.prod(leaf.shape), variables["params"])
-    leaves: dict[str, Any] = flatten_dict(sizes, sep="/")
+    outputs = _repeat_blocks(outputs, repeated)
+    leaves: dict[str, Any] = _repeat_blocks(flatten_dict(sizes, sep="/"), repeated)
     # Each value of a kernel or scale is multiplied once per pixel of its module's output.
     counts = {
         path: number * math.prod(_output_of(path, outputs)[1:-1]) for path, number in leaves.items() if path.endswith(_MULTIPLIED)
@@ -64,6 +67,30 @@ def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int 
 
 
 _MULTIPLIED = ("/kernel", "/scale", "/gamma")
+
+
+def shorten(model: nn.Module) -> tuple[nn.Module, dict[str, int]]:
+    """Return a residual network with at most two blocks per stage, and the number of blocks per stage.
+
+    The blocks of a stage after its first are alike, so that the short network, which is traced much faster, tells all about the
+    long one. Other networks are returned as they are, with an empty dictionary.
+    """
+    sizes: tuple[int, ...] = getattr(model, "stage_sizes", ())
+    if max(sizes, default=0) <= 2:
+        return model, {}
+    short = model.clone(stage_sizes=tuple(min(size, 2) for size in sizes))
+    return short, {f"layer{i + 1}": size for i, size in enumerate(sizes)}
+
+
+def _repeat_blocks(values: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the values of a shortened network by path, with those of each stage's second block for all blocks after it."""
+    result: dict[str, Any] = {}
+    for stage, group in itertools.groupby(values.items(), lambda item: "/".join(item[0].split("/")[:2])):
+        name, _, block = stage.partition("/")
+        entries = list(group)
+        for number in range(1, sizes[name]) if block == "1" and name in sizes else [block]:
+            result |= {"/".join([name, str(number), *path.split("/")[2:]]) if block else path: value for path, value in entries}
+    return result
 
 
 def multiply_adds(model: nn.Module, size: tuple[int, int] | None = None) -> int:

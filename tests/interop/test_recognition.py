@@ -58,12 +58,16 @@ def test_every_convention_of_a_record_exists():
 @pytest.mark.parametrize(("alpha", "variant"), [(0.75, "2023-10"), (0.5, "2023-07"), (0.5, "2023-09")])
 def test_options_of_scconv_show(alpha, variant):
     found = recognise(entries_of("scconv_resnet20_small", alpha=alpha, variant=variant))
-    assert found == ("scconv_resnet20_small", {"alpha": alpha, "variant": variant, "num_classes": 10})
+    assert found is not None
+    assert found.model == "scconv_resnet20_small"
+    assert found.options == {"alpha": alpha, "variant": variant, "num_classes": 10}
 
 
 def test_without_its_head():
     entries = {name: value for name, value in entries_of("scnet20_small").items() if not name.startswith("fc.")}
-    assert recognise(entries) == ("scnet20_small", {})
+    found = recognise(entries)
+    assert found is not None
+    assert (found.model, found.options) == ("scnet20_small", {})
 
 
 @pytest.mark.parametrize(

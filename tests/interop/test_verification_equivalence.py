@@ -113,8 +113,8 @@ def test_jax_computes_on_the_cpu(capsys, folder, monkeypatch):
     """Whatever device a program computes on: others round float32 to fewer digits."""
     devices, compiled = set(), verify_module._compiled
 
-    def recorded(*args):
-        run = compiled(*args)
+    def recorded(*args, **options):
+        run = compiled(*args, **options)
 
         def record(*inputs):
             outputs = run(*inputs)

@@ -203,7 +203,7 @@ def test_networks_made_alike_are_equal_and_can_be_pickled(name):
 def test_options_of_the_operator_are_checked_where_the_network_is_made(name):
     with pytest.raises(ValueError, match=r"alpha=1\.5 must be between 0 and 1, both excluded"):
         create_model(name, alpha=1.5)
-    with pytest.raises(ValueError, match=r"no variant 'papr'. Did you mean 'paper'"):
+    with pytest.raises(ValueError, match=r"Unknown variant 'papr'. Did you mean 'paper'"):
         create_model(name, variant="papr")
     assert create_model(name, alpha=0.75) != create_model(name)
 
