@@ -80,7 +80,11 @@ class ResNet(Network):
     output_stride: int = 32
 
     def __post_init__(self) -> None:
-        """Check the output stride."""
+        """Check the widths and the output stride."""
+        if not hasattr(self.planes, "__len__") or len(self.planes) != len(self.stage_sizes):
+            raise ValueError(
+                f"planes={self.planes!r} must be a tuple with the width of each of the {len(self.stage_sizes)} stages."
+            )
         natural = self.stem_stride << (len(self.stage_sizes) - 1)
         possible = [natural, natural // 2, natural // 4]
         if isinstance(self.output_stride, bool) or self.output_stride not in possible:

@@ -158,14 +158,14 @@ def test_rows_of_the_papers():
         ("features_only", 'method="features"'),
         ("out_indices", "feature_info"),
         ("num_features", "feature_info"),
-        ("planes", r"build another with the classes of scconv_jax\.models"),
+        ("stem_pool", r"build another with the classes of scconv_jax\.models"),
         ("num_clases", "Did you mean 'num_classes'"),
     ],
 )
 def test_habits_of_other_libraries(option, message):
     with pytest.raises(ValueError, match=f"Model 'scnet50' has no option '{option}'.*{message}") as error:
         create_model("scnet50", **{option: True})
-    assert str(error.value).endswith("Its options: num_classes, dtype, axis_name, output_stride.")
+    assert str(error.value).endswith("Its options: num_classes, dtype, axis_name, planes, output_stride.")
 
 
 def test_weights_that_were_not_published():
@@ -182,6 +182,13 @@ def test_no_advice_hides_an_option():
 def test_num_classes_is_checked_before_flax(value):
     with pytest.raises(ValueError, match=re.escape(f"num_classes={value!r} must be one positive integer.")):
         create_model("scnet50", num_classes=value)
+
+
+@pytest.mark.parametrize("value", [True, 64, (64, 128)])
+@pytest.mark.usefixtures("unchecked")
+def test_planes_are_checked_before_flax(value):
+    with pytest.raises(ValueError, match=re.escape(f"planes={value!r} must be a tuple with the width of each of the 4 stages.")):
+        create_model("scnet50", planes=value)
 
 
 @pytest.mark.parametrize("value", [4, "8", True, None, 0, 64])
