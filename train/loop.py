@@ -22,7 +22,7 @@ from train.run.metrics import Metrics, MetricsWindow, best_line, read_metrics
 from train.run.profiler import Profiler, peak_multiply_adds, training_multiply_adds
 from train.run.progress import Progress
 from train.run.trackers import check_trackers, open_trackers
-from train.run.workdir import locked_workdir, save_config
+from train.run.workdir import locked_folder, save_config
 from train.setup import make_setup, make_step, make_test
 
 SLOW_INPUT_WARNING = (
@@ -44,9 +44,9 @@ def train(config: Config, workdir: Path) -> int:
     """
     began = time.perf_counter()
     setup = make_setup(config)
-    batch_size = config.data.batch_size
+    batch_size, images = config.data.batch_size, len(setup.dataset.train)
     devices = jax.device_count()
-    plan = make_plan(config, len(setup.dataset.train), devices)
+    plan = make_plan(config, images, devices)
     if config.log.profile_steps and config.log.profile_steps[0] > plan.total_steps:
         raise ConfigError(
             f"log.profile_steps starts at step {config.log.profile_steps[0]}, but the run has {plan.total_steps} steps"
@@ -62,13 +62,13 @@ def train(config: Config, workdir: Path) -> int:
     next_state, test = make_step(setup, config, optimizer), make_test(setup, config)
 
     with (
-        locked_workdir(written),
-        Checkpoints(written, config.keep_checkpoints, dataclasses.asdict(config), len(setup.dataset.train)) as checkpoints,
+        locked_folder(written),
+        Checkpoints(written, config.keep_checkpoints, dataclasses.asdict(config), images, setup.dataset.classes) as checkpoints,
         Signals() as signals,
     ):
         state, notes = start.placeholder(), []
         if resumes := checkpoints.latest() is not None:
-            state = checkpoints.restore(start.shapes(), move_damaged=True)
+            state = checkpoints.restore(start.shapes(), repair=True)
             notes = resume_notes(config, checkpoints.devices)
         elif is_host_0:
             state, notes = start.create()
@@ -150,6 +150,7 @@ def train(config: Config, workdir: Path) -> int:
 
     if not is_host_0:
         return signals.received if step < plan.total_steps else 0
+    workdir = checkpoints.workdir
     draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=f"{config.model.name} on {config.data.name}")
     if step < plan.total_steps:
         print(
@@ -161,8 +162,8 @@ def train(config: Config, workdir: Path) -> int:
     return 0
 
 
-def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
-    """Test the latest or best checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result."""
+def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None:
+    """Test the best or latest checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result."""
     setup = make_setup(config)
     images = max(len(setup.dataset.train), config.data.batch_size)  # a test needs no full batch
     plan = make_plan(config, images, jax.device_count())
@@ -173,8 +174,19 @@ def evaluate(config: Config, workdir: Path | None, best: bool = False) -> None:
         state, notes = start.create()
         print(*notes, sep="\n")
     elif jax.process_index() == 0 and workdir is not None:
-        with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-            state = checkpoints.restore(start.shapes(), step=checkpoints.best() if best else None)
+        with Checkpoints(workdir, config.keep_checkpoints, classes=setup.dataset.classes) as checkpoints:
+            best = checkpoints.best()
+            state = checkpoints.restore(start.shapes(), step=None if latest else best)
+            others = (
+                f" (the best, of step {best}, without --latest)"
+                if latest
+                else f" (--latest: that of step {checkpoints.latest()})"
+            )
+        print(
+            f"Testing the {'latest' if latest or best is None else 'best'} checkpoint"
+            + (others if best is not None else "")
+            + "."
+        )
     state = from_host_0(state)
     result = make_test(setup, config)(setup.parallel.put_state(state))
     print(
@@ -211,7 +223,7 @@ def summary(workdir: Path, seconds: float) -> str:
     """Return the line to print at the end of a run."""
     tested = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/top1" in line]
     if not tested:  # a finished run whose metrics were lost
-        return f"No test result in {workdir / 'metrics.jsonl'}. The checkpoints are complete; --evaluate tests the latest"
+        return f"No test result in {workdir / 'metrics.jsonl'}. The checkpoints are complete; --evaluate tests the best"
     last, best = tested[-1], best_line(tested)
     return (
         f"Test accuracy {accuracy(last)} after the last epoch, "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from scconv_jax.weights.files import WeightsError
 
 COLLECTIONS = ("params", "batch_stats")
 PREFIXES = tuple(f"{collection}/" for collection in COLLECTIONS)
+_INCOMPLETE = (
+    "Orbax did not complete it, as in folders whose path has [ ] * or ?; `python -m train.main --resume RUN` completes the "
+    "checkpoints of a run"
+)
 
 
 def steps(folder: Path) -> list[int]:
@@ -65,8 +69,34 @@ def restore(state: Path, like: Any, *, partial: bool = False) -> Any:
     import jax
     import orbax.checkpoint as ocp
 
+    if not _is_complete(state):
+        raise WeightsError(_INCOMPLETE)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
     return _handler().restore(state.resolve(), args=ocp.args.PyTreeRestore(like, as_numpy, partial_restore=partial))
+
+
+def shapes(state: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays of one `checkpoints/STEP/state` by name (`params/fc/bias`)."""
+    import jax
+
+    leaves = jax.tree.leaves_with_path(_handler().metadata(state.resolve()).tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def complete(state: Path) -> None:
+    """Merge what each process wrote of one `checkpoints/STEP/state`, if Orbax left that out. No file is changed, some are added.
+
+    Orbax left it out, without an error, in folders whose absolute path has a pattern character: `[`, `]`, `*` or `?`.
+    """
+    if _is_complete(state):
+        return
+    import asyncio
+
+    import orbax.checkpoint as ocp
+
+    context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
+    # The folder as a `Path`, which has no patterns except in the argument of `glob`.
+    asyncio.run(ocp.type_handlers.merge_ocdbt_per_process_files(cast("Any", state), context, use_zarr3=False))
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str], int]:
@@ -77,6 +107,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str], in
         them, `model` and `arguments` (JSON); the other items of the training state, name to type; the size in bytes.
     """
     state = _state_folder(path)
+    if not _is_complete(state):
+        raise WeightsError(f"its checkpoint {state.parent.name} cannot be read: {_INCOMPLETE}")
     try:
         handler = _handler()
     except ImportError as error:
@@ -100,6 +132,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str], in
 
 def _checkpoints(folder: Path) -> Path:
     return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+
+
+def _is_complete(state: Path) -> bool:
+    return (state / "manifest.ocdbt").exists() or not any(state.glob("ocdbt.process_*"))
 
 
 def _handler() -> Any:
@@ -135,7 +171,7 @@ def _metadata(state: Path, variables: dict[str, Any]) -> dict[str, str]:
     """Return the step and, if known, the network's name from the run's config.json and its number of classes."""
     metadata = {"step": state.parent.name}
     try:
-        metadata["model"] = str(json.loads((state.parents[2] / "config.json").read_text())["model"]["name"])
+        metadata["model"] = str(json.loads((state.parents[2] / "config.json").read_bytes())["model"]["name"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return metadata
     kernels = [module["kernel"] for module in variables["params"].values() if "kernel" in module]

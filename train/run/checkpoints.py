@@ -1,16 +1,18 @@
 """Checkpoints of the training state, written and read by Orbax.
 
-A checkpoint is `checkpoints/STEP/` with three items: `state`, the arrays; `about`, the config, the numbers of devices and
-training images, and the shape, dtype and CRC-32 of each array; `metrics`, the test metrics, if there are any. The step also gives
-the position in the data and, with the config's seed, all random numbers. Orbax writes a step completely or not at all. Checksums
-find later damage; the previous step then replaces the damaged one.
+A checkpoint is `checkpoints/STEP/` with three items: `state`, the arrays; `about`, the config, classes, the numbers of devices
+and training images, and the shape, dtype and CRC-32 of each array; `metrics`, the test metrics, if there are any. The step also
+gives the position in the data and, with the config's seed, all random numbers. Orbax writes a step completely or not at all. Each
+step is looked up when it is written. Checksums find later damage; the previous step then replaces the damaged one.
 """
 
+import contextlib
 import errno
 import json
 import os
 import sys
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 import scconv_jax
 from train.config import CheckpointError, ConfigError
+from train.run.workdir import OpenFolder
 
 
 class DamagedError(Exception):
@@ -31,23 +34,31 @@ class DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of a run: the latest `keep` steps and the step with the best `eval/top1`.
 
-    A thread writes them while training continues. Only one process may have a folder open.
+    A thread writes them while training continues. Only one process may have a folder open. On Linux, the run's folder may be
+    renamed meanwhile.
     """
 
-    def __init__(self, workdir: Path | None, keep: int, config: dict[str, Any] | None = None, images: int | None = None) -> None:
+    def __init__(
+        self,
+        workdir: Path | None,
+        keep: int,
+        config: dict[str, Any] | None = None,
+        images: int | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
         """Open the checkpoints in the folder of a run. With None, for hosts other than 0, `save` does nothing.
 
-        `config` and `images`, the number of training images, are stored with each checkpoint. A restored step identifies a
-        position in the data only if the number of images is the same.
+        `config`, `images` (the number of training images) and `classes` are stored with each checkpoint. A restored step
+        identifies a position in the data only if the number of images is the same, and outputs mean the same only if the classes
+        are.
         """
-        self._config, self._images, self._keep = config or {}, images, keep
+        self._config, self._images, self._classes, self._keep = config or {}, images, list(classes), keep
         self.devices = jax.device_count()
         """Number of devices that computed the restored state."""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._manager: ocp.CheckpointManager | None = None
-        if workdir is not None:
-            self.directory = workdir.resolve() / "checkpoints"
+        self._folder = None if workdir is None else OpenFolder(workdir)
 
     def __enter__(self) -> Self:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._without_noise
@@ -62,15 +73,28 @@ class Checkpoints:
             self._writer.shutdown()  # waits for the current write
             if self._manager is not None:
                 self._manager.close()
+            if self._folder is not None:
+                self._folder.close()
 
     def _without_noise(self, unraisable: Any) -> None:
         """Suppress the messages of TensorStore's threads, for which Orbax does not wait after an error."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self._hook(unraisable)
 
+    @property
+    def workdir(self) -> Path:
+        """The run's folder: as given, or its new path if it was renamed."""
+        assert self._folder is not None, "only host 0 has a folder"
+        return self._folder.path()
+
+    @property
+    def directory(self) -> Path:
+        """Absolute path of the folder of all steps."""
+        return self.workdir.resolve() / "checkpoints"
+
     def steps(self) -> list[int]:
         """Return the saved steps, ascending."""
-        return scconv_jax.runs.steps(self.directory) if hasattr(self, "directory") else []
+        return scconv_jax.runs.steps(self.directory) if self._folder is not None else []
 
     def latest(self) -> int | None:
         """Return the last saved step, or None."""
@@ -90,7 +114,7 @@ class Checkpoints:
             CheckpointError: The files could not be written.
         """
         self.wait()
-        if hasattr(self, "directory") and int(state.step) not in self.steps():
+        if self._folder is not None and int(state.step) not in self.steps():
             # An explicit copy: on CPU, device_get may return the device's memory, which the next step overwrites.
             state = jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(state))
             self._writing = self._writer.submit(self._write, state, metrics)
@@ -106,18 +130,22 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def restore(self, like: Any, step: int | None = None, move_damaged: bool = False) -> Any:
+    def restore(self, like: Any, step: int | None = None, repair: bool = False) -> Any:
         """Return a saved state as NumPy arrays, and report damaged checkpoints on stderr.
 
         Args:
             like: A state of the same structure, or its shapes.
             step: Step to restore. If None, the latest undamaged one.
-            move_damaged: Move damaged checkpoints to `damaged/` in the run's folder. Nothing is ever deleted.
+            repair: Complete checkpoints that Orbax did not, and move damaged ones to `damaged/` in the run's folder. Nothing is
+                ever deleted.
 
         Raises:
-            ConfigError: There is no checkpoint, all (or the given step) are damaged, or the arrays differ from `like`.
+            ConfigError: There is no checkpoint, all (or the given step) are damaged, or the classes or arrays differ.
         """
         self.wait()
+        for saved in self.steps() if repair else ():
+            with contextlib.suppress(Exception):  # if it cannot be completed, it is damaged
+                scconv_jax.runs.complete(self.directory / str(saved) / "state")
         damaged: dict[int, str] = {}
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
@@ -127,7 +155,7 @@ class Checkpoints:
                 continue
             for bad, reason in damaged.items():
                 note = f"warning: the checkpoint of step {bad} is damaged ({reason}); using step {candidate} instead"
-                if move_damaged:
+                if repair:
                     note += f". It was moved to {self._set_aside(bad)}"
                 print(note, file=sys.stderr)
             return state
@@ -148,12 +176,20 @@ class Checkpoints:
             if not np.isfinite(leaf).all():
                 raise FloatingPointError(f"{name} is not finite at step {step}")
         about = {"step": step, "config": self._config, "devices": jax.device_count(), "images": self._images}
-        about["arrays"] = _fingerprints(state)
+        about |= {"classes": self._classes, "arrays": _fingerprints(state)}
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about | {"crc32": _crc_of(about)})}
         try:
             self._open().save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+            self._look_up(step, {name: tuple(array["shape"]) for name, array in about["arrays"].items()})
         except Exception as error:  # Orbax and TensorStore raise many types
-            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {_reason(error)}") from error
+            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {self._reason(error)}") from error
+
+    def _look_up(self, step: int, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Find each array that was just written: Orbax only logs some failures. Its values are not read again."""
+        state = self.directory / str(step) / "state"
+        scconv_jax.runs.complete(state)
+        if missing := sorted(shapes.items() - scconv_jax.runs.shapes(state).items()):
+            raise OSError(f"{len(missing)} of {len(shapes)} arrays are not found in {state}, among them {missing[0][0]}")
 
     def _open(self) -> ocp.CheckpointManager:
         """Return the Orbax manager. The first call opens it, which reads all metrics and removes leftovers."""
@@ -164,10 +200,13 @@ class Checkpoints:
                         f"warning: the metrics of step {step} are damaged; the checkpoint was moved to {self._set_aside(step)}",
                         file=sys.stderr,
                     )
-            self.directory.mkdir(parents=True, exist_ok=True)
+            assert self._folder is not None, "only host 0 writes"
+            # By its own path, Orbax does not find what it wrote in a folder called `run[1]`, and does not notice a new name.
+            directory = self._folder.plain() / "checkpoints"
+            directory.mkdir(exist_ok=True)
             alone = scconv_jax.runs.this_process_alone()
             self._manager = ocp.CheckpointManager(
-                self.directory,
+                directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy([LatestN(self._keep), _BEST]),
                     best_fn=_BEST.get_metric_fn,  # makes Orbax write the metrics; the policy decides what is kept
@@ -182,6 +221,12 @@ class Checkpoints:
                 },
             )
         return self._manager
+
+    def _reason(self, error: BaseException) -> str:
+        """Return the system's reason if the message quotes one, else the first line of the message."""
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+        line = _first_line(error).replace(str(self._folder and self._folder.plain()), str(self.workdir))
+        return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), line)
 
     def _read(self, step: int, like: Any) -> Any:
         folder = self.directory / str(step)
@@ -198,13 +243,15 @@ class Checkpoints:
             raise DamagedError(_first_line(error)) from error
         if (folder / "metrics").is_dir() and scconv_jax.runs.eval_top1(self.directory, step) is None:
             raise DamagedError("metrics/metrics cannot be read")
+        if (classes := about.get("classes")) and self._classes and classes != self._classes:
+            raise ConfigError(f"the checkpoint {folder} was trained on {_other_classes(classes, self._classes)}")
         wanted = {name: f"{tuple(leaf.shape)} {leaf.dtype.name}" for name, leaf in _named_leaves(like).items()}
         found = {name: f"{tuple(array['shape'])} {array['dtype']}" for name, array in arrays.items()}
-        differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        differing = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
         if differing:
-            name = differing[0]
+            same_model = all(name.startswith(("opt_state/", "ema/")) for name in differing)
+            name = min(differing, key=lambda name: (not name.startswith("params/"), name))
             there, here = found.get(name, "absent"), wanted.get(name, "absent")
-            same_model = all(other.startswith(("opt_state/", "ema/")) for other in differing)
             cause = "optimizer: keep optim.name and the use of optim.ema unchanged" if same_model else "model"
             raise ConfigError(f"the checkpoint {folder} has another {cause}; {name} is {there} in it, {here} here")
         images = about.get("images", self._images)
@@ -251,10 +298,13 @@ def _crc_of(about: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
-def _reason(error: BaseException) -> str:
-    """Return the system's reason if the message quotes one, else the first line of the message."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-    return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), _first_line(error))
+def _other_classes(before: list[str], now: list[str]) -> str:
+    """Return the end of an error message about a data set with other classes."""
+    advice = "the outputs would mean other classes. Name the images of the run, or start from its weights (--init)"
+    if len(before) != len(now):
+        return f"{len(before)} classes, but the data set here has {len(now)}: {advice}"
+    index = next(index for index, name in enumerate(before) if name != now[index])
+    return f"other classes: class {index} is {before[index]!r} there and {now[index]!r} in the data set here, so {advice}"
 
 
 def _first_line(error: BaseException) -> str:

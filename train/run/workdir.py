@@ -17,6 +17,7 @@ from train.config.fields import suggest
 from train.config.files import differences, from_json, to_json
 
 RUNS = Path("runs")
+LOCK = ".lock"
 FIXED = ("model.name", "data.name", "data.batch_size", "data.synthetic_train", "data.synthetic_classes")
 """Fields that cannot change within a run: the parameters and the meaning of a step depend on them."""
 
@@ -43,7 +44,15 @@ def load_run(workdir: Path) -> Config:
             raise ConfigError(f"{workdir} holds checkpoints but no config.json: restore the file, or choose another --workdir")
         runs = [str(path.parent) for path in sorted(workdir.parent.glob("*/config.json"))]
         raise ConfigError(f"no run in {workdir}: it has no config.json{suggest(str(workdir), runs)}")
-    return from_json((workdir / "config.json").read_text(errors="replace"), str(workdir / "config.json"))
+    return from_json((workdir / "config.json").read_bytes(), str(workdir / "config.json"))
+
+
+def check_name(workdir: Path) -> None:
+    """Refuse a folder whose absolute path is not UTF-8, before anything is made: Orbax cannot name it."""
+    try:
+        os.fspath(workdir.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the path of the workdir, {error.object!r}, is not UTF-8: choose another --workdir") from error
 
 
 def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
@@ -65,31 +74,55 @@ def refuse_existing_run(workdir: Path, new: Config) -> NoReturn:
 
 
 @contextmanager
-def locked_workdir(workdir: Path | None) -> Iterator[None]:
-    """Create the folder and lock it against other processes. Do nothing if `workdir` is None.
+def locked_folder(folder: Path | None, option: str = "--workdir") -> Iterator[None]:
+    """Create the folder and lock it against other processes. Do nothing if it is None. `option` is where the user named it.
 
     The kernel releases the lock when this process ends, however it ends.
     """
-    if workdir is None:
+    if folder is None:
         yield
         return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a+")
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
     except OSError as error:
-        raise ConfigError(f"cannot write to the workdir {workdir}: {error.strerror}; choose another --workdir") from error
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another {option}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise ConfigError(
-                f"{workdir} is in use by {file.read().strip() or 'another process'}: wait for it, or choose another --workdir"
+                f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or choose another {option}"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+class OpenFolder:
+    """An existing folder, held open. On Linux it is found again after it was renamed."""
+
+    def __init__(self, path: Path) -> None:
+        self._given, self._descriptor = path, os.open(path, os.O_RDONLY)
+        link = Path(f"/proc/self/fd/{self._descriptor}")
+        self._link = link if link.exists() else None
+
+    def path(self) -> Path:
+        """Return the path as given, or the new one if the folder was renamed."""
+        if self._link is None or (self._given.exists() and self._given.samefile(self._link)):
+            return self._given
+        return self._link.resolve()
+
+    def plain(self) -> Path:
+        """Return a path that does not depend on the folder's name; without Linux's /proc, the absolute path."""
+        return self._link or self._given.resolve()
+
+    def close(self) -> None:
+        """Let go of the folder. `path` then returns the path as given."""
+        self._given, self._link = self.path(), None
+        os.close(self._descriptor)
 
 
 def save_config(workdir: Path, config: Config) -> None:

@@ -1,4 +1,6 @@
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -7,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+import scconv_jax
 from tests.train.tiny import Tiny
 from train.config import CheckpointError, ConfigError, Optim
 from train.optim import make_optimizer
 from train.run.checkpoints import Checkpoints
+from train.run.workdir import OpenFolder
 from train.step import init_state
 
 OPTIMIZER = make_optimizer(Optim(), optax.constant_schedule(0.1))
@@ -45,6 +49,140 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, state):
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(at(state, 7)), strict=True):
         assert ours.dtype == theirs.dtype
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "[a-z]/run", "a*b", "what?", "**", "[", "{a,b} %20#"])
+@pytest.mark.parametrize("proc", [True, False], ids=["with /proc", "without /proc"])
+def test_a_folder_may_have_any_name(tmp_path, state, monkeypatch, name, proc):
+    """Orbax reads `[`, `]`, `*` and `?` in the path of a checkpoint as a pattern, finds nothing and goes on."""
+    if not proc:
+        if name == "**":
+            pytest.skip("Orbax refuses it, at the first save")
+        monkeypatch.setattr(OpenFolder, "plain", lambda folder: folder.path().resolve())
+    (tmp_path / name).mkdir(parents=True)
+    with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+        checkpoints.save(at(state, 1))
+        checkpoints.save(at(state, 2))
+    assert steps_in(tmp_path / name) == [2]
+    with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+        assert_same(checkpoints.restore(state), at(state, 2))
+    assert_same(scconv_jax.load(tmp_path / name).variables["params"], state.params)
+
+
+@pytest.fixture
+def incomplete(tmp_path, state, monkeypatch):
+    """A run of an earlier version in a folder with a pattern character: Orbax merged nothing, and nobody looked."""
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenFolder, "plain", lambda folder: folder.path().resolve())
+        patch.setattr(Checkpoints, "_look_up", lambda *_: None)
+        with Checkpoints(folder, keep=2) as checkpoints:
+            for step, top1 in ((1, 0.5), (2, 0.4)):
+                checkpoints.save(at(state, step), {"eval/top1": top1})
+    return folder
+
+
+def test_resuming_completes_what_an_earlier_version_left(incomplete, state):
+    def files():
+        return {path: path.read_bytes() for path in incomplete.rglob("*") if path.is_file()}
+
+    before = files()
+    with Checkpoints(incomplete, keep=2) as checkpoints, pytest.raises(ConfigError) as raised:
+        checkpoints.restore(state)
+    assert "`python -m train.main --resume RUN` completes the checkpoints" in str(raised.value)
+    with pytest.raises(
+        scconv_jax.WeightsError, match=r"its checkpoint 1 cannot be read: Orbax did not complete it.* --resume RUN"
+    ):
+        scconv_jax.load(incomplete)
+    assert files() == before, "only a run that goes on may write"
+    with Checkpoints(incomplete, keep=2) as checkpoints:
+        assert_same(checkpoints.restore(state, repair=True), at(state, 2))
+        assert_same(checkpoints.restore(state, step=1), at(state, 1))
+    assert scconv_jax.load(incomplete).metadata == {"step": "1"}
+    assert before.items() <= files().items()
+
+
+def test_a_save_that_cannot_be_found_again_is_an_error(tmp_path, state, monkeypatch):
+    """At the first save: whatever the reason, and though Orbax itself only logs it."""
+    monkeypatch.setattr(scconv_jax.runs, "complete", lambda _: None)
+    monkeypatch.setattr(OpenFolder, "plain", lambda folder: folder.path().resolve())
+    (tmp_path / "run[1]").mkdir()
+    with (
+        pytest.raises(CheckpointError, match=r"^the checkpoint of step 1 cannot be written: "),
+        Checkpoints(tmp_path / "run[1]", keep=1) as checkpoints,
+    ):
+        checkpoints.save(at(state, 1))
+
+
+def test_an_array_that_was_not_written_is_named(tmp_path, state, monkeypatch):
+    shapes = scconv_jax.runs.shapes
+    monkeypatch.setattr(
+        scconv_jax.runs, "shapes", lambda path: {name: shape for name, shape in shapes(path).items() if name != "params/fc/bias"}
+    )
+    with (
+        pytest.raises(CheckpointError, match=r"1 of \d+ arrays are not found in .*/1/state, among them params/fc/bias$"),
+        Checkpoints(tmp_path, keep=1) as checkpoints,
+    ):
+        checkpoints.save(at(state, 1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux knows the new name of a folder")
+def test_a_run_follows_its_folder(tmp_path, state):
+    """Renamed before the first save, between two, and to a name with a pattern character."""
+    (tmp_path / "old").mkdir()
+    with Checkpoints(tmp_path / "old", keep=9) as checkpoints:
+        assert checkpoints.workdir == tmp_path / "old"
+        for step, name in enumerate(("new", "elsewhere[1]/new", "old"), 1):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            checkpoints.workdir.rename(tmp_path / name)
+            checkpoints.save(at(state, step), {"eval/top1": 0.1 * step})
+            checkpoints.wait()
+            assert checkpoints.workdir == tmp_path / name
+            assert steps_in(tmp_path / name) == [*range(1, step + 1)]
+            assert_same(checkpoints.restore(state), at(state, step))
+    assert checkpoints.workdir == tmp_path / "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere[1]", "old"]
+
+
+def test_a_folder_that_was_removed_is_an_error(tmp_path, state):
+    (tmp_path / "run").mkdir()
+    with Checkpoints(tmp_path / "run", keep=9) as checkpoints:
+        (tmp_path / "run").rmdir()
+        checkpoints.save(at(state, 1))
+        with pytest.raises(CheckpointError, match=r"^the checkpoint of step 1 cannot be written: .*No such file or dir.*/run"):
+            checkpoints.wait()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_clock_that_jumps_does_not_change_what_is_kept(tmp_path, state, monkeypatch):
+    for step, now in ((1, 2e9), (2, 1e9), (3, 3e9), (4, 0.0)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            checkpoints.save(at(state, step), {"eval/top1": 0.1 * (step == 1)})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert (steps_in(tmp_path), checkpoints.latest(), checkpoints.best()) == ([1, 3, 4], 4, 1)
+        assert_same(checkpoints.restore(state), at(state, 4))
+
+
+def test_other_classes_are_named(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1, classes=["cat", "dog", "fox"]) as checkpoints:
+        checkpoints.save(at(state, 1))
+    for classes, message in (
+        (
+            ["cat", "dog"],
+            r"checkpoints/1 was trained on 3 classes, but the data set here has 2: .* start from its weights \(--init\)$",
+        ),
+        (
+            ["cat", "dog", "emu"],
+            "trained on other classes: class 2 is 'fox' there and 'emu' in the data set here, so the outputs",
+        ),
+    ):
+        with Checkpoints(tmp_path, keep=1, classes=classes) as checkpoints, pytest.raises(ConfigError, match=message):
+            checkpoints.restore(state)
+    for classes in (["cat", "dog", "fox"], []):
+        with Checkpoints(tmp_path, keep=1, classes=classes) as checkpoints:
+            assert_same(checkpoints.restore(state), at(state, 1))
 
 
 def test_the_latest_and_the_best_are_kept_across_restarts(tmp_path, state):
@@ -152,7 +290,7 @@ def test_bits_flipped_in_an_array_are_found(tmp_path, state, capsys):
     other = tmp_path / "checkpoints" / "2" / "about" / "metadata"
     about.write_bytes(other.read_bytes())  # as if the state were not what was written with it
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        restored = checkpoints.restore(state, move_damaged=True)
+        restored = checkpoints.restore(state, repair=True)
         assert int(restored.step) == 2
         kept = tmp_path / "damaged" / "3"
         assert capsys.readouterr().err == (
@@ -172,7 +310,7 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, state):
     for step in ("1", "2"):
         (tmp_path / "checkpoints" / step / "about" / "metadata").unlink()
     with Checkpoints(tmp_path, keep=2) as checkpoints, pytest.raises(ConfigError) as raised:
-        checkpoints.restore(state, move_damaged=True)
+        checkpoints.restore(state, repair=True)
     message = str(raised.value)
     assert message.startswith(f"all checkpoints in {tmp_path / 'checkpoints'} are damaged (step 2: ")
     assert "; step 1: " in message
