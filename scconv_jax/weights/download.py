@@ -82,7 +82,9 @@ def fetch(
             f"or put the file into {path.parent} by hand."
         ) from error
     except OSError as error:
-        raise WeightsError(f"{shown} cannot be stored in {path.parent}: {error.strerror or error}.") from error
+        raise WeightsError(
+            f"{shown} cannot be stored in {path.parent}: {error.strerror or error}. SCCONV_JAX_CACHE sets another folder."
+        ) from error
     return path
 
 
