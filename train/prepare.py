@@ -24,8 +24,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from train.config import ConfigError, Data
+from train.config.files import local_path
 from train.data.datasets import ArraySource, load_digits
 from train.data.folder import FolderRecords, open_folder
+from train.run.workdir import LOCK, locked_folder
 
 SHARD = 8192
 """Images per file: about a gigabyte of ImageNet."""
@@ -166,20 +168,22 @@ def _digest(splits: Iterable[FolderRecords], shard: int) -> str:
 
 @contextlib.contextmanager
 def _replacing(out: Path, plan: str) -> Iterator[Path]:
-    """Yield the folder `OUT.partial`, new or with the same plan, and rename it to `out` at the end."""
+    """Yield the folder `OUT.partial`, new or with the same plan, locked, and rename it to `out` at the end."""
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another place, or remove it")
     partial = out.with_name(f"{out.name}.partial")
-    try:
-        if partial.exists() and (not (partial / PLAN).exists() or (partial / PLAN).read_text() != plan):
-            raise ConfigError(f"{partial} exists already, started with other images: remove it")
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / PLAN).write_text(plan)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {partial}: {error.strerror}") from error
-    yield partial
-    partial.rename(out)
-    (out / PLAN).unlink()
+    with locked_folder(partial, "OUT"):
+        try:
+            started = partial / PLAN
+            if any(path.name != LOCK for path in partial.iterdir()) and not (started.exists() and started.read_text() == plan):
+                raise ConfigError(f"{partial} exists already, started with other images: remove it")
+            started.write_text(plan)
+            yield partial
+            partial.rename(out)
+            for name in (PLAN, LOCK):
+                (out / name).unlink()
+        except OSError as error:
+            raise ConfigError(f"cannot write to {partial}: {error.strerror or error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "You can stop it at any time; the same command continues.",
     )
     parser.add_argument("source", nargs="?", metavar="SRC", help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the data set; must not exist")
+    parser.add_argument("out", metavar="OUT", help="folder of the data set; must not exist")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one per core)")
     parser.add_argument(
         "--digits", action="store_true", help="instead of SRC: write scikit-learn's handwritten digits as JPEG files"
@@ -201,10 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.workers < 1:
         parser.error(f"--workers must be at least 1, found {arguments.workers}")
     try:
+        out = local_path(arguments.out, "OUT")
         if arguments.digits:
-            write_digits(arguments.out)
+            write_digits(out)
         else:
-            prepare_folder(arguments.source, arguments.out, workers=arguments.workers)
+            prepare_folder(str(local_path(arguments.source, "SRC")), out, workers=arguments.workers)
     except (ConfigError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -212,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Stopped. The same command continues.", file=sys.stderr)
         return 130
     name = "folder" if arguments.digits else "tfds"
-    print(f"Wrote {arguments.out}. To train on it: python -m train.main --data.name {name} --data.dir {arguments.out}")
+    print(f"Wrote {out}. To train on it: python -m train.main --data.name {name} --data.dir {out}")
     return 0
 
 

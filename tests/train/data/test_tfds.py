@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from train import prepare
 from train.config import ConfigError, Data
 from train.data.batches import UnreadableImageError, train_batches
 from train.data.datasets import load_dataset
-from train.data.folder import open_folder
+from train.data.folder import FolderRecords, open_folder
 from train.data.tfds import open_tfds
 from train.prepare import prepare_folder
 
@@ -327,6 +329,36 @@ def test_nothing_that_is_there_is_touched(folder, made, tmp_path, capsys):
     assert prepare.main([str(folder), str(tmp_path / "out")]) == 2
     assert "out.partial exists already, started with other images: remove it" in capsys.readouterr().err
     assert (tmp_path / "out.partial" / "mine").exists()
+
+
+def test_two_preparations_of_one_place(folder, tmp_path, capsys, monkeypatch):
+    """The second ends at once and touches nothing; the first goes on."""
+    out, second = tmp_path / "out", []
+    read = FolderRecords.read
+
+    def read_and_try(self, index):
+        if not second:
+            second.append(None)
+            second[0] = prepare.main([str(folder), str(out)]), capsys.readouterr().err, prepare.main(["--digits", str(out)])
+        return read(self, index)
+
+    monkeypatch.setattr(FolderRecords, "read", read_and_try)
+    prepare_folder(str(folder), out, workers=1)
+    code, error, digits = second[0]
+    assert (code, digits) == (2, 2)
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert error.endswith(f"error: {out}.partial is in use by {holder}: wait for it, or choose another OUT\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for original, records in zip(open_folder(str(folder)), opened(out), strict=True):
+        assert everything(records) == everything(original)
+
+
+@pytest.mark.parametrize("arguments", [["SRC", "gs://bucket/out"], ["gs://bucket/src", "OUT"], ["--digits", "~no-such-user/x"]])
+def test_a_place_that_is_no_folder(tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert prepare.main(arguments) == 2
+    assert re.match(r"error: (SRC|OUT): (gs://bucket/\w+ is an address|~no-such-user/x: no home folder)", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_command_says_so(tmp_path, capsys):
