@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -17,9 +18,9 @@ except ModuleNotFoundError:
     sys.exit(2)
 
 from train.config import CheckpointError, Config, ConfigError, DivergedError
-from train.config.files import DEFAULT, IMAGENET, from_json, load_config, override, to_json
+from train.config.files import DEFAULT, IMAGENET, from_json, load_config, local_path, override, to_json, with_absolute_paths
 from train.distributed import HostLink, find_hosts
-from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_existing_run
+from train.run.workdir import check_name, check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_existing_run
 
 
 def parse(argv: Sequence[str]) -> Flags:
@@ -36,11 +37,18 @@ def plan_run(flags: Flags) -> tuple[Config, Path | None]:
         flag = name.replace("_", "-")
         print(f"--{flag} has no effect: one process drives all devices of a host, and JAX chooses how they communicate")
     base, path, workdir, resumed = _find_base(flags)
-    experiment = _with_images(override(base, flags.given), flags)
+    experiment = with_absolute_paths(_with_images(override(base, flags.given), flags))
     if flags.evaluate and not resumed:
         return experiment, None
     workdir = workdir or fresh_workdir(path.stem)
+    check_name(workdir)
     if resumed:
+        images, on_disk = experiment.data.dir, experiment.data.name in ("folder", "tfds")
+        if on_disk and images == resumed.data.dir and not Path(images).is_dir():
+            raise ConfigError(
+                f"the images of {workdir} were in {images}, where there is no folder now: name their new folder, as in "
+                f"python -m train.main DIR --workdir {shlex.quote(str(workdir))} --{'evaluate' if flags.evaluate else 'resume'}"
+            )
         for change in check_same_run(workdir, resumed, experiment):
             print(f"changed since the run began: {change}")
     elif holds_run(workdir):
@@ -51,14 +59,14 @@ def plan_run(flags: Flags) -> tuple[Config, Path | None]:
 def _find_base(flags: Flags) -> tuple[Config, Path, Path | None, Config | None]:
     """Return the config that the flags override, its file, the workdir (None if unknown) and the config of a resumed run."""
     path = flags.config or (IMAGENET if flags.images or flags.dummy else DEFAULT)
-    workdir, resumed = flags.workdir, None
+    workdir, resumed = flags.workdir and local_path(flags.workdir, "--workdir"), None
     if flags.resume or (flags.evaluate and (workdir or "model.init" not in flags.given)):
         if workdir and workdir.is_file():
             raise ConfigError(
                 f"{workdir} is a file, and a run is a folder; to start from the weights in a file: --init {workdir}"
             )
         workdir = workdir or latest_workdir(path.stem)
-        resumed = load_run(workdir)
+        resumed = with_absolute_paths(load_run(workdir))
     return (resumed if resumed and not flags.config else load_config(path)), path, workdir, resumed
 
 
@@ -102,7 +110,7 @@ def run(flags: Flags, link: HostLink) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and Grain log what they also raise
     experiment, workdir = from_json(text, "the config of host 0"), folder and Path(folder)
     if flags.evaluate or workdir is None:
-        loop.evaluate(experiment, workdir, flags.best)
+        loop.evaluate(experiment, workdir, flags.latest)
         return 0
     signum = loop.train(experiment, workdir)
     return 128 + signum if signum else 0

@@ -89,18 +89,24 @@ def test_a_profile_of_steps_that_never_come_is_an_error(small, capsys):
     assert not Path("runs").exists()
 
 
-def test_evaluate_repeats_the_last_result_and_writes_nothing(small, capsys):
-    main(["--config", small])
-    last = read_metrics(Path("runs/small/metrics.jsonl"))[-1]
+def test_evaluate_repeats_the_best_or_the_last_result_and_writes_nothing(small, capsys):
+    main(["--config", small, "--optim.lr", "3"])
+    tested = [line for line in read_metrics(Path("runs/small/metrics.jsonl")) if "eval/top1" in line]
+    last, best = tested[-1], best_line(tested)
+    assert best["step"] < last["step"] == 15, "this test needs a run that was better before"
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert main(["--config", small, "--evaluate"]) == 0
-    out = capsys.readouterr().out
-    assert f"step 15: test accuracy {100 * last['eval/top1']:.2f} %" in out
-    assert f"loss {last['eval/loss']:.4f}" in out
-    best = best_line([line for line in read_metrics(Path("runs/small/metrics.jsonl")) if "eval/top1" in line])
-    assert main(["--config", small, "--evaluate", "--best"]) == 0
-    assert f"step {best['step']}: test accuracy {100 * best['eval/top1']:.2f} %" in capsys.readouterr().out
+    for flags, line, said in (
+        ([], best, "Testing the best checkpoint (--latest: that of step 15).\n"),
+        (["--best"], best, "Testing the best checkpoint (--latest: that of step 15).\n"),
+        (["--latest"], last, f"Testing the latest checkpoint (the best, of step {best['step']}, without --latest).\n"),
+    ):
+        capsys.readouterr()
+        assert main(["--config", small, "--evaluate", *flags]) == 0
+        out = capsys.readouterr().out
+        assert said in out
+        assert f"step {line['step']}: test accuracy {100 * line['eval/top1']:.2f} %" in out
+        assert f"loss {line['eval/loss']:.4f}" in out
+    assert scconv_jax.load(Path("runs/small")).metadata["step"] == str(best["step"]), "one rule for all who read a run"
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
 
 
@@ -159,8 +165,8 @@ def test_a_run_resumes_with_its_own_config(small, capsys):
             ["--model.dtype", "float64"],
             "model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment",
         ),
-        (["--workdir", "small.py"], "cannot write to the workdir small.py: File exists; choose another --workdir"),
-        (["--workdir", "small.py/x"], "cannot write to the workdir small.py/x: Not a directory; choose another"),
+        (["--workdir", "small.py"], "cannot write to small.py: File exists; choose another --workdir"),
+        (["--workdir", "small.py/x"], "cannot write to small.py/x: Not a directory; choose another"),
         (["--resume"], "no run in runs/small: it has no config.json"),
         (["--evaluate", "--workdir", "nowhere"], "no run in nowhere: it has no config.json"),
     ],
@@ -213,7 +219,7 @@ def test_a_run_is_never_overwritten(small, capsys):
 
 
 def test_two_runs_in_one_folder(small, capsys):
-    with folders.locked_workdir(Path("mine")):
+    with folders.locked_folder(Path("mine")):
         holder = Path("mine/.lock").read_text().strip()
         assert str(os.getpid()) in holder
         assert main(["--config", small, "--workdir", "mine"]) == 2
@@ -221,6 +227,30 @@ def test_two_runs_in_one_folder(small, capsys):
     assert captured.err == f"error: mine is in use by {holder}: wait for it, or choose another --workdir\n"
     assert sorted(path.name for path in Path("mine").iterdir()) == [".lock"]
     assert main(["--config", small, "--workdir", "mine", "--epochs", "1"]) == 0
+
+
+def test_a_run_in_a_folder_with_pattern_characters_that_is_renamed_while_it_runs(small, capsys, monkeypatch):
+    """The run follows its folder: every file is there at the end, and nothing at the old place."""
+    done = Checkpoints.save
+
+    def save(self, state, metrics=None):
+        done(self, state, metrics)
+        self.wait()
+        if int(state.step) == 5:
+            Path("run[1]").rename("a?b")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        assert main(["--config", small, "--workdir", "run[1]"]) == 0
+    assert not Path("run[1]").exists()
+    assert {path.name for path in Path("a?b").iterdir()} == {".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl"}
+    assert f"Curves: {Path('a?b').resolve() / 'curves.png'}" in capsys.readouterr().out
+    assert main(["--config", small, "--workdir", "whole"]) == 0
+    assert final_state("a?b") == final_state("whole")
+    assert evaluations("a?b") == evaluations("whole")
+    capsys.readouterr()
+    assert main(["--resume", "a?b"]) == 0
+    assert "resuming from step 15 of 15" in capsys.readouterr().out
 
 
 def test_a_run_that_lost_its_config_is_not_taken_for_a_fresh_folder(small, capsys):

@@ -80,6 +80,8 @@ def test_a_step_without_metrics_and_a_run_without_a_config(tmp_path):
     assert scconv_jax.load(tmp_path).metadata == {"step": "2"}
     (tmp_path / "config.json").write_text("{" * 10)
     assert scconv_jax.load(tmp_path).metadata == {"step": "2"}
+    (tmp_path / "config.json").write_text('{"model": {"name": "x"}}', encoding="utf-8-sig")  # as some editors save it
+    assert scconv_jax.load(tmp_path).metadata["model"] == "x"
 
 
 @pytest.mark.parametrize("inside", [".", "checkpoints"])

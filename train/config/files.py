@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import traceback
 import typing
@@ -27,6 +28,8 @@ def load_config(path: Path) -> Config:
     """
     if not path.is_file():
         raise ConfigError(f"no config file {path}; there is {_nearest_files(path)}")
+    if b"\0" in path.read_bytes():
+        raise ConfigError(f"{path} is not text in UTF-8, perhaps in UTF-16: save it as UTF-8")
     try:
         config = runpy.run_path(str(path)).get("config")
     except ConfigError as error:
@@ -45,7 +48,7 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, source: str) -> Config:
+def from_json(text: str | bytes, source: str) -> Config:
     """Return the config of an earlier run; errors call its file `source`."""
     try:
         return _from_dict(Config, json.loads(text))
@@ -74,6 +77,26 @@ def override(group: AnyGroup, values: dict[str, Any], prefix: str = "") -> AnyGr
         value, name = getattr(group, field.name), prefix + field.name
         changed[field.name] = override(value, values, name + ".") if isinstance(value, Group) else values.get(name, value)
     return type(group)(**changed)
+
+
+def local_path(name: str | Path, field: str) -> Path:
+    """Return the path of a file or folder, with `~` expanded; errors name the `field`."""
+    import scconv_jax  # loads JAX, so late
+
+    try:
+        return scconv_jax.files.local_path(name)
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}") from error
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config with absolute paths of its images and initial weights, so that a run resumes from any folder."""
+    values, weights = {}, os.path.expanduser(config.model.init)
+    if config.data.dir:
+        values["data.dir"] = str(local_path(config.data.dir, "data.dir").absolute())
+    if config.model.init and config.model.init != "pretrained" and os.path.lexists(weights):  # else: a name, or a URL
+        values["model.init"] = str(Path(weights).absolute())
+    return override(config, values)
 
 
 def _nearest_files(path: Path) -> str:

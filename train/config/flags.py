@@ -64,9 +64,11 @@ class Flags:
     resume: Switch = False
     """Resume the run in the workdir, with its own config unless --config is given. Or: --resume DIR."""
     evaluate: Switch = False
-    """Only test the latest checkpoint in the workdir or, with --model.init and without --workdir, those weights."""
+    """Only test the best checkpoint in the workdir or, with --model.init and without --workdir, those weights."""
+    latest: Switch = False
+    """With --evaluate: test the latest checkpoint instead of the one with the best test accuracy."""
     best: Switch = False
-    """With --evaluate: test the checkpoint with the best test accuracy instead of the latest."""
+    """Accepted without effect: --evaluate tests the best checkpoint."""
     dummy: Switch = False
     """Random images of 1,000 classes: --data.name synthetic --data.synthetic-classes 1000, regardless of DIR."""
     no_accel: Switch = False

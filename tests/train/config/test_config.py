@@ -179,6 +179,24 @@ def test_a_config_file_with_a_mistake(tmp_path, text, message):
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order mark"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+def test_config_files_of_any_editor(tmp_path, start, end):
+    path = tmp_path / "mine.py"
+    path.write_bytes(
+        start + end.join([b"from train.config import Config", b"config = Config(", b"    epochs=3,  # caf\xc3\xa9", b")"])
+    )
+    config = load_config(path)
+    assert config.epochs == 3
+    assert from_json(start + to_json(config).encode().replace(b"\n", end), "config.json") == config
+
+
+def test_a_config_file_that_is_not_utf_8(tmp_path):
+    (tmp_path / "mine.py").write_bytes("config = 3".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"mine.py is not text in UTF-8, perhaps in UTF-16: save it as UTF-8$"):
+        load_config(tmp_path / "mine.py")
+
+
 def test_a_config_file_that_is_not_there_names_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match=r"^no config file configs/digit.py; there is configs/digits.py$"):
         load_config(Path("configs/digit.py"))

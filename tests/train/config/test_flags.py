@@ -1,5 +1,7 @@
 """The flags, among them every flag of PyTorch's ImageNet script (pytorch/examples, imagenet/main.py): docs/from_pytorch.md."""
 
+import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from train.config import ConfigError, Hosts
 from train.config.files import CONFIGS
 from train.config.flags import FULL_NAMES, SHORT_NAMES, expand
 from train.main import join, parse
+from train.run.workdir import save_config
 
 PAGE = Path(__file__).parents[3] / "docs" / "from_pytorch.md"
 
@@ -62,13 +65,13 @@ def plan(argv):
 
 
 def fields(config, names):
-    """Field → value, for the `names` of fields."""
+    """Field → value, for the `names` of fields; paths, which are absolute, relative to the current folder."""
     found = {}
     for name in names:
         value = config
         for part in name.split("."):
             value = getattr(value, part)
-        found[name] = value
+        found[name] = str(Path(value).relative_to(Path.cwd())) if name == "data.dir" and value else value
     return found
 
 
@@ -236,7 +239,8 @@ def test_resume_with_a_folder_of_images_means_the_run_on_them():
 def test_evaluate_with_weights_is_of_no_run():
     """The script's `-e --pretrained DIR`."""
     config, workdir, only_test = plan(["images", "-a", "scnet50", "--pretrained", "-e"])
-    assert (config.model.init, config.data.dir, workdir, only_test) == ("pretrained", "images", None, True)
+    assert (config.model.init, workdir, only_test) == ("pretrained", None, True)
+    assert fields(config, ["data.dir"]) == {"data.dir": "images"}
 
 
 def test_evaluate_without_weights_is_of_a_run():
@@ -250,6 +254,89 @@ def test_resume_takes_a_folder_not_a_file():
         ConfigError, match=r"^checkpoint.pth.tar is a file, and a run is a folder; .*: --init checkpoint.pth.tar$"
     ):
         plan(["--resume", "checkpoint.pth.tar"])
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run", "hdfs://node:9000/run", "abfss://a@b/run"])
+@pytest.mark.parametrize(
+    "flags", [["--workdir"], ["--resume"], ["--evaluate", "--workdir"], ["--data.name", "tfds", "--data.dir"]]
+)
+def test_an_address_of_a_store_is_no_folder(flags, name):
+    """TPU users expect gs:// to work. It made a folder called `gs:` and failed after an epoch."""
+    flag = "data.dir" if "--data.dir" in flags else "--workdir"
+    with pytest.raises(ConfigError, match=f"^{flag}: {name} is an address, not a folder of this machine: mount what it names"):
+        plan([*flags, name])
+    with pytest.raises(ConfigError, match=f"^data.dir: {name} is an address"):
+        plan([name])
+    assert not list(Path().iterdir())
+
+
+def test_a_home_folder_that_nobody_knows():
+    for argv, where in ((["~no-such-user/x"], "data.dir"), (["--workdir", "~no-such-user/x"], "--workdir")):
+        with pytest.raises(
+            ConfigError, match=f"^{where}: ~no-such-user/x: no home folder is known for ~no-such-user; give the path"
+        ):
+            plan(argv)
+
+
+def test_a_folder_whose_name_is_not_utf_8(monkeypatch):
+    bad = os.fsdecode(b"caf\xe9")
+    os.mkdir(bad)
+    for folder, argv in ((".", ["--workdir", f"{bad}/run"]), (".", ["--workdir", bad]), (bad, [])):
+        monkeypatch.chdir(folder)
+        with pytest.raises(
+            ConfigError, match=r"^the path of the workdir, '.*caf\\udce9.*', is not UTF-8: choose another --workdir$"
+        ):
+            plan(argv)
+        assert not list(Path().rglob("run"))
+
+
+def test_paths_are_absolute_and_names_stay_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("weights.pth").touch()
+    for given, expected in (
+        ("weights.pth", tmp_path / "weights.pth"),
+        ("~/weights.pth", tmp_path / "weights.pth"),
+        ("pretrained", "pretrained"),
+        ("scnet50", "scnet50"),
+        ("https://x.org/a.pth", "https://x.org/a.pth"),
+        ("absent.pth", "absent.pth"),
+    ):
+        assert plan(["--init", given])[0].model.init == str(expected)
+    assert plan(["~/images"])[0].data.dir == str(tmp_path / "images")
+
+
+def test_a_run_whose_images_have_moved(tmp_path, monkeypatch, capsys):
+    """The config names them in full; the run may go on from anywhere, and a new folder has a plain way to be named."""
+    Path("images").mkdir()
+    config, workdir, _ = plan(["images", "--workdir", "run"])
+    workdir.mkdir()
+    save_config(workdir, config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    for flag in ("--resume", "--evaluate"):
+        assert plan(["--workdir", "../run", flag])[0] == config
+        assert capsys.readouterr().out == ""
+    (tmp_path / "images").rename("moved")
+    for flag in ("--resume", "--evaluate"):
+        with pytest.raises(ConfigError) as raised:
+            plan(["--workdir", "../run", flag])
+        assert str(raised.value) == (
+            f"the images of ../run were in {tmp_path / 'images'}, where there is no folder now: name their new folder, as in "
+            f"python -m train.main DIR --workdir ../run {flag}"
+        )
+        found = plan(["moved", "--workdir", "../run", flag])[0]
+        assert fields(found, ["data.dir"]) == {"data.dir": "moved"}
+        assert capsys.readouterr().out.startswith("changed since the run began: data.dir: ")
+
+
+def test_a_run_of_an_earlier_version_names_its_images_as_typed(capsys):
+    Path("images").mkdir()
+    config, workdir, _ = plan(["images", "--workdir", "run"])
+    workdir.mkdir()
+    save_config(workdir, dataclasses.replace(config, data=dataclasses.replace(config.data, dir="images")))
+    for argv in (["--resume", "run"], ["images", "--resume", "run"]):
+        assert plan(argv)[0] == config
+        assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

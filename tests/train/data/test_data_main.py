@@ -143,11 +143,19 @@ def test_a_wrong_folder_is_one_line_and_nothing_is_written(digits, capsys, spoil
     assert not Path("a").exists()
 
 
-def test_a_run_does_not_resume_with_another_number_of_classes(digits, capsys):
+def test_a_run_does_not_go_on_with_other_classes(digits, capsys):
+    """Neither training nor testing: the same outputs would mean something else."""
     assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
     for split in ("train", "val"):
-        shutil.copytree(digits / split / "2", digits / split / "3")
-    assert main(["--workdir", "a", "--resume", "--epochs", "2"]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "has another model" in error
-    assert "fc/bias is (3,) float32 in it, (4,) float32 here" in error
+        shutil.copytree(digits / split, digits / "two" / split)
+        shutil.rmtree(digits / "two" / split / "2")
+        (digits / split / "2").rename(digits / split / "two")
+    for flags, message in (
+        (["--resume"], "was trained on other classes: class 2 is '2' there and 'two' in the data set here"),
+        (["--evaluate"], "was trained on other classes: class 2 is '2' there and 'two' in the data set here"),
+        (["--evaluate", str(digits / "two")], "was trained on 3 classes, but the data set here has 2"),
+    ):
+        assert main(["--workdir", "a", *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
