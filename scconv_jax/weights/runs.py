@@ -83,13 +83,14 @@ def shapes(state: Path) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def complete(state: Path) -> None:
-    """Merge what each process wrote of one `checkpoints/STEP/state`, if Orbax left that out. No file is changed, some are added.
+def complete(state: Path) -> bool:
+    """Merge what each process wrote of one `checkpoints/STEP/state`, if Orbax left that out, and return whether it did.
 
-    Orbax left it out, without an error, in folders whose absolute path has a pattern character: `[`, `]`, `*` or `?`.
+    No file is changed, some are added. Orbax leaves it out, without an error, in folders whose absolute path has a pattern
+    character: `[`, `]`, `*` or `?`.
     """
     if _is_complete(state):
-        return
+        return False
     import asyncio
 
     import orbax.checkpoint as ocp
@@ -97,6 +98,7 @@ def complete(state: Path) -> None:
     context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
     # The folder as a `Path`, which has no patterns except in the argument of `glob`.
     asyncio.run(ocp.type_handlers.merge_ocdbt_per_process_files(cast("Any", state), context, use_zarr3=False))
+    return True
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str], int]:

@@ -145,7 +145,8 @@ class Checkpoints:
         self.wait()
         for saved in self.steps() if repair else ():
             with contextlib.suppress(Exception):  # if it cannot be completed, it is damaged
-                scconv_jax.runs.complete(self.directory / str(saved) / "state")
+                if scconv_jax.runs.complete(self.directory / str(saved) / "state"):
+                    print(f"completed the checkpoint of step {saved}, which Orbax had left incomplete")
         damaged: dict[int, str] = {}
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:

@@ -83,7 +83,7 @@ def incomplete(tmp_path, state, monkeypatch):
     return folder
 
 
-def test_resuming_completes_what_an_earlier_version_left(incomplete, state):
+def test_resuming_completes_what_an_earlier_version_left(incomplete, state, capsys):
     def files():
         return {path: path.read_bytes() for path in incomplete.rglob("*") if path.is_file()}
 
@@ -98,6 +98,8 @@ def test_resuming_completes_what_an_earlier_version_left(incomplete, state):
     assert files() == before, "only a run that goes on may write"
     with Checkpoints(incomplete, keep=2) as checkpoints:
         assert_same(checkpoints.restore(state, repair=True), at(state, 2))
+        said = [f"completed the checkpoint of step {step}, which Orbax had left incomplete" for step in (1, 2)]
+        assert capsys.readouterr().out.splitlines() == said
         assert_same(checkpoints.restore(state, step=1), at(state, 1))
     assert scconv_jax.load(incomplete).metadata == {"step": "1"}
     assert before.items() <= files().items()
