@@ -74,16 +74,17 @@ def cache_folder() -> Path:
         folder = local_path(name)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    except (OSError, ValueError) as error:
-        return _temporary_cache(name, getattr(error, "strerror", None) or str(error))
+    except OSError as error:
+        return _temporary_cache(name, f"{name}: {error.strerror}")
+    except ValueError as error:
+        return _temporary_cache(name, str(error))
 
 
 @functools.cache
 def _temporary_cache(name: str, reason: str) -> Path:
     logging.getLogger("scconv_jax").warning(
-        "There is no cache folder %s (%s): downloads and indices of folders are kept only until this process ends. "
+        "There is no cache folder (%s). Downloads and indices of folders are kept only until this process ends. "
         "Set SCCONV_JAX_CACHE to a folder for them.",
-        name,
         reason,
     )
     try:

@@ -70,10 +70,10 @@ def test_the_cache_is_in_the_home_folder_or_where_the_user_wants_it(home, tmp_pa
 @pytest.mark.parametrize(
     ("setting", "value", "reason"),
     [
-        ("HOME", "/dev/null", "~/.cache/scconv_jax (Not a directory)"),
-        ("XDG_CACHE_HOME", "/proc/x", "/proc/x/scconv_jax (No such file or directory)"),
-        ("SCCONV_JAX_CACHE", "gs://bucket/x", "gs://bucket/x (gs://bucket/x is an address, not a folder of this machine"),
-        ("SCCONV_JAX_CACHE", "~no-such-user", "~no-such-user (~no-such-user: no home folder is known"),
+        ("HOME", "/dev/null", "~/.cache/scconv_jax: Not a directory)"),
+        ("XDG_CACHE_HOME", "/proc/x", "/proc/x/scconv_jax: No such file or directory)"),
+        ("SCCONV_JAX_CACHE", "gs://bucket/x", "gs://bucket/x is an address, not a folder of this machine"),
+        ("SCCONV_JAX_CACHE", "~no-such-user", "~no-such-user: no home folder is known"),
     ],
 )
 def test_without_a_cache_folder_there_is_a_temporary_one_and_a_line(monkeypatch, caplog, setting, value, reason):
@@ -82,7 +82,7 @@ def test_without_a_cache_folder_there_is_a_temporary_one_and_a_line(monkeypatch,
     assert folder.is_dir()
     assert folder.stat().st_mode & 0o777 == 0o700, "nobody else may put weights there"
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"There is no cache folder {reason}")
+    assert record.getMessage().startswith(f"There is no cache folder ({reason}")
     assert record.getMessage().endswith("until this process ends. Set SCCONV_JAX_CACHE to a folder for them.")
 
 
@@ -102,7 +102,7 @@ def test_a_process_without_a_home_says_so_once_and_leaves_nothing(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("\n") == 1
-    assert "There is no cache folder ~/.cache/scconv_jax (~/.cache/scconv_jax: no home folder is known for ~" in ended.stderr
+    assert "There is no cache folder (~/.cache/scconv_jax: no home folder is known for ~" in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["home"], "the temporary folder is gone"
 
 

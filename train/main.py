@@ -107,6 +107,7 @@ def run(flags: Flags, link: HostLink) -> int:
     # Imported late, so that mistakes in the command are reported before these slow imports.
     from train import loop
 
+    logging.basicConfig(format="warning: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and Grain log what they also raise
     experiment, workdir = from_json(text, "the config of host 0"), folder and Path(folder)
     if flags.evaluate or workdir is None:
