@@ -1,5 +1,6 @@
 """The command line: in this process with a tiny network, and, where a process must die, in processes of its own."""
 
+import errno
 import json
 import os
 import signal
@@ -251,6 +252,18 @@ def test_a_run_in_a_folder_with_pattern_characters_that_is_renamed_while_it_runs
     capsys.readouterr()
     assert main(["--resume", "a?b"]) == 0
     assert "resuming from step 15 of 15" in capsys.readouterr().out
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch, capsys):
+    """As Lustre without its option `flock`."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    with folders.locked_folder(tmp_path / "run"):
+        warning = f"warning: {tmp_path}/run cannot be locked (Function not implemented): do not use it twice at a time\n"
+        assert capsys.readouterr().err == warning
 
 
 def test_a_run_that_lost_its_config_is_not_taken_for_a_fresh_folder(small, capsys):

@@ -181,16 +181,19 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about | {"crc32": _crc_of(about)})}
         try:
             self._open().save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
-            self._look_up(step, {name: tuple(array["shape"]) for name, array in about["arrays"].items()})
+            self._look_up(step, tested=metrics is not None)
         except Exception as error:  # Orbax and TensorStore raise many types
             raise CheckpointError(f"the checkpoint of step {step} cannot be written: {self._reason(error)}") from error
 
-    def _look_up(self, step: int, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Find each array that was just written: Orbax only logs some failures. Its values are not read again."""
+    def _look_up(self, step: int, tested: bool) -> None:
+        """Find everything that was just written: Orbax only logs some failures. The values of arrays are not read again."""
         state = self.directory / str(step) / "state"
         scconv_jax.runs.complete(state)
-        if missing := sorted(shapes.items() - scconv_jax.runs.shapes(state).items()):
-            raise OSError(f"{len(missing)} of {len(shapes)} arrays are not found in {state}, among them {missing[0][0]}")
+        wanted = {name: tuple(array["shape"]) for name, array in self._about(step)["arrays"].items()}
+        if missing := sorted(wanted.items() - scconv_jax.runs.shapes(state).items()):
+            raise OSError(f"{len(missing)} of {len(wanted)} arrays are not found in {state}, among them {missing[0][0]}")
+        if tested and scconv_jax.runs.eval_top1(self.directory, step) is None:
+            raise OSError(f"the metrics are not found in {state.parent}")
 
     def _open(self) -> ocp.CheckpointManager:
         """Return the Orbax manager. The first call opens it, which reads all metrics and removes leftovers."""
@@ -229,7 +232,8 @@ class Checkpoints:
         line = _first_line(error).replace(str(self._folder and self._folder.plain()), str(self.workdir))
         return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), line)
 
-    def _read(self, step: int, like: Any) -> Any:
+    def _about(self, step: int) -> dict[str, Any]:
+        """Return the item `about` of a finished checkpoint."""
         folder = self.directory / str(step)
         try:
             json.loads((folder / "_CHECKPOINT_METADATA").read_text())
@@ -237,13 +241,17 @@ class Checkpoints:
                 raise DamagedError("the file that Orbax writes last is missing")
             about = json.loads((folder / "about" / "metadata").read_text())
             crc = about.pop("crc32")
-            arrays = about["arrays"]
             if crc != _crc_of(about):
                 raise DamagedError("the checksum of about/metadata does not match")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise DamagedError(_first_line(error)) from error
         if (folder / "metrics").is_dir() and scconv_jax.runs.eval_top1(self.directory, step) is None:
             raise DamagedError("metrics/metrics cannot be read")
+        return about
+
+    def _read(self, step: int, like: Any) -> Any:
+        folder, about = self.directory / str(step), self._about(step)
+        arrays = about["arrays"]
         if (classes := about.get("classes")) and self._classes and classes != self._classes:
             raise ConfigError(f"the checkpoint {folder} was trained on {_other_classes(classes, self._classes)}")
         wanted = {name: f"{tuple(leaf.shape)} {leaf.dtype.name}" for name, leaf in _named_leaves(like).items()}

@@ -6,6 +6,7 @@ A folder holds a run if it holds `config.json`, which is written before any metr
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count, takewhile
@@ -95,6 +96,8 @@ def locked_folder(folder: Path | None, option: str = "--workdir") -> Iterator[No
             raise ConfigError(
                 f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or choose another {option}"
             ) from error
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {folder} cannot be locked ({error.strerror}): do not use it twice at a time", file=sys.stderr)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

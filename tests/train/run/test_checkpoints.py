@@ -1,3 +1,4 @@
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import scconv_jax
@@ -76,7 +78,7 @@ def incomplete(tmp_path, state, monkeypatch):
     folder.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(OpenFolder, "plain", lambda folder: folder.path().resolve())
-        patch.setattr(Checkpoints, "_look_up", lambda *_: None)
+        patch.setattr(Checkpoints, "_look_up", lambda *_, **__: None)
         with Checkpoints(folder, keep=2) as checkpoints:
             for step, top1 in ((1, 0.5), (2, 0.4)):
                 checkpoints.save(at(state, step), {"eval/top1": top1})
@@ -117,15 +119,36 @@ def test_a_save_that_cannot_be_found_again_is_an_error(tmp_path, state, monkeypa
         checkpoints.save(at(state, 1))
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("state/d", "cannot be written: "),
+        ("state/_METADATA", "cannot be written: "),
+        ("about/metadata", "cannot be written: .*No such file"),
+        ("metrics", "cannot be written: the metrics are not found in .*/1$"),
+        ("_CHECKPOINT_METADATA", "cannot be written: .*No such file"),
+    ],
+)
+def test_whatever_is_lost_while_it_is_written_is_noticed(tmp_path, state, monkeypatch, lost, message):
+    save = ocp.CheckpointManager.save
+
+    def save_and_lose(manager, *arguments, **options):
+        save(manager, *arguments, **options)
+        path = tmp_path / "checkpoints" / "1" / lost
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save_and_lose)
+    with pytest.raises(CheckpointError, match=message), Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at(state, 1), {"eval/top1": 0.5})
+
+
 def test_an_array_that_was_not_written_is_named(tmp_path, state, monkeypatch):
     shapes = scconv_jax.runs.shapes
     monkeypatch.setattr(
         scconv_jax.runs, "shapes", lambda path: {name: shape for name, shape in shapes(path).items() if name != "params/fc/bias"}
     )
-    with (
-        pytest.raises(CheckpointError, match=r"1 of \d+ arrays are not found in .*/1/state, among them params/fc/bias$"),
-        Checkpoints(tmp_path, keep=1) as checkpoints,
-    ):
+    message = r"1 of \d+ arrays are not found in .*/1/state, among them params/fc/bias$"
+    with pytest.raises(CheckpointError, match=message), Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(at(state, 1))
 
 
