@@ -26,7 +26,8 @@ from tqdm import tqdm
 from train.config import ConfigError, Data
 from train.config.files import local_path
 from train.data.datasets import ArraySource, load_digits
-from train.data.folder import FolderRecords, open_folder
+from train.data.folder import open_folder
+from train.data.index import FolderRecords
 from train.run.workdir import LOCK, locked_folder
 
 SHARD = 8192

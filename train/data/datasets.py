@@ -7,7 +7,8 @@ import numpy as np
 
 from train.config import Data
 from train.data.batches import Source
-from train.data.folder import FolderRecords, open_folder
+from train.data.folder import open_folder
+from train.data.index import FolderRecords
 from train.data.tfds import TfdsRecords, open_tfds
 
 

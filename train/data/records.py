@@ -11,8 +11,8 @@ from tqdm import tqdm
 import scconv_jax
 from train.config import ConfigError, Data
 from train.data.batches import UnreadableImageError
-from train.data.folder import FolderRecords
 from train.data.images import random_resized_crop
+from train.data.index import FolderRecords
 from train.data.tfds import TfdsRecords
 
 Records = FolderRecords | TfdsRecords

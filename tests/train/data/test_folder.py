@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 
 from train.config import ConfigError, Data
-from train.data import folder
+from train.data import index
 from train.data.batches import UnreadableImageError, eval_batches, train_batches
 from train.data.datasets import load_dataset
-from train.data.folder import load_index, open_folder
+from train.data.folder import open_folder
+from train.data.index import load_index
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_the_second_time_no_folder_is_read(tmp_path, monkeypatch, cache):
     fill(root, NAMES)
     first = load_index(root)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(folder, "_scan", None)
+    monkeypatch.setattr(index, "_scan", None)
     second = load_index(root)
     assert listed(second) == listed(first)
     assert second.classes == first.classes
