@@ -1,5 +1,7 @@
 """`curves.png`: loss and accuracy over epochs."""
 
+import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,14 @@ from train.run.metrics import best_line, read_metrics
 
 
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
-    """Plot training and test loss and accuracy over epochs, with the best test accuracy marked."""
+    """Plot training and test loss and accuracy over epochs, with the best test accuracy marked. No warning is shown."""
+    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it logs that a font or its cache is missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _draw(metrics, picture, title)
+
+
+def _draw(metrics: Path, picture: Path, title: str) -> None:
     try:
         import matplotlib.figure as mpl
         from matplotlib.ticker import LogLocator, MaxNLocator

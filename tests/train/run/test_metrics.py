@@ -139,6 +139,14 @@ def test_the_best_is_the_latest_of_equals():
     assert best_line(tested)["epoch"] == 2
 
 
+def test_curves_of_a_loss_of_0_are_drawn_without_a_warning(tmp_path):
+    """Warnings are errors here. Neither a logarithmic axis nor matplotlib's font likes these."""
+    with Metrics(tmp_path / "metrics.jsonl", 0) as metrics:
+        metrics.write(1, epoch=1.0, **{"train/loss": 0.0, "train/top1": 1.0, "eval/loss": 0.0, "eval/top1": 1.0})
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", title="犬 \t 猫")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("epochs", [0, 1, 5])
 def test_curves_are_a_picture(tmp_path, epochs):
     with Metrics(tmp_path / "metrics.jsonl") as metrics:
