@@ -79,9 +79,9 @@ def train(config: Config, workdir: Path) -> int:
             trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
             save_config(workdir, config)
         print(
-            f"{config.model.name} ({tree_size(state.params):,} parameters) on {describe_devices()}; {config.data.name}: "
-            f"{config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images. Writing to {workdir}"
-            + (f", resuming from step {step} of {plan.total_steps}" if resumes else ""),
+            f"{config.model.name} ({tree_size(state.params):,} parameters) on {describe_devices()}; {config.data.name}, "
+            f"{setup.dataset.num_classes} classes: {config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images."
+            f" Writing to {workdir}" + (f", resuming from step {step} of {plan.total_steps}" if resumes else ""),
             *notes,
             sep="\n",
             flush=True,
@@ -164,7 +164,7 @@ def train(config: Config, workdir: Path) -> int:
 
 def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None:
     """Test the best or latest checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result."""
-    setup = make_setup(config)
+    setup = make_setup(config, testing=True)
     images = max(len(setup.dataset.train), config.data.batch_size)  # a test needs no full batch
     plan = make_plan(config, images, jax.device_count())
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))

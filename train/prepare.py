@@ -44,8 +44,11 @@ class Shard(NamedTuple):
     indices: range
 
 
-def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) -> None:
-    """Write a folder of image files as a TFDS data set, with `shard` images per file, by `workers` threads."""
+def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD, val_fraction: float = 0) -> None:
+    """Write a folder of image files as a TFDS data set, with `shard` images per file, by `workers` threads.
+
+    `val_fraction` is that of `open_folder`.
+    """
     try:
         import importlib_resources  # noqa: F401  (TFDS needs it, but does not declare it)
         import tensorflow_datasets as tfds
@@ -57,9 +60,12 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD) 
         ) from error
 
     try:
-        splits = dict(zip(("train", "validation"), open_folder(source), strict=True))
+        train, test, notes = open_folder(source, val_fraction=val_fraction)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("data.dir", "SRC")) from error
+        message = str(error).replace("--data.val-fraction", "--val-fraction").replace("data.val_fraction", "--val-fraction")
+        raise ConfigError(message.replace("data.dir", "SRC")) from error
+    print(*notes, sep="\n", end="\n" if notes else "")
+    splits = {"train": train, "validation": test}
     classes = splits["train"].classes
     _check_names(classes)
     proto: Any = tf_example_pb2
@@ -198,6 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder of the data set; must not exist")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one per core)")
     parser.add_argument(
+        "--val-fraction", type=float, default=0, help="part of each class to test on, for SRC/CLASS/IMAGE without train and val"
+    )
+    parser.add_argument(
         "--digits", action="store_true", help="instead of SRC: write scikit-learn's handwritten digits as JPEG files"
     )
     arguments = parser.parse_args(argv)
@@ -205,12 +214,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give SRC and OUT, or --digits and OUT")
     if arguments.workers < 1:
         parser.error(f"--workers must be at least 1, found {arguments.workers}")
+    if not 0 <= arguments.val_fraction < 1:
+        parser.error(f"--val-fraction must be at least 0 and under 1, found {arguments.val_fraction:g}")
     try:
         out = local_path(arguments.out, "OUT")
         if arguments.digits:
             write_digits(out)
         else:
-            prepare_folder(str(local_path(arguments.source, "SRC")), out, workers=arguments.workers)
+            source = str(local_path(arguments.source, "SRC"))
+            prepare_folder(source, out, workers=arguments.workers, val_fraction=arguments.val_fraction)
     except (ConfigError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

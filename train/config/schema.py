@@ -39,6 +39,8 @@ class Data(Group):
     """Training split for tfds, or a part of a split, such as train[:90%]."""
     test_split: str = ""
     """Test split for tfds. Empty: validation if it exists, otherwise test."""
+    val_fraction: float = 0.0
+    """Part of each class to test on, chosen by the seed, for a folder without val: DIR/CLASS or DIR/train/CLASS is divided."""
     image_size: int = 32
     """Height and width of the network's input in pixels."""
     resize: int = 0
@@ -74,6 +76,7 @@ class Data(Group):
         self._at_least(1, "image_size", "batch_size", "synthetic_train", "synthetic_test")
         self._at_least(2, "synthetic_classes")
         self._at_least(0, "crop_padding", "threads", "max_bad_images")
+        self._require(0 <= self.val_fraction < 1, "val_fraction", "at least 0 and under 1")
         self._require(self.resize == 0 or self.resize >= self.image_size, "resize", f"0 or at least image_size {self.image_size}")
         for name, highest, limit in (("crop_scale", 1, ", at most 1"), ("crop_ratio", float("inf"), "")):
             pair = getattr(self, name)

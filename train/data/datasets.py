@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from train.config import Data
+from train.config import ConfigError, Data
 from train.data.batches import Source
 from train.data.folder import open_folder
 from train.data.index import FolderRecords
@@ -46,6 +46,8 @@ class Dataset:
     """Mean of each channel, for pixels in 0..1."""
     std: tuple[float, ...]
     """Standard deviation of each channel, for pixels in 0..1."""
+    notes: tuple[str, ...] = ()
+    """What was left out, divided or assumed: lines for the user."""
 
     @property
     def num_classes(self) -> int:
@@ -58,14 +60,22 @@ class Dataset:
         return self.train.image_shape
 
 
-def load_dataset(data: Data) -> Dataset:
+def load_dataset(data: Data, *, seed: int = 0, testing: bool = False) -> Dataset:
     """Load the data set that the config names.
+
+    Args:
+        data: The config.
+        seed: Seed of `data.val_fraction`.
+        testing: The network is already trained, so training images may be missing.
 
     Raises:
         ConfigError: The data set is missing or invalid.
         ModuleNotFoundError: A package is missing; the message names the extra that installs it.
     """
-    dataset = DATASETS[data.name](data)
+    options = {"seed": seed, "testing": testing} if data.name in ("folder", "tfds") else {}
+    dataset = DATASETS[data.name](data, **options)
+    if dataset.num_classes < 2:
+        raise ConfigError(f"data.dir: {data.dir} has a single class, {dataset.classes[0]}: a network needs two classes or more")
     return replace(dataset, mean=data.mean or dataset.mean, std=data.std or dataset.std)
 
 
@@ -105,17 +115,19 @@ def load_synthetic(data: Data) -> Dataset:
     return _from_arrays(make(data.synthetic_train), make(data.synthetic_test), data.synthetic_classes)
 
 
-def load_folder(data: Data) -> Dataset:
+def load_folder(data: Data, *, seed: int = 0, testing: bool = False) -> Dataset:
     """Load the image files in `data.dir`: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
-    return _from_files(data, *open_folder(data.dir))
+    train, test, notes = open_folder(data.dir, val_fraction=data.val_fraction, seed=seed, testing=testing)
+    return replace(_from_files(data, train, test), notes=tuple(notes))
 
 
-def load_tfds(data: Data) -> Dataset:
-    """Load a data set of TensorFlow Datasets in `data.dir`."""
-    return _from_files(data, *open_tfds(data.dir, data.tfds_name, data.train_split, data.test_split))
+def load_tfds(data: Data, *, seed: int = 0, testing: bool = False) -> Dataset:
+    """Load a data set of TensorFlow Datasets in `data.dir`. `seed` is ignored."""
+    del seed
+    return _from_files(data, *open_tfds(data.dir, data.tfds_name, data.train_split, data.test_split, testing=testing))
 
 
-DATASETS: dict[str, Callable[[Data], Dataset]] = {
+DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": load_digits,
     "synthetic": load_synthetic,
     "folder": load_folder,

@@ -1,5 +1,8 @@
 """The index of a folder of images, `CLASS/…/IMAGE`, in the order of torchvision's `ImageFolder`.
 
+Differences: hidden files and folders, and folders that systems leave behind, are neither images nor classes; more suffixes are
+those of images; only regular files are. What is left out is counted by kind.
+
 The index is cached with the modification times of all its folders, and made again when one of them has changed. All
 file names are stored as one block of bytes: 1.28 million take 40 MB, as strings over 100.
 """
@@ -7,8 +10,10 @@ file names are stored as one block of bytes: 1.28 million take 40 MB, as strings
 import contextlib
 import hashlib
 import os
+import stat
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +22,20 @@ import numpy as np
 
 from train.config import ConfigError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Extensions of image files, in any case: torchvision's list."""
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".avifs", ".jp2", ".j2k",
+    ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".icb", ".vda", ".vst", ".apng", ".bw",
+    ".cur", ".dcx", ".dds", ".dib", ".icns", ".ico", ".mpo", ".msp", ".pcx", ".psd", ".qoi", ".ras", ".rgb", ".rgba",
+    ".sgi", ".xbm", ".xpm",
+)  # fmt: skip
+"""Suffixes of image files, in any case: the formats that PIL decodes by itself, to 8 or 16 bits. Frequent ones come first."""
+SYSTEM_FOLDERS = {
+    "#recycle", "#snapshot", "$recycle.bin", "@__thumb", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx",
+    "__pycache__", "found.000", "lost+found", "lost.dir", "system volume information",
+}  # fmt: skip
+"""Folders that operating systems, archives and storage devices leave behind, in lower case."""
+RULES = repr((2, sorted(SUFFIXES), sorted(SYSTEM_FOLDERS)))
+"""What an index holds and how it is stored. An index that was made by other rules is not used."""
 THREADS = 16
 SETTLED_NS = 2 * 10**9
 """A folder read this soon after a change may change again without a new modification time."""
@@ -26,7 +43,7 @@ SETTLED_NS = 2 * 10**9
 
 @dataclass(frozen=True)
 class FolderRecords:
-    """The images of one split, sorted by class, folder and name."""
+    """The images of a folder, sorted by class, folder and name."""
 
     root: Path
     classes: tuple[str, ...]
@@ -40,13 +57,18 @@ class FolderRecords:
     """All file names, one after the other: uint8 (bytes,)."""
     offsets: np.ndarray
     """Start of each name in `names`, and the end of the last: int64 (images + 1,)."""
+    left_out: Mapping[str, int]
+    """Kinds of files and folders that are no images and no classes, such as `*.txt` and `@eaDir`, and how many of each."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def read(self, index: int) -> tuple[bytes, int]:
         """Return the bytes of an image file, and its label."""
-        with open(self.name(index), "rb") as file:
+        # Opening a pipe would wait for its other end, if not for O_NONBLOCK.
+        with open(self.name(index), "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("not a regular file")
             return file.read(), int(self.labels[self._folder(index)])
 
     def name(self, index: int) -> str:
@@ -59,11 +81,12 @@ class FolderRecords:
 
 
 def load_index(root: Path) -> FolderRecords:
-    """Return the index of a split, from the cache unless one of its folders has changed."""
+    """Return the index of a folder, from the cache unless one of its folders has changed."""
     import scconv_jax
 
     root = root.resolve()
-    cached = scconv_jax.files.cache_folder() / "folders" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
+    key = hashlib.sha256(os.fsencode(root) + RULES.encode()).hexdigest()[:32]
+    cached = scconv_jax.files.cache_folder() / "folders" / f"{key}.npz"
     records = _read_cache(cached, root)
     if records is None:
         records, modified = _scan(root)
@@ -71,16 +94,26 @@ def load_index(root: Path) -> FolderRecords:
     return records
 
 
+def class_folders(root: Path) -> list[str]:
+    """Return the names of the class folders of `root`, in the order of their labels."""
+    return sorted(entry.name for entry in os.scandir(root) if _is_folder(entry) and not _is_hidden(entry.name))
+
+
 def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
     """Make the index from the folders; also return the modification time of each folder in ns."""
     top = root.stat()
     modified = {"": top.st_mtime_ns}
-    classes = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
+    classes = class_folders(root)
+    others = sorted({entry.name for entry in os.scandir(root)} - set(classes))
+    left_out = Counter(kind + " outside class folders" * (kind[1:] in SUFFIXES) for kind in map(_kind, others))
     if not classes:
-        raise ConfigError(f"{root} must hold a folder for each class, found none")
-    folders, labels, starts, offsets, names = [], [], [0], [np.zeros(1, np.int64)], bytearray()
+        raise ConfigError(_flat(root, others))
+    folders, labels, starts, offsets, names, empty = [], [], [0], [np.zeros(1, np.int64)], bytearray(), {}
     with ThreadPoolExecutor(THREADS) as pool:
-        for label, found in enumerate(pool.map(lambda name: _walk(root, name, top), classes)):
+        for label, (found, others) in enumerate(pool.map(lambda name: _walk(root, name, top), classes)):
+            left_out += others
+            if not any(files for _, _, files in found):
+                empty[classes[label]] = others
             for folder, time_ns, files in found:
                 modified[folder] = time_ns
                 if files:
@@ -90,12 +123,11 @@ def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
                     encoded = [os.fsencode(file) for file in files]
                     offsets.append(len(names) + np.cumsum([len(name) for name in encoded]))
                     names += b"".join(encoded)
-    if empty := [classes[label] for label in sorted(set(range(len(classes))) - set(labels))]:
+    if empty:
         import scconv_jax
 
-        raise ConfigError(
-            f"{root} holds class folders without an image ({', '.join(EXTENSIONS)}): {scconv_jax.messages.listed(empty)}"
-        )
+        kinds = describe(sum(empty.values(), Counter())) or "nothing"
+        raise ConfigError(f"{root} holds class folders without an image: {scconv_jax.messages.listed([*empty])} (found {kinds})")
     records = FolderRecords(
         root=root,
         classes=tuple(classes),
@@ -104,16 +136,18 @@ def _scan(root: Path) -> tuple[FolderRecords, dict[str, int]]:
         starts=np.asarray(starts, np.int64),
         names=np.frombuffer(names, np.uint8),
         offsets=np.concatenate(offsets),
+        left_out=dict(left_out),
     )
     return records, modified
 
 
-def _walk(root: Path, folder: str, top: os.stat_result) -> list[tuple[str, int, list[str]]]:
-    """Return (path relative to `root`, modification time in ns, names of images) of `folder` and all folders in it, by path.
+def _walk(root: Path, folder: str, top: os.stat_result) -> tuple[list[tuple[str, int, list[str]]], Counter[str]]:
+    """Return what `folder` and all folders in it hold, by path, and a count of what was left out.
 
-    Links are followed, except back to a folder that contains them; `top` is the status of `root`.
+    Each folder is (path relative to `root`, modification time in ns, names of images). Links are followed, except back to a
+    folder that contains them; `top` is the status of `root`.
     """
-    found, waiting = [], [(folder, [(top.st_dev, top.st_ino)])]
+    found, waiting, left_out = [], [(folder, [(top.st_dev, top.st_ino)])], Counter()
     while waiting:
         folder, above = waiting.pop()
         path = os.path.join(root, folder)
@@ -123,12 +157,52 @@ def _walk(root: Path, folder: str, top: os.stat_result) -> list[tuple[str, int, 
             continue
         with os.scandir(path) as entries:
             for entry in entries:
-                if _is_folder(entry):
-                    waiting.append((os.path.join(folder, entry.name), [*above, here]))
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    files.append(entry.name)
+                name, regular = entry.name, entry.is_file(follow_symlinks=False)
+                is_image = name[0] != "." and name.lower().endswith(SUFFIXES)
+                if regular and is_image:
+                    files.append(name)
+                elif not regular and _is_folder(entry) and not _is_hidden(name):
+                    waiting.append((os.path.join(folder, name), [*above, here]))
+                elif is_image and entry.is_symlink():  # perhaps broken, but it may be whole tomorrow
+                    files.append(name)
+                else:
+                    left_out["special files" if is_image else _kind(name)] += 1
         found.append((folder, status.st_mtime_ns, sorted(files)))
-    return sorted(found)
+    return sorted(found), left_out
+
+
+def _flat(root: Path, names: list[str]) -> str:
+    """Return the error for a folder without class folders."""
+    message = f"{root} must hold a folder for each class, found {describe(Counter(map(_kind, names))) or 'nothing'}"
+    image = next((name for name in names if _kind(name)[1:] in SUFFIXES), None)
+    if image is None:
+        return message
+    if image.startswith("ILSVRC2012_val_"):
+        return (
+            f"{message}, as ImageNet's archive unpacks: run valprep.sh of github.com/soumith/imagenetloader.torch in that folder"
+        )
+    return f"{message}: move each image into the folder of its class, {os.path.join(root.name, 'CLASS', image)}"
+
+
+def describe(left_out: Mapping[str, int]) -> str:
+    """Return the kinds of `left_out` as text, the most frequent first: `*.txt (20), @eaDir`."""
+    import scconv_jax
+
+    kinds = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
+    return scconv_jax.messages.listed([f"{kind} ({left_out[kind]:,})" if left_out[kind] > 1 else kind for kind in kinds])
+
+
+def _kind(name: str) -> str:
+    """Return the kind of a file or folder that is left out: its suffix, or its name if it is hidden or of the system."""
+    suffix = name[name.rfind(".") :]
+    if _is_hidden(name):
+        return name if suffix == name or name[0] != "." else f"{name[: 1 + name.startswith('._')]}*"
+    known = 2 <= len(suffix) <= 9 and suffix[0] == "." and suffix[1:].isalnum() and not suffix[1:].isdigit()
+    return f"*{suffix.lower()}" if known else "files of no known suffix"
+
+
+def _is_hidden(name: str) -> bool:
+    return name[0] == "." or name.lower() in SYSTEM_FOLDERS
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -144,6 +218,7 @@ def _read_cache(path: Path, root: Path) -> FolderRecords | None:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             texts = {name: _split(arrays[name]) for name in ("classes", "folders", "watched")}
             numbers = {name: arrays[name] for name in ("labels", "starts", "names", "offsets", "times")}
+            left_out = dict(zip(_split(arrays["left_out"]), arrays["left_out_counts"].tolist(), strict=False))
     except Exception:  # absent, or damaged: zip files raise many types
         return None
     watched, times = texts.pop("watched"), numbers.pop("times")
@@ -152,7 +227,7 @@ def _read_cache(path: Path, root: Path) -> FolderRecords | None:
             now = list(pool.map(lambda folder: os.stat(os.path.join(root, folder)).st_mtime_ns, watched))
     except OSError:  # a folder is gone
         return None
-    return FolderRecords(root, **texts, **numbers) if now == times.tolist() else None
+    return FolderRecords(root, **texts, **numbers, left_out=left_out) if now == times.tolist() else None
 
 
 def _write_cache(path: Path, records: FolderRecords, modified: dict[str, int]) -> None:
@@ -174,6 +249,8 @@ def _write_cache(path: Path, records: FolderRecords, modified: dict[str, int]) -
                 offsets=records.offsets,
                 watched=_joined(modified),
                 times=np.asarray(list(modified.values()), np.int64),
+                left_out=_joined(records.left_out),
+                left_out_counts=np.asarray(list(records.left_out.values()), np.int64),
             )
 
 

@@ -9,7 +9,7 @@ import os
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,10 @@ class TfdsRecords:
         return f"record {index} of {self.split} ({os.path.basename(file.filename)})"
 
 
-def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> tuple[TfdsRecords, TfdsRecords]:
-    """Open training and test images of a prepared data set, given fields of the config.
+def open_tfds(
+    directory: str, name: str, train_split: str, test_split: str, *, testing: bool = False
+) -> tuple[TfdsRecords, TfdsRecords]:
+    """Open training images (none if `testing`) and test images of a prepared data set, given fields of the config.
 
     `name` is empty, `NAME` or `NAME/CONFIG`, with or without `/VERSION` (or `:VERSION`).
     """
@@ -127,7 +129,8 @@ def open_tfds(directory: str, name: str, train_split: str, test_split: str) -> t
             serialized = TFRecords(files)
         return TfdsRecords(tuple(features[label].names), f"{split} of {folder}", files, serialized, features, image, label)
 
-    return records(train_split, "train_split"), records(test_split, "test_split")
+    test = records(test_split, "test_split")
+    return replace(test, files=(), serialized=()) if testing else records(train_split, "train_split"), test
 
 
 def _find(directory: str, name: str) -> Path:

@@ -19,7 +19,9 @@ from train.config.files import differences, from_json, to_json
 
 RUNS = Path("runs")
 LOCK = ".lock"
-FIXED = ("model.name", "data.name", "data.batch_size", "data.synthetic_train", "data.synthetic_classes")
+FIXED = (
+    "model.name", "data.name", "data.batch_size", "data.synthetic_train", "data.synthetic_classes", "data.val_fraction",
+)  # fmt: skip
 """Fields that cannot change within a run: the parameters and the meaning of a step depend on them."""
 
 
@@ -59,7 +61,8 @@ def check_name(workdir: Path) -> None:
 def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
     """Return what `new` changes in the run in `workdir`, one line per field."""
     changes = differences(old, new)
-    fixed = [f"{name} {changes[name][0]!r}, not {changes[name][1]!r}" for name in FIXED if name in changes]
+    names = (*FIXED, "seed") if new.data.val_fraction else FIXED  # another seed would train on test images
+    fixed = [f"{name} {changes[name][0]!r}, not {changes[name][1]!r}" for name in names if name in changes]
     if fixed:
         raise ConfigError(
             f"{workdir} holds a run with {'; '.join(fixed)}: keep these values, or start a new run in another --workdir"

@@ -87,6 +87,38 @@ def test_weights_can_be_tested_with_fewer_training_images_than_a_batch(digits, c
     assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} %" in capsys.readouterr().out
 
 
+def test_a_folder_of_classes_is_divided_and_stays_so(digits, capsys):
+    """Its test images stay test images: in an evaluation, and with any option of a resumed run."""
+    for path in digits.glob("val/*/*"):
+        path.rename(digits / "train" / path.parent.name / path.name)
+    (digits / "train" / ".ipynb_checkpoints").mkdir()
+    divided = [str(digits / "train"), "--data.val-fraction", "0.25"]
+    assert main([*divided, "--workdir", "a", "--epochs", "1", "--config", "small.py"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("train: left out .ipynb_checkpoints; 1 in all.")
+    assert lines[1].endswith("0.25 of the images of each class are for testing (data.val_fraction, by seed 0), 22 of 84.")
+    assert "; folder, 3 classes: 1 epochs of 3 steps of 16 images. Writing to a" in lines[2]
+    assert metrics("a")[-1]["eval/images"] == 22
+    assert main(["--workdir", "a", "--evaluate"]) == 0
+    assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} % (" in capsys.readouterr().out
+    for flags, wrong in ((["--seed", "1"], "seed 0, not 1"), (["--data.val-fraction", "0.2"], "data.val_fraction 0.25, not 0.2")):
+        for command in (["--resume"], ["--evaluate"]):
+            assert main(["--workdir", "a", *command, *flags]) == 2
+            assert f"a holds a run with {wrong}" in capsys.readouterr().err
+
+
+def test_a_run_is_tested_without_its_training_images(digits, capsys):
+    assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
+    shutil.rmtree(digits / "train" / "1")
+    assert main(["--workdir", "a", "--evaluate"]) == 2
+    assert "val of" in capsys.readouterr().err
+    shutil.rmtree(digits / "train")
+    assert main(["--workdir", "a", "--evaluate"]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"{digits} has no train: the 3 classes are those of val."
+    assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} % (" in last
+
+
 def test_a_run_does_not_resume_with_more_images(digits, capsys):
     """The step would mean another position in another order."""
     assert run(capsys, digits, "--workdir", "a", "--epochs", "1")[0] == 0
@@ -126,12 +158,18 @@ def test_a_test_set_without_a_readable_image_is_an_error(digits, capsys):
     assert (code, error) == (2, "error: no image of the test set can be read")
 
 
+def one_class(root):
+    for path in [*root.glob("*/0"), *root.glob("*/2")]:
+        shutil.rmtree(path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda root: shutil.rmtree(root / "val"), "error: data.dir must hold train/CLASS/IMAGE and val/CLASS/IMAGE; "),
         (lambda root: shutil.rmtree(root / "val" / "2"), "must hold the same classes; only in train: 2"),
         (lambda root: (root / "train" / "3").mkdir(), "train holds class folders without an image"),
+        (one_class, "train holds a single class, 1: "),
         (shutil.rmtree, "error: data.dir: there is no folder "),
     ],
 )

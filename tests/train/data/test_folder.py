@@ -51,7 +51,7 @@ def as_imagefolder(root):
 
 
 NAMES = [
-    "b/2.jpg", "b/10.jpeg", "b/1.JPG", "b/note.txt", "b/.hidden.png", "B/x.webp", "a b/x.png", "a/z.tiff", "a/in/side.bmp",
+    "b/2.jpg", "b/10.jpeg", "b/1.JPG", "b/note.txt", "b/seen.png", "B/x.webp", "a b/x.png", "a/z.tiff", "a/in/side.bmp",
     "a/in.2/y.ppm", "a/in/deep/er.pgm", "é/ü.tif", "10/only/below/this.jpg", "9/x.jpg", "9/odd.jpg.bak", "stray.jpg",
 ]  # fmt: skip
 
@@ -137,9 +137,10 @@ def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path, cache):
 def test_the_index_of_an_image_is_right_at_every_border(tmp_path):
     fill(tmp_path, [f"train/{c}/{i}.jpg" for c in range(11) for i in range(1 + c % 3)])
     fill(tmp_path, [f"val/{c}/0.jpg" for c in range(11)])
-    train, test = open_folder(str(tmp_path))
+    train, test, notes = open_folder(str(tmp_path))
     assert [Path(train.name(i)).parent.name for i in range(len(train))] == [train.classes[label] for _, label in listed(train)]
     assert len(test) == 11
+    assert notes == []
     assert test.read(0) == (b"", 0)
 
 
@@ -148,8 +149,11 @@ def test_the_index_of_an_image_is_right_at_every_border(tmp_path):
     [
         (["val/a/x.jpg"], r"data.dir must hold train/CLASS/IMAGE and val/CLASS/IMAGE; .* has no train \(found val\)"),
         (["x/y.jpg"], r"has no train and no val \(found x\)"),
-        (["train/x.jpg", "val/a/x.jpg"], "train must hold a folder for each class, found none"),
-        (["train/a/x.jpg", "train/b/x.txt", "val/a/x.jpg"], r"train holds class folders without an image \(.jpg, .*\): b$"),
+        (["train/x.txt", "val/a/x.jpg"], r"train must hold a folder for each class, found \*.txt$"),
+        (
+            ["train/a/x.jpg", "train/b/x.txt", "train/b/y.heic", "val/a/x.jpg"],
+            r"train holds class folders without an image: b \(found \*.heic, \*.txt\)$",
+        ),
         (
             ["train/a/x.jpg", "train/b/x.jpg", "val/a/x.jpg", "val/c/x.jpg"],
             "must hold the same classes; only in train: b; only in val: c$",
