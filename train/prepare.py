@@ -62,9 +62,9 @@ def prepare_folder(source: str, out: Path, *, workers: int, shard: int = SHARD, 
     try:
         train, test, notes = open_folder(source, val_fraction=val_fraction)
     except ConfigError as error:
-        message = str(error).replace("--data.val-fraction", "--val-fraction").replace("data.val_fraction", "--val-fraction")
-        raise ConfigError(message.replace("data.dir", "SRC")) from error
-    print(*notes, sep="\n", end="\n" if notes else "")
+        raise ConfigError(_in_own_words(str(error))) from error
+    for note in notes:
+        print(_in_own_words(note))
     splits = {"train": train, "validation": test}
     classes = splits["train"].classes
     _check_names(classes)
@@ -112,6 +112,13 @@ def write_digits(out: Path) -> None:
                 path = partial / split / dataset.classes[label] / f"{number:04}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(path, quality=95)
+
+
+def _in_own_words(message: str) -> str:
+    """Replace the names of the trainer's fields by those of the arguments here."""
+    for theirs, ours in (("--data.val-fraction", "--val-fraction"), ("data.val_fraction", "--val-fraction"), ("data.dir", "SRC")):
+        message = message.replace(theirs, ours)
+    return message
 
 
 def _divide(records: FolderRecords, shard: int, template: Any) -> list[Shard]:

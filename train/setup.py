@@ -35,7 +35,8 @@ def make_setup(config: Config, *, testing: bool = False) -> TrainingSetup:
     if config.model.dtype == "float64" and jnp.zeros(0).dtype != "float64":
         raise ConfigError("model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment")
     dataset = load_dataset(config.data, seed=config.seed, testing=testing)
-    print(*dataset.notes, sep="\n", end="\n" if dataset.notes else "")
+    for note in dataset.notes:
+        print(note)
     check_same_images(dataset)
     dtype, axis_name = jnp.dtype(config.model.dtype), AXIS if config.model.sync_batchnorm else None
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)

@@ -31,21 +31,28 @@ def open_folder(directory: str, *, val_fraction: float = 0, seed: int = 0, testi
             of which `DIR/val` may lack some.
     """
     try:
-        root = Path(directory).expanduser()
-        if not directory:
-            raise ConfigError(f"data.dir must be the folder that holds {LAYOUT}, found ''")
-        if not root.is_dir():
-            raise ConfigError(f"data.dir: there is no folder {root}")
-        has_train, has_val = ((root / split).is_dir() for split in ("train", "val"))
-        if val_fraction and has_val:
-            raise ConfigError(f"data.val_fraction must be 0, found {val_fraction:g}: {root} holds its test images in val")
-        if val_fraction:
-            return _divide(load_index(root / "train" if has_train else root), val_fraction, seed)
-        if not has_val or not (has_train or testing):
-            raise ConfigError(_describe_other_layout(root, has_train, has_val))
-        return _open_val(root, has_train) if testing else _open_both(root)
+        train, test, notes = _open(directory, val_fraction, seed, testing)
     except OSError as error:
-        raise ConfigError(f"data.dir: cannot read {error.filename}: {error.strerror}") from error
+        raise ConfigError(_one_line(f"data.dir: cannot read {error.filename}: {error.strerror}")) from error
+    except ConfigError as error:
+        raise ConfigError(_one_line(str(error))) from error
+    return train, test, [_one_line(note) for note in notes]
+
+
+def _open(directory: str, val_fraction: float, seed: int, testing: bool) -> Opened:
+    root = Path(directory).expanduser()
+    if not directory:
+        raise ConfigError(f"data.dir must be the folder that holds {LAYOUT}, found ''")
+    if not root.is_dir():
+        raise ConfigError(f"data.dir: there is no folder {root}")
+    has_train, has_val = ((root / split).is_dir() for split in ("train", "val"))
+    if val_fraction and has_val:
+        raise ConfigError(f"data.val_fraction must be 0, found {val_fraction:g}: {root} holds its test images in val")
+    if val_fraction:
+        return _divide(load_index(root / "train" if has_train else root), val_fraction, seed)
+    if not has_val or not (has_train or testing):
+        raise ConfigError(_describe_other_layout(root, has_train, has_val))
+    return _open_val(root, has_train) if testing else _open_both(root)
 
 
 def _open_both(root: Path) -> Opened:
@@ -160,3 +167,8 @@ def _listed(names: Sequence[str]) -> str:
     import scconv_jax
 
     return scconv_jax.messages.listed(names)
+
+
+def _one_line(text: str) -> str:
+    """Return a text as every terminal can print it: names of files may hold line ends, and bytes that are not UTF-8."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -182,6 +182,16 @@ def test_another_layout_is_an_error_that_says_what_was_meant(tmp_path, files, gi
     assert "\n" not in str(raised.value)
 
 
+def test_names_that_no_terminal_prints_are_escaped(tmp_path):
+    names = [os.fsdecode(b"caf\xe9"), "two\nlines"]
+    fill(tmp_path, both("a/1.jpg", "b/1.jpg", *[f"a/.{name}" for name in names], *[f"{name}/a/1.jpg" for name in names[:1]]))
+    assert open_folder(str(tmp_path))[2][0].endswith(r"train: left out .caf\udce9, .two\nlines; 2 in all.")
+    fill(tmp_path, [f"train/{name}/1.jpg" for name in names])
+    os.utime(tmp_path / "train", (2e9, 2e9))
+    with pytest.raises(ConfigError, match=r"only in train: two\\nlines$"):
+        open_folder(str(tmp_path))
+
+
 def test_classes_one_level_too_high_are_said(tmp_path):
     fill(tmp_path, both("pets/cat/1.jpg", "pets/dog/1.jpg", "cars/van/1.jpg"))
     _, _, notes = open_folder(str(tmp_path))

@@ -195,6 +195,33 @@ def test_a_split_that_is_not_there_is_an_error(copy):
     assert len(opened(copy, train="train[:20]", test="train[20:]")[1]) == 3
 
 
+def test_testing_needs_no_training_images(copy):
+    for path in copy.glob("*train*.array_record*"):
+        path.unlink()
+    data = Data(name="tfds", dir=str(copy), image_size=16)
+    dataset = load_dataset(data, testing=True)
+    assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (0, 7, 3)
+    with pytest.raises(ConfigError, match="is incomplete: 3 of 3 files are missing"):
+        load_dataset(data)
+
+
+def test_a_single_class_is_an_error(copy):
+    (path,) = copy.glob("label.labels.txt")
+    path.write_text("cat\n")
+    with pytest.raises(ConfigError, match=r"data.dir: .*/set has a single class, cat: a network needs two classes or more$"):
+        load_dataset(Data(name="tfds", dir=str(copy), image_size=16))
+
+
+def test_a_set_is_prepared_from_a_folder_of_classes(folder, tmp_path, capsys):
+    arguments = [str(shutil.copytree(folder / "train", tmp_path / "pets")), str(tmp_path / "out")]
+    assert prepare.main(arguments) == 2
+    assert f"folder of {arguments[0]}: --val-fraction 0.2\n" in capsys.readouterr().err
+    assert prepare.main([*arguments, "--val-fraction", "0.2"]) == 0
+    assert "0.2 of the images of each class are for testing (--val-fraction, by seed 0), 5 of 23" in capsys.readouterr().out
+    for original, records in zip(open_folder(arguments[0], val_fraction=0.2)[:2], opened(tmp_path / "out"), strict=True):
+        assert everything(records) == everything(original)
+
+
 def test_a_file_that_is_missing_is_an_error(copy):
     next(copy.glob("*train*-00001-of-*")).unlink()
     with pytest.raises(ConfigError, match=r"is incomplete: 1 of 3 files are missing, such as .*00001-of-00003"):
@@ -373,9 +400,10 @@ def test_a_wrong_command_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", b" space"])
 def test_a_class_whose_name_a_set_cannot_keep_is_an_error(tmp_path, capsys, name):
     for split in ("train", "val"):
-        path = tmp_path / split / os.fsdecode(name) / "x.png"
-        path.parent.mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(path)
+        for cls in (os.fsdecode(name), "cat"):
+            path = tmp_path / split / cls / "x.png"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(path)
     assert prepare.main([str(tmp_path), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: SRC: a data set cannot keep the class name {os.fsdecode(name)!r}, only one line of UTF-8")
