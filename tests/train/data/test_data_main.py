@@ -114,7 +114,7 @@ def test_a_run_is_tested_without_its_training_images(digits, capsys):
     assert "val of" in capsys.readouterr().err
     shutil.rmtree(digits / "train")
     assert main(["--workdir", "a", "--evaluate"]) == 0
-    first, last = capsys.readouterr().out.splitlines()
+    first, *_, last = capsys.readouterr().out.splitlines()
     assert first == f"{digits} has no train: the 3 classes are those of val."
     assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} % (" in last
 

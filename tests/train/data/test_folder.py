@@ -72,13 +72,14 @@ def test_images_and_labels_are_those_of_imagefolder(tmp_path):
 
 
 def test_links_in_a_circle_lead_nowhere(tmp_path):
-    fill(tmp_path, ["a/x.jpg", "a/in/y.jpg", "b/z.jpg"])
-    (tmp_path / "a" / "in" / "up").symlink_to("..")
-    (tmp_path / "a" / "in" / "top").symlink_to(tmp_path)
-    (tmp_path / "a" / "self.jpg").symlink_to("self.jpg")
-    (tmp_path / "self").symlink_to("self")
-    records = load_index(tmp_path)
-    assert [os.path.relpath(name, tmp_path) for name, _ in listed(records)] == ["a/self.jpg", "a/x.jpg", "a/in/y.jpg", "b/z.jpg"]
+    root = tmp_path / "set"
+    fill(root, ["a/x.jpg", "a/in/y.jpg", "b/z.jpg"])
+    (root / "a" / "in" / "up").symlink_to("..")
+    (root / "a" / "in" / "top").symlink_to(root)
+    (root / "a" / "self.jpg").symlink_to("self.jpg")
+    (root / "self").symlink_to("self")
+    records = load_index(root)
+    assert [os.path.relpath(name, root) for name, _ in listed(records)] == ["a/self.jpg", "a/x.jpg", "a/in/y.jpg", "b/z.jpg"]
 
 
 def test_the_second_time_no_folder_is_read(tmp_path, monkeypatch, cache):

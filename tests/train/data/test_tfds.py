@@ -376,7 +376,7 @@ def test_two_preparations_of_one_place(folder, tmp_path, capsys, monkeypatch):
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     assert error.endswith(f"error: {out}.partial is in use by {holder}: wait for it, or choose another OUT\n")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    for original, records in zip(open_folder(str(folder)), opened(out), strict=True):
+    for original, records in zip(open_folder(str(folder))[:2], opened(out), strict=True):
         assert everything(records) == everything(original)
 
 
