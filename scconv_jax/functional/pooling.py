@@ -21,6 +21,7 @@ from jax import lax
 
 from scconv_jax.functional.checks import check_maps, check_positive_int
 from scconv_jax.functional.platforms import by_platform
+from scconv_jax.functional.symbolic import check_multiple, is_below, is_multiple, is_symbolic
 from scconv_jax.functional.windows import taps
 from scconv_jax.shapes import Array, Float
 
@@ -57,27 +58,33 @@ def avg_pool(
     strides = window if strides is None else strides
     height, width = x.shape[1:3]
     smallest = max(window - 2 * padding - (strides - 1 if ceil_mode else 0), 1)
-    if min(height, width) < smallest:
+    if is_below(height, smallest) or is_below(width, smallest):
         raise ValueError(
             f"avg_pool: a window of {window}×{window} needs a map of at least {smallest} px in height "
             f"and width; got {height}×{width}. Use larger images or a smaller window."
         )
-    fits = not ceil_mode or (height % window == 0 and width % window == 0)
+    if ceil_mode:
+        check_multiple(height, strides, 2 * padding - window)
+        check_multiple(width, strides, 2 * padding - window)
+    fits = not ceil_mode or (is_multiple(height, window) and is_multiple(width, window))
     if strides == window and padding == 0 and fits:
         # The windows tile the map. A reshape and a mean are several times as fast as a window reduction.
         p, q = height // window, width // window
-        windows = x[:, : p * window, : q * window].reshape(-1, p, window, q, window, x.shape[-1])
-        return windows.mean(axis=(2, 4))
-    rows, columns = (_windows(size, window, strides, padding, ceil_mode) for size in (height, width))
+        n, channels = x.shape[0], x.shape[-1]
+        tiled = lax.slice(x, (0, 0, 0, 0), (n, p * window, q * window, channels))
+        return tiled.reshape(n, p, window, q, window, channels).mean(axis=(2, 4))
     accumulated = jnp.promote_types(x.dtype, jnp.float32)
-    sums = lax.reduce_window(
-        x.astype(accumulated),
-        np.zeros((), accumulated),
-        lax.add,
-        window_dimensions=(1, window, window, 1),
-        window_strides=(1, strides, strides, 1),
-        padding=((0, 0), (padding, rows.high), (padding, columns.high), (0, 0)),
-    )
+
+    def summed(x: Array, *high: int) -> Array:
+        margins = ((0, 0), *((padding, pixels) for pixels in high), (0, 0))
+        return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, (1, window, window, 1), (1, strides, strides, 1), margins)
+
+    if is_symbolic(height, width):  # no window extends beyond the padded map
+        ones = jnp.ones((1, height, width, 1), accumulated)
+        counts = window**2 if count_include_pad else summed(ones, padding, padding)
+        return (summed(x.astype(accumulated), padding, padding) / counts).astype(x.dtype)
+    rows, columns = (_windows(size, window, strides, padding, ceil_mode) for size in (height, width))
+    sums = summed(x.astype(accumulated), rows.high, columns.high)
     if count_include_pad:
         counts = np.multiply.outer(rows.padded, columns.padded)
     else:

@@ -31,6 +31,7 @@ from jax import lax
 from scconv_jax.functional.checks import check_divides, check_even, check_maps
 from scconv_jax.functional.convolution import conv, reconstruction_conv
 from scconv_jax.functional.pooling import global_avg_pool
+from scconv_jax.functional.symbolic import value
 from scconv_jax.shapes import Array, Float
 
 
@@ -114,12 +115,12 @@ def _group_statistics(
         return jnp.broadcast_to(grouped, (n, groups, size)).reshape(n, channels)
 
     count = height * width * size
-    mean = per_group(x.sum(axis=(1, 2))) / count
+    mean = per_group(x.sum(axis=(1, 2))) / value(count, x.dtype)
     centred = x - lax.broadcast_in_dim(mean, x.shape, (0, 3))
     squares = per_group(jnp.square(centred).sum(axis=(1, 2)))
     if unbiased:
-        return mean, _safe_sqrt(squares / max(count - 1, 1)) + epsilon
-    return mean, jnp.sqrt(squares / count + epsilon)
+        return mean, _safe_sqrt(squares / jnp.maximum(value(count - 1, x.dtype), 1)) + epsilon
+    return mean, jnp.sqrt(squares / value(count, x.dtype) + epsilon)
 
 
 def _safe_sqrt(x: jax.Array) -> jax.Array:

@@ -16,10 +16,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from scconv_jax.functional.symbolic import Size, is_symbolic, value
 from scconv_jax.shapes import Array, Float
 
 
-def resize_nearest(x: Float[Array, "n h w c"], size: tuple[int, int]) -> Float[Array, "n p q c"]:
+def resize_nearest(x: Float[Array, "n h w c"], size: tuple[Size, Size]) -> Float[Array, "n p q c"]:
     """Resize as `torch.nn.functional.interpolate(mode="nearest")` does.
 
     Args:
@@ -34,10 +35,14 @@ def resize_nearest(x: Float[Array, "n h w c"], size: tuple[int, int]) -> Float[A
     return x
 
 
-def _repeat_nearest(x: Float[Array, "n h w c"], axis: int, out: int) -> Float[Array, "n p q c"]:
+def _repeat_nearest(x: Float[Array, "n h w c"], axis: int, out: Size) -> Float[Array, "n p q c"]:
     size = x.shape[axis]
     if out == size:
         return x
+    if is_symbolic(size, out):
+        scale = value(size, jnp.float32) / value(out, jnp.float32)
+        source = jnp.floor(jnp.arange(out, dtype=jnp.float32) * scale).astype(jnp.int32)
+        return jnp.take(x, source, axis=axis, indices_are_sorted=True, unique_indices=False, mode="clip")
     scale = np.float32(size) / np.float32(out)
     source = np.minimum(np.floor(np.arange(out, dtype=np.float32) * scale).astype(int), size - 1)
     copies = out // size

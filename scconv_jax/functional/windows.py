@@ -24,8 +24,9 @@ def taps(
     margins = ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0))
     padded = lax.pad(x, np.array(fill, x.dtype), margins)
     last = [(padded.shape[axis] - reach) // strides * strides for axis, reach in zip((1, 2), window, strict=True)]
-    return [
-        padded[:, i : i + last[0] + 1 : strides, j : j + last[1] + 1 : strides]
+    n, c = x.shape[0], x.shape[3]
+    return [  # `padded[:, i::strides]` would not accept symbolic sizes
+        lax.slice(padded, (0, i, j, 0), (n, i + last[0] + 1, j + last[1] + 1, c), (1, strides, strides, 1))
         for i in range(0, window[0], dilation)
         for j in range(0, window[1], dilation)
     ]

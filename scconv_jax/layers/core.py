@@ -20,6 +20,7 @@ from jax import lax
 
 from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_divides, check_positive_int
+from scconv_jax.functional.symbolic import Size, check_multiple, is_below, value
 from scconv_jax.shapes import Array, Float
 
 Factory = Callable[..., nn.Module]  # a module class, or a functools.partial of one
@@ -120,6 +121,7 @@ class BatchNorm(nn.Module):
             axis_name = None if self.is_initializing() else self.axis_name
             mean, var, count = moments(x, axis_name)
             if not self.is_initializing():
+                count = value(count, x.dtype)
                 unbiased = lax.stop_gradient(var) * (count / (count - 1))
                 self._keep(running_mean, lax.stop_gradient(mean))
                 self._keep(running_var, unbiased)
@@ -138,7 +140,7 @@ class BatchNorm(nn.Module):
 
 def moments(
     x: Float[Array, "*batch c"], axis_name: str | tuple[str, ...] | None = None
-) -> tuple[Float[Array, " c"], Float[Array, " c"], int]:
+) -> tuple[Float[Array, " c"], Float[Array, " c"], Size]:
     """Return mean, biased variance and number of values of each channel, over all devices of `axis_name` if there is one.
 
     Raises:
@@ -146,7 +148,7 @@ def moments(
     """
     axes = tuple(range(x.ndim - 1))
     count = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
-    if count < 2:
+    if is_below(count, 2):
         raise ValueError(
             f"BatchNorm in training needs more than one value per channel; got input of shape {x.shape}. "
             "Use a larger batch or larger images."
@@ -236,8 +238,11 @@ class Dense(nn.Module):
         return x @ kernel + jnp.broadcast_to(bias, (x.shape[0], self.features))
 
 
-def check_images(images: jax.Array, smallest: int) -> None:
-    """Raise a ValueError unless `images` is a float array `(n, h, w, 3)` with h and w at least `smallest`."""
+def check_images(images: jax.Array, smallest: int, stride: int = 1) -> None:
+    """Raise a ValueError unless `images` is a float array `(n, h, w, 3)` with h and w at least `smallest`.
+
+    Symbolic h and w must be multiples of `stride`, the image size divided by the size of the network's last map.
+    """
     shape = images.shape
     if len(shape) != 4 or shape[3] != 3:
         channels_first = len(shape) == 4 and shape[1] == 3
@@ -248,7 +253,9 @@ def check_images(images: jax.Array, smallest: int) -> None:
             f"Expected float images, normalised as in training; got {images.dtype}. "
             "Scale to 0..1 first (images / 255), then subtract the mean and divide by the standard deviation."
         )
-    if min(shape[1:3]) < smallest:
+    for size in shape[1:3]:
+        check_multiple(size, stride)
+    if is_below(shape[1], smallest) or is_below(shape[2], smallest):
         raise ValueError(
             f"This network needs images of at least {smallest}×{smallest} px; got {shape[1]}×{shape[2]}. "
             "For smaller images, a map is smaller than the window that pools it."

@@ -109,7 +109,7 @@ class DenseNet(SmallNetwork):
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each block, the last one after `bn` and ReLU: `{"layer1": (n, h, w, 256), ...}`."""
         last = len(self.block_sizes)
-        check_images(images, smallest=self.smallest_image)
+        check_images(images, smallest=self.smallest_image, stride=1 << (last - 1))
         x, maps = self.conv1(images), {}
         for i in range(1, last + 1):
             maps[f"layer{i}"] = x = getattr(self, f"dense{i}")(x, train=train)

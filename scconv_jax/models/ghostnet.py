@@ -209,7 +209,7 @@ class GhostNet(Network, kw_only=True):
 
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the last map of each size, `{"layer1": (n, h / 2, w / 2, 16), ..., "layer5": (n, h / 32, w / 32, 960)}`."""
-        check_images(images, smallest=self.smallest_image)
+        check_images(images, smallest=self.smallest_image, stride=32)
         x = nn.relu(self.bn1(self.conv_stem(images), train=train))
         return self.blocks(x, train=train)
 

@@ -136,7 +136,7 @@ class ResNet(Network):
 
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each stage by the stage's name: `{"layer1": (n, h / 4, w / 4, 256), ...}`."""
-        check_images(images, smallest=self.smallest_image)
+        check_images(images, smallest=self.smallest_image, stride=self.output_stride)
         x = self.conv1(images, train=train)
         x = nn.relu(self.bn1(x, train=train))
         if self.stem_pool:

@@ -99,7 +99,7 @@ class WideResNet(SmallNetwork):
 
     def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each stage, the last one after `bn1` and ReLU: `{"layer1": (n, h, w, 160), ...}`."""
-        check_images(images, smallest=self.smallest_image)
+        check_images(images, smallest=self.smallest_image, stride=4)
         x, maps = self.conv1(images), {}
         for i in range(3):
             x = getattr(self, f"block{i + 1}")(x, train=train)
