@@ -26,7 +26,11 @@ OneImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A path, the bytes of an image file, a PIL image, or a uint8 array (h, w, 3)."""
 
 MAX_PIXELS = 2**28
-"""Limit on the size of a resized image: a gigabyte. An image of 1 × 60,000 pixels would need 16 GB."""
+"""Default limit on the pixels of an image file, as stored and as resized: PIL needs a gigabyte for so many."""
+PNG = b"\x89PNG\r\n\x1a\n"
+"""First bytes of every PNG file."""
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Types of the PNG chunks whose length PIL limits. No pixel depends on them."""
 
 
 class ImageError(ValueError):
@@ -84,13 +88,14 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 _compiled_normalize = jax.jit(normalize, static_argnames=("mean", "std"))
 
 
-def center_crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
+def center_crop(image: Image.Image, size: int, resize: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Resize the shorter side of an RGB image to `resize` and cut out the middle, as torchvision does.
 
     Args:
         image: The image.
         size: Height and width of the crop, at most `resize`.
         resize: New length of the shorter side. The longer side is rounded down.
+        max_pixels: Limit on the pixels of the resized image. Of an image of 1 × 60,000 it would have four billion.
 
     Returns:
         uint8 (size, size, 3).
@@ -103,29 +108,38 @@ def center_crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
     width, height = image.size
     if min(width, height) != resize:
         longer = int(resize * max(width, height) / min(width, height))
-        if longer * resize > MAX_PIXELS:
-            raise ImageError(f"{width} × {height} pixels, which would be {longer} × {resize} when resized")
+        if longer * resize > max_pixels:
+            raise ImageError(f"{width} × {height} pixels, resized {longer} × {resize}, more than max_pixels {max_pixels:,}")
         width, height = (resize, longer) if width <= height else (longer, resize)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def decode(data: bytes, *, exif: bool = False) -> Image.Image:
+def decode(data: bytes, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file to an RGB image.
 
     Args:
         data: Bytes of the file.
         exif: Whether to rotate the image by its EXIF orientation. PyTorch's `ImageFolder` does not.
+        max_pixels: Limit on the pixels of the image. PIL's own, `PIL.Image.MAX_IMAGE_PIXELS`, also holds; the trainer lifts it.
 
     Raises:
-        ImageError: The file is damaged, truncated or not an image.
+        ImageError: The file is damaged, truncated, not an image, or too large.
     """
     from PIL import Image
 
-    with _image_errors():
-        image = Image.open(io.BytesIO(data))
-    return to_rgb(image, exif=exif)
+    try:
+        with _image_errors():
+            image = Image.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise ImageError(f"{image.width} × {image.height} pixels, more than max_pixels {max_pixels:,}")
+        return to_rgb(image, exif=exif)
+    except ImageError:
+        without = _without_text(data)
+        if without == data:
+            raise
+        return decode(without, exif=exif, max_pixels=max_pixels)
 
 
 def to_rgb(image: Image.Image, *, exif: bool = False) -> Image.Image:
@@ -148,6 +162,19 @@ def to_rgb(image: Image.Image, *, exif: bool = False) -> Image.Image:
             image = image.copy()  # the caller's image keeps its transparency
             del image.info["transparency"]
         return image.convert("RGB")
+
+
+def _without_text(data: bytes) -> bytes:
+    """Return a PNG file without the chunks of `PNG_TEXT`, and any other file as it is."""
+    if not data.startswith(PNG):
+        return data
+    kept, start = [PNG], len(PNG)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])  # length, type, contents, checksum
+        if data[start + 4 : start + 8] not in PNG_TEXT:
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
 
 
 @contextlib.contextmanager

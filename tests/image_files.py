@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 
 def photo(height, width, seed=0):
@@ -22,6 +22,22 @@ def encoded(pixels, kind="JPEG", **options):
 
 
 RED = np.full((20, 30, 3), (200, 40, 60), np.uint8)
+
+
+def text(*lengths, kind="add_text"):
+    """Return compressed text for a PNG file, in chunks of these lengths."""
+    info = PngImagePlugin.PngInfo()
+    for length in lengths:
+        getattr(info, kind)("Comment", "x" * length, zip=True)
+    return info
+
+
+def moved_to_the_end(png):
+    """Return a PNG file with its text after the pixels."""
+    start = png.index(b"zTXt") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4])
+    last = png.index(b"IEND") - 4
+    return png[:start] + png[end:last] + png[start:end] + png[last:]
 
 
 def modes():
@@ -47,6 +63,11 @@ def modes():
     yield "16-bit TIFF", encoded(sixteen, "TIFF"), (77,) * 3
     yield "16-bit PGM", b"P5 30 20 65535\n" + (77 * 256 + 200).to_bytes(2) * 600, (77,) * 3
     yield "10-bit PGM", b"P5 30 20 1023\n" + (77 * 4 + 2).to_bytes(2) * 600, (77,) * 3
+    yield "PNG with a megabyte of text", encoded(image, "PNG", pnginfo=text(2**20 + 1)), red
+    yield "PNG with 65 megabytes of text", encoded(image, "PNG", pnginfo=text(*[2**20] * 65)), red
+    yield "PNG with text after its pixels", moved_to_the_end(encoded(image, "PNG", pnginfo=text(2**21))), red
+    yield "PNG with international text", encoded(image, "PNG", pnginfo=text(2**21, kind="add_itxt")), red
+    yield "PNG with a colour profile of two megabytes", encoded(image, "PNG", icc_profile=bytes(2**21)), red
     yield "one-bit PNG", encoded(Image.new("1", (30, 20), 1), "PNG"), (255,) * 3
     yield "GIF", encoded(palette, "GIF"), red
     yield "BMP", encoded(image, "BMP"), red

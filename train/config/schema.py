@@ -51,6 +51,8 @@ class Data(Group):
     """Smallest and largest aspect ratio (width / height) of the random training crop."""
     exif: bool = False
     """Rotate image files by their EXIF orientation. PyTorch's ImageFolder does not, nor do published accuracies include it."""
+    max_pixels: int = 2**28
+    """Largest image file to decode, in pixels, as stored and as resized for testing. A larger one counts as unreadable."""
     max_bad_images: int = 10
     """Unreadable image files to tolerate. Each is reported and replaced by another image. One more is an error."""
     mean: tuple[float, ...] = ()
@@ -73,7 +75,7 @@ class Data(Group):
     """Classes of the synthetic data set."""
 
     def _check(self) -> None:
-        self._at_least(1, "image_size", "batch_size", "synthetic_train", "synthetic_test")
+        self._at_least(1, "image_size", "max_pixels", "batch_size", "synthetic_train", "synthetic_test")
         self._at_least(2, "synthetic_classes")
         self._at_least(0, "crop_padding", "threads", "max_bad_images")
         self._require(0 <= self.val_fraction < 1, "val_fraction", "at least 0 and under 1")

@@ -43,6 +43,7 @@ def random_resized_crop(
     scale: Sequence[float] = (0.08, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     exif: bool = False,
+    max_pixels: int = scconv_jax.images.MAX_PIXELS,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decode a random part of an image file and resize it to uint8 (size, size, 3).
@@ -54,10 +55,11 @@ def random_resized_crop(
         scale: Smallest and largest area of the crop, as a fraction of the image.
         ratio: Smallest and largest width divided by height.
         exif: Whether to rotate the image by its EXIF orientation.
+        max_pixels: Limit on the pixels of the image.
         out: Contiguous array to write to. If None, a new one.
 
     Raises:
-        scconv_jax.images.ImageError: The file is damaged, truncated or not an image.
+        scconv_jax.images.ImageError: The file is damaged, truncated, not an image, or too large.
     """
 
     def box_of(height: int, width: int) -> Box:
@@ -65,9 +67,9 @@ def random_resized_crop(
 
     crop = None
     if data.startswith(JPEG) and not (exif and _is_rotated(data)):
-        crop = _decode_jpeg(data, size, box_of)
+        crop = _decode_jpeg(data, size, box_of, max_pixels)
     if crop is None:
-        pixels = np.asarray(scconv_jax.images.decode(data, exif=exif))
+        pixels = np.asarray(scconv_jax.images.decode(data, exif=exif, max_pixels=max_pixels))
         crop = _cut(pixels, *box_of(*pixels.shape[:2]))
     # Bilinear uses the two nearest pixels, so it would skip some at a factor of two or more.
     shrinks = min(crop.shape[:2]) >= 2 * size
@@ -94,15 +96,16 @@ def crop_box(height: int, width: int, rng: np.random.Generator, scale: Sequence[
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, size: int, box_of: Callable[[int, int], Box], max_pixels: int) -> np.ndarray | None:
     """Decode the part of a JPEG in `box_of(height, width)`, scaled down as far as `size` allows.
 
-    The result is a view into a buffer that this thread's next call overwrites, or None if only PIL can read the file.
+    The result is a view into a buffer that this thread's next call overwrites. It is None if only PIL can read the file,
+    or if the file is too large.
     """
     try:
         header = simplejpeg.decode_jpeg_header(data)
         height, width, colors = int(header[0]), int(header[1]), header[2]
-        if colors not in ("YCbCr", "Gray", "RGB"):
+        if colors not in ("YCbCr", "Gray", "RGB") or height * width > max_pixels:
             return None
         box = box_of(height, width)
         factor = next(factor for factor in (8, 4, 2, 1) if factor == 1 or min(box[2:]) >= factor * size)

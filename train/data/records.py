@@ -2,10 +2,12 @@
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import scconv_jax
@@ -69,17 +71,24 @@ class EncodedSource:
 
 
 def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSource, EncodedSource]:
-    """Make sources of training and test images of `data.image_size`, cropped as the config says."""
-    size, exif = data.image_size, data.exif
+    """Make sources of training and test images of `data.image_size`, cropped as the config says.
+
+    PIL's limit on pixels and its warnings are switched off for the rest of the process.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # `data.max_pixels` is the only limit
+    warnings.filterwarnings("ignore", module="PIL")  # of images that it can read
+    size, exif, max_pixels = data.image_size, data.exif, data.max_pixels
     resize = data.resize or scconv_jax.images.resize_for(size)
     unreadable = Unreadable(data.max_bad_images)
 
     def random_crop(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
         rng = np.random.default_rng(key)
-        random_resized_crop(image, size, rng, scale=data.crop_scale, ratio=data.crop_ratio, exif=exif, out=out)
+        crop = {"scale": data.crop_scale, "ratio": data.crop_ratio}
+        random_resized_crop(image, size, rng, **crop, exif=exif, max_pixels=max_pixels, out=out)
 
     def central_crop(image: bytes, _key: tuple[int, ...], out: np.ndarray) -> None:
-        out[...] = scconv_jax.images.center_crop(scconv_jax.images.decode(image, exif=exif), size, resize)
+        decoded = scconv_jax.images.decode(image, exif=exif, max_pixels=max_pixels)
+        out[...] = scconv_jax.images.center_crop(decoded, size, resize, max_pixels)
 
     shape = (size, size, 3)
     return EncodedSource(train, random_crop, shape, unreadable), EncodedSource(test, central_crop, shape, unreadable)

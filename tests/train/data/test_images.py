@@ -173,12 +173,11 @@ def test_prepared_images_are_those_of_the_test_step_bit_for_bit(tmp_path, monkey
     every = np.stack([np.roll(np.arange(1024) % 256, 85 * channel) for channel in range(3)], axis=-1).reshape(32, 32, 3)
     pictures = [photo(90, 61), photo(61, 90), levels, every.astype(np.uint8), photo(20, 30), photo(34, 34)]
     for split in ("train", "val"):
-        folder = tmp_path / split / "a"
-        folder.mkdir(parents=True)
         for number, picture in enumerate(pictures):
-            kind = "JPEG" if number < 2 else "PNG"
+            kind, folder = "JPEG" if number < 2 else "PNG", tmp_path / split / "ab"[number // 3]
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{number}.{kind.lower()}").write_bytes(encoded(picture, kind))
-    files = sorted((tmp_path / "val" / "a").iterdir())
+    files = sorted(tmp_path.glob("val/*/*"))
     dataset = load_dataset(Data(name="folder", dir=str(tmp_path), image_size=32, resize=32))
     (batch,) = eval_batches(dataset.test, len(files), threads=2)
     prepared = scconv_jax.prepare_images(files, Preparation(32, 32))

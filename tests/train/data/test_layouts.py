@@ -1,5 +1,6 @@
 """The folders and files that people have: hidden and special files, other suffixes, other layouts."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from tests.image_files import RED, encoded, photo
 from tests.train.data.test_folder import data, fill, listed
 from train.config import ConfigError
 from train.data import index
@@ -120,6 +122,48 @@ def test_files_of_every_suffix_become_the_same_picture(tmp_path):
             out = np.empty((16, 16, 3), np.uint8)
             source.load(number, (0,), out)
             assert np.abs(out.astype(int) - (200, 40, 60)).max() <= 4, source.records.name(number)
+
+
+def noisy_tiff():
+    """Return a TIFF with a tag that PIL skips with a warning."""
+    tiff = bytearray(encoded(RED, "TIFF"))
+    entries = int.from_bytes(tiff[4:8], "little") + 2
+    last = entries + 12 * (int.from_bytes(tiff[entries - 2 : entries], "little") - 1)
+    tiff[last : last + 12] = (0xFFF0).to_bytes(2, "little") + (2).to_bytes(2, "little") + (10**6).to_bytes(4, "little") * 2
+    return bytes(tiff)
+
+
+def test_large_images_and_odd_metadata_are_read_without_a_word(tmp_path, monkeypatch, capfd):
+    """Warnings are errors here. PIL's limit on pixels is set lower than these images have."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    files = [encoded(RED), encoded(RED, "PNG"), encoded(RED, "WEBP"), encoded(RED, "GIF"), noisy_tiff()]
+    for split in ("train", "val"):
+        for number, file in enumerate([*files, *files]):
+            path = tmp_path / split / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file)
+    dataset = load_dataset(data(tmp_path))
+    for source in (dataset.train, dataset.test):
+        for number in range(2 * len(files)):
+            source.load(number, (0,), np.empty((16, 16, 3), np.uint8))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_limit_on_pixels_is_that_of_the_config_in_training_and_testing(tmp_path, capsys, kind):
+    for name in both("cat/1.png", "dog/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(encoded(photo(40, 50), kind))
+    for limit, reads in ((2000, True), (1999, False)):
+        dataset = load_dataset(data(tmp_path, max_pixels=limit))
+        for source in (dataset.train, dataset.test):
+            with contextlib.nullcontext() if reads else pytest.raises(UnreadableImageError):
+                source.load(0, (0,), np.empty((16, 16, 3), np.uint8))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("cat/1.png: 50 × 40 pixels, more than max_pixels 1,999 (" in line for line in lines)
+    with pytest.raises(ConfigError, match=r"Data.max_pixels must be at least 1, found 0"):
+        data(tmp_path, max_pixels=0)
 
 
 def test_only_regular_files_are_opened(tmp_path):
