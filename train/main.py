@@ -18,9 +18,19 @@ except ModuleNotFoundError:
     sys.exit(2)
 
 from train.config import CheckpointError, Config, ConfigError, DivergedError
-from train.config.files import DEFAULT, IMAGENET, from_json, load_config, local_path, override, to_json, with_absolute_paths
+from train.config.files import (
+    DEFAULT,
+    IMAGENET,
+    check_utf8,
+    from_json,
+    load_config,
+    local_path,
+    override,
+    to_json,
+    with_absolute_paths,
+)
 from train.distributed import HostLink, find_hosts
-from train.run.workdir import check_name, check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_existing_run
+from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_existing_run
 
 
 def parse(argv: Sequence[str]) -> Flags:
@@ -41,7 +51,7 @@ def plan_run(flags: Flags) -> tuple[Config, Path | None]:
     if flags.evaluate and not resumed:
         return experiment, None
     workdir = workdir or fresh_workdir(path.stem)
-    check_name(workdir)
+    check_utf8(workdir, "--workdir")
     if resumed:
         images, on_disk = experiment.data.dir, experiment.data.name in ("folder", "tfds")
         if on_disk and images == resumed.data.dir and not Path(images).is_dir():

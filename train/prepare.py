@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from train.config import ConfigError, Data
-from train.config.files import local_path
+from train.config.files import check_utf8, local_path
 from train.data.datasets import ArraySource, load_digits
 from train.data.folder import open_folder
 from train.data.index import FolderRecords
@@ -225,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--val-fraction must be at least 0 and under 1, found {arguments.val_fraction:g}")
     try:
         out = local_path(arguments.out, "OUT")
+        check_utf8(out, "OUT")
         if arguments.digits:
             write_digits(out)
         else:

@@ -89,11 +89,22 @@ def local_path(name: str | Path, field: str) -> Path:
         raise ConfigError(f"{field}: {error}") from error
 
 
+def check_utf8(path: Path, field: str) -> None:
+    """Refuse a folder whose absolute path is not UTF-8, before anything is made: Orbax and TFDS cannot name it."""
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{field}: the path {error.object!r} is not UTF-8; rename it, or choose another") from error
+
+
 def with_absolute_paths(config: Config) -> Config:
     """Return the config with absolute paths of its images and initial weights, so that a run resumes from any folder."""
     values, weights = {}, os.path.expanduser(config.model.init)
     if config.data.dir:
-        values["data.dir"] = str(local_path(config.data.dir, "data.dir").absolute())
+        folder = local_path(config.data.dir, "data.dir").absolute()
+        values["data.dir"] = str(folder)
+        if config.data.name == "tfds":
+            check_utf8(folder, "data.dir")
     if config.model.init and config.model.init != "pretrained" and os.path.lexists(weights):  # else: a name, or a URL
         values["model.init"] = str(Path(weights).absolute())
     return override(config, values)

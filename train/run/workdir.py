@@ -50,14 +50,6 @@ def load_run(workdir: Path) -> Config:
     return from_json((workdir / "config.json").read_bytes(), str(workdir / "config.json"))
 
 
-def check_name(workdir: Path) -> None:
-    """Refuse a folder whose absolute path is not UTF-8, before anything is made: Orbax cannot name it."""
-    try:
-        os.fspath(workdir.resolve()).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"the path of the workdir, {error.object!r}, is not UTF-8: choose another --workdir") from error
-
-
 def check_same_run(workdir: Path, old: Config, new: Config) -> list[str]:
     """Return what `new` changes in the run in `workdir`, one line per field."""
     changes = differences(old, new)

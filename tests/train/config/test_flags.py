@@ -279,15 +279,19 @@ def test_a_home_folder_that_nobody_knows():
 
 
 def test_a_folder_whose_name_is_not_utf_8(monkeypatch):
+    """Orbax and TFDS cannot name it; images in files can be there."""
     bad = os.fsdecode(b"caf\xe9")
     os.mkdir(bad)
-    for folder, argv in ((".", ["--workdir", f"{bad}/run"]), (".", ["--workdir", bad]), (bad, [])):
+    tfds = ["--data.name", "tfds", "--data.dir"]
+    for folder, argv in ((".", ["--workdir", f"{bad}/run"]), (".", ["--workdir", bad]), (".", [*tfds, bad]), (bad, [])):
         monkeypatch.chdir(folder)
-        with pytest.raises(
-            ConfigError, match=r"^the path of the workdir, '.*caf\\udce9.*', is not UTF-8: choose another --workdir$"
-        ):
+        field = "data.dir" if tfds[0] in argv else "--workdir"
+        message = rf"^{field}: the path '.*caf\\udce9.*' is not UTF-8; rename it, or choose another$"
+        with pytest.raises(ConfigError, match=message):
             plan(argv)
         assert not list(Path().rglob("run"))
+    monkeypatch.chdir("..")
+    assert fields(plan([bad])[0], ["data.dir"]) == {"data.dir": bad}
 
 
 def test_paths_are_absolute_and_names_stay_names(monkeypatch, tmp_path):

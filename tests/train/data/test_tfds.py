@@ -380,11 +380,15 @@ def test_two_preparations_of_one_place(folder, tmp_path, capsys, monkeypatch):
         assert everything(records) == everything(original)
 
 
-@pytest.mark.parametrize("arguments", [["SRC", "gs://bucket/out"], ["gs://bucket/src", "OUT"], ["--digits", "~no-such-user/x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["SRC", "gs://bucket/out"], ["gs://bucket/src", "OUT"], ["--digits", "~no-such-user/x"], ["SRC", os.fsdecode(b"caf\xe9")]],
+)
 def test_a_place_that_is_no_folder(tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     assert prepare.main(arguments) == 2
-    assert re.match(r"error: (SRC|OUT): (gs://bucket/\w+ is an address|~no-such-user/x: no home folder)", capsys.readouterr().err)
+    reasons = r"gs://bucket/\w+ is an address|~no-such-user/x: no home folder|the path '.*caf\\udce9' is not UTF-8"
+    assert re.match(f"error: (SRC|OUT): ({reasons})", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
