@@ -25,6 +25,7 @@ TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}}
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors"}  # ml_dtypes is jax's, rich flax's
 LATE_OF = {  # optional packages that a file may import inside a function
     "images.py": {"PIL"},
+    "interop/references.py": {"torch"},
     "interop/torch_networks.py": {"torch"},
     "interop/verification.py": {"torch"},
     "shapes.py": {"jaxtyping"},

@@ -12,7 +12,7 @@ from scconv_jax.cli import main
 from scconv_jax.interop import verification as verify_module
 from scconv_jax.interop.torch_ghostnet import TorchGhostNet
 from scconv_jax.interop.torch_networks import TorchResNet
-from scconv_jax.interop.verification import _difference
+from scconv_jax.interop.verification import Difference, _relative
 from tests.reference.namings import MMPose, MMPoseModules, PytorchCV, PytorchCVGhostNet
 from tests.reference.networks import build
 from tests.reference.state import nchw, random_images, randomise
@@ -83,6 +83,10 @@ def folder(tmp_path_factory):
         "def unlike():\n"
         "    network = right()\n"
         "    network.layer2.register_forward_hook(lambda module, inputs, output: output.tanh())\n"
+        "    return network\n"
+        "def wrong_epsilon():\n"
+        "    network = right()\n"
+        "    network.layer2[0].bn3.eps *= 1.01\n"
         "    return network\n"
         "def deeper():\n"
         "    return build('resnet20_small')\n"
@@ -162,13 +166,51 @@ def test_what_is_no_number_is_not_equal(capsys, folder, tmp_path):
 def test_differences_of_what_is_no_number(side, value):
     maps = [np.zeros((2, 3, 3, 1)), np.zeros((2, 3, 3, 1))]
     maps[side][1, 0, 0, 0] = value
-    assert _difference("stem", "float32", (3, 3), ["a", "b"], *maps) == ("stem", "float32", np.inf, "b", (3, 3))
+    assert _relative(*maps).tolist() == [0, np.inf]
 
 
 def test_a_network_that_computes_something_else(capsys, folder):
     """The first stage that differs is named."""
     out = verify(capsys, folder, "scnet20_small.pth", "--reference", f"{folder}/mine.py:unlike", "--sizes", "24", code=1).out
     assert "Not equal: layer2 differs by" in out
+
+
+def amplifying(folder, name, factor):
+    """Write a network whose second stage amplifies rounding: a norm subtracts a large mean and adds it again."""
+    entries = torch.load(folder / "scnet20_small.pth")
+    weight, bias, mean, var = (entries[f"layer2.0.bn1_a.{kind}"] for kind in ("weight", "bias", "running_mean", "running_var"))
+    mean += factor
+    bias += factor * weight / (var + 1e-5).sqrt()
+    torch.save(entries, folder / name)
+
+
+def test_rounding_that_a_network_amplifies_is_no_difference(capsys, folder):
+    amplifying(folder, "amplifies.pth", 1e5)
+    out = verify(capsys, folder, "amplifies.pth", "--sizes", "24").out
+    assert "note: this network amplifies rounding, as untrained networks do, so some limits are higher: those in brackets." in out
+    assert "Equal within tolerance at every stage in float64; in float32, rounding hides layer2" in out
+    assert "layer2 differs by" in verify(capsys, folder, "amplifies.pth", "--sizes", "24", "--tolerance", "2e-5", code=1).out
+
+
+def test_a_small_mistake_is_found_in_a_network_that_amplifies_rounding(capsys, folder):
+    amplifying(folder, "amplifies.pth", 1e5)
+    reference = ["--reference", f"{folder}/mine.py:wrong_epsilon", "--sizes", "24"]
+    assert "Not equal: layer2 differs by" in verify(capsys, folder, "amplifies.pth", *reference, code=1).out
+
+
+def test_rounding_that_hides_everything_is_no_verdict(capsys, folder):
+    amplifying(folder, "hides.pth", 1e19)
+    out = verify(capsys, folder, "hides.pth", "--sizes", "24", code=3).out
+    assert "Cannot be told in float64: layer2 differs by" in out
+    assert "rounding alone can make that difference. Verify trained weights instead" in out
+
+
+def test_verdicts():
+    def verdict(value, rounding):
+        return Difference("stem", "float64", value, "noise", (3, 3), 1e-12, rounding).verdict
+
+    assert [verdict(1e-13, 0), verdict(1e-11, 2e-11), verdict(1e-2, 2e-2)] == ["equal", "equal", "unclear"]
+    assert [verdict(1e-11, 0), verdict(1e-11, 5e-12), verdict(np.inf, np.inf), verdict(np.nan, 1)] == ["differs"] * 4
 
 
 def test_branches_confused_by_a_renaming(capsys, folder):
