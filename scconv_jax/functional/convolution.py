@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
@@ -66,25 +66,14 @@ def conv(
             f"{per_group * groups}."
         )
     options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
-    on_cpu = form_on_cpu(kernel.shape, padding, groups)
-    if on_cpu is native_conv:
-        return native_conv(x, kernel, **options)
+    form = form_on_cpu(kernel.shape, padding, groups)
+    if form is native_conv:
+        return native_conv(kernel, x, **options)
     # Split the channels before choosing the platform. Splitting them inside would change the order in which gradients of `x` are
     # added, and so the rounding, and runs of earlier versions would not resume bit for bit.
-    size = channels // (dense_blocks(groups, channels) if on_cpu is blocked_conv else 1)
+    size = channels // (dense_blocks(groups, channels) if form is blocked_conv else 1)
     parts = [x[..., i : i + size] for i in range(0, channels, size)] if size < channels else [x]
-
-    def native(kernel: Array, *parts: Array) -> Array:
-        whole = jnp.concatenate(parts, axis=-1)
-        return native_conv(whole, kernel, **options)
-
-    def cpu(kernel: Array, *parts: Array) -> Array:
-        if on_cpu is blocked_conv:
-            return blocked_conv(parts, kernel, **options)
-        [whole] = parts
-        return on_cpu(whole, kernel, **options)
-
-    return by_platform(cpu, native, kernel, *parts)
+    return by_platform(form, native_conv, kernel, *parts, **options)
 
 
 def form_on_cpu(shape: tuple[int, ...], padding: int, groups: int) -> Callable[..., Array]:
@@ -96,11 +85,16 @@ def form_on_cpu(shape: tuple[int, ...], padding: int, groups: int) -> Callable[.
 
 
 def native_conv(
-    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw i o"], *, strides: int, padding: int, dilation: int, groups: int
+    kernel: Float[Array, "kh kw i o"],
+    *parts: Float[Array, "n h w _"],
+    strides: int,
+    padding: int,
+    dilation: int,
+    groups: int,
 ) -> Float[Array, "n p q o"]:
-    """Convolve with XLA's own operation."""
+    """Convolve with XLA's own operation. The parts of the channels are joined."""
     return lax.conv_general_dilated(
-        x,
+        jnp.concatenate(parts, axis=-1),
         kernel,
         window_strides=(strides, strides),
         padding=((padding, padding), (padding, padding)),
@@ -111,7 +105,7 @@ def native_conv(
 
 
 def matmul_conv(
-    x: Float[Array, "n h w c"], kernel: Float[Array, "1 1 c o"], *, strides: int, padding: int, dilation: int, groups: int
+    kernel: Float[Array, "1 1 c o"], x: Float[Array, "n h w c"], *, strides: int, padding: int, dilation: int, groups: int
 ) -> Float[Array, "n p q o"]:
     """Convolve 1×1 with a matmul over pixels. On CPU, `native_conv` takes two to six times as long, forward and backward.
 
@@ -123,7 +117,7 @@ def matmul_conv(
 
 
 def product_conv(
-    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw 1 c"], *, strides: int, padding: int, dilation: int, groups: int
+    kernel: Float[Array, "kh kw 1 c"], x: Float[Array, "n h w c"], *, strides: int, padding: int, dilation: int, groups: int
 ) -> Float[Array, "n p q c"]:
     """Convolve each channel separately, as a sum of shifted products. On CPU, the gradient of `native_conv` is far slower."""
     del groups
@@ -135,9 +129,8 @@ def product_conv(
 
 
 def blocked_conv(
-    parts: Sequence[Float[Array, "n h w c"]],
     kernel: Float[Array, "kh kw i o"],
-    *,
+    *parts: Float[Array, "n h w c"],
     strides: int,
     padding: int,
     dilation: int,
@@ -148,7 +141,7 @@ def blocked_conv(
     dense = form_on_cpu((*kernel.shape[:2], inputs, outputs), padding, 1)
     options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": 1}
     kernels = (dense_kernel(kernel[..., i * outputs : (i + 1) * outputs], groups // blocks) for i in range(blocks))
-    return jnp.concatenate([dense(part, block, **options) for part, block in zip(parts, kernels, strict=True)], axis=-1)
+    return jnp.concatenate([dense(block, part, **options) for part, block in zip(parts, kernels, strict=True)], axis=-1)
 
 
 def dense_blocks(groups: int, channels: int) -> int:
@@ -176,18 +169,23 @@ def reconstruction_conv(
     dilation: int,
 ) -> Float[Array, "n h w o"]:
     """Return the sum of a CRU's group-wise (GWC) and point-wise (PWC1) convolutions of `x`, in one or two convolutions."""
-    options = {"padding": dilation * (gwc.shape[0] // 2), "dilation": dilation}
-
-    def dense(x: Array, gwc: Array, pwc1: Array) -> Array:
-        return conv(x, reconstruction_kernel(gwc, pwc1, conv_groups), **options)
-
-    def separate(x: Array, gwc: Array, pwc1: Array) -> Array:
-        return conv(x, gwc, groups=conv_groups, **options) + conv(x, pwc1)
-
     # The dense form reads the maps once, but also multiplies the zeros between groups.
-    on_cpu = dense if dense_blocks(conv_groups, x.shape[-1]) == 1 else separate
-    on_accelerators = dense if conv_groups <= 8 or on_cpu is dense else separate
-    return on_cpu(x, gwc, pwc1) if on_cpu is on_accelerators else by_platform(on_cpu, on_accelerators, x, gwc, pwc1)
+    on_cpu = joined_conv if dense_blocks(conv_groups, x.shape[-1]) == 1 else separate_convs
+    on_accelerators = joined_conv if conv_groups <= 8 else on_cpu
+    options = {"conv_groups": conv_groups, "dilation": dilation}
+    if on_cpu is on_accelerators:
+        return on_cpu(x, gwc, pwc1, **options)
+    return by_platform(on_cpu, on_accelerators, x, gwc, pwc1, **options)
+
+
+def joined_conv(x: Array, gwc: Array, pwc1: Array, *, conv_groups: int, dilation: int) -> Array:
+    """Apply GWC and PWC1 in one dense convolution."""
+    return conv(x, reconstruction_kernel(gwc, pwc1, conv_groups), padding=dilation * (gwc.shape[0] // 2), dilation=dilation)
+
+
+def separate_convs(x: Array, gwc: Array, pwc1: Array, *, conv_groups: int, dilation: int) -> Array:
+    """Apply GWC and PWC1 in two convolutions."""
+    return conv(x, gwc, padding=dilation * (gwc.shape[0] // 2), dilation=dilation, groups=conv_groups) + conv(x, pwc1)
 
 
 def reconstruction_kernel(

@@ -12,7 +12,6 @@ float32.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -124,8 +123,7 @@ def max_pool(x: Float[Array, "n h w c"], window: int, strides: int, *, padding: 
         `(n, p, q, c)` with `p = (h + 2 padding - window) // strides + 1`, in the dtype of `x`. As in PyTorch, NaN is the maximum
         of its window, and the first of equal maxima receives the gradient.
     """
-    options = {"window": window, "strides": strides, "padding": padding}
-    return by_platform(partial(compared_max_pool, **options), partial(native_max_pool, **options), x)
+    return by_platform(compared_max_pool, native_max_pool, x, window=window, strides=strides, padding=padding)
 
 
 def compared_max_pool(x: Float[Array, "n h w c"], *, window: int, strides: int, padding: int) -> Float[Array, "n p q c"]:

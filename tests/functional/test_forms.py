@@ -39,16 +39,9 @@ def test_each_form_of_a_convolution_equals_xlas_own(form, shape, strides, paddin
     rng = np.random.default_rng(0)
     x, kernel = jnp.asarray(rng.standard_normal((2, 9, 12, 32))), jnp.asarray(rng.standard_normal(shape))
     options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
-    expected = value_and_gradients(partial(native_conv, **options), x, kernel)
-    if form is blocked_conv:
-        blocks = dense_blocks(groups, 32)
-
-        def separate(x, kernel):
-            return blocked_conv(jnp.split(x, blocks, axis=-1), kernel, **options)
-
-        found = value_and_gradients(separate, x, kernel)
-    else:
-        found = value_and_gradients(partial(form, **options), x, kernel)
+    parts = jnp.split(x, dense_blocks(groups, 32) if form is blocked_conv else 1, axis=-1)
+    expected = value_and_gradients(partial(native_conv, **options), kernel, *parts)
+    found = value_and_gradients(partial(form, **options), kernel, *parts)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 

@@ -15,6 +15,9 @@ from tests.reference import scnet
 from tests.reference.networks import NETWORKS, build
 from tests.reference.state import randomise
 
+# A network repeats the calls of its layers; `test_layers*` and `test_networks_equivalence` check their shape annotations.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 # Random numbers for many kernels take LLVM half a minute to optimise.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -9,6 +9,9 @@ from scconv_jax.interop import conventions
 from scconv_jax.interop.conversion import shapes
 from scconv_jax.interop.recognition import _traced, head, recognise, template
 
+# A network repeats the calls of its layers; `test_layers*` and `test_networks_equivalence` check their shape annotations.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def entries_of(name, **options):
     """Names and shapes of a checkpoint, at no cost."""

@@ -23,6 +23,9 @@ from tests.reference.namings import MMPose, MMPoseModules, PytorchCV
 from tests.reference.networks import build
 from tests.reference.state import nchw, nhwc, random_images, randomise
 
+# A network repeats the calls of its layers; `test_layers*` and `test_networks_equivalence` check their shape annotations.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 SHALLOW = (1, 2, 1, 1)
 SIZES = {"float64": (97, 113), "float32": (193, 161)}
 SCNET = partial(SCNet, SCBottleneck, SHALLOW)

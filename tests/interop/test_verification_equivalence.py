@@ -17,6 +17,9 @@ from tests.reference.namings import MMPose, MMPoseModules, PytorchCV, PytorchCVG
 from tests.reference.networks import build
 from tests.reference.state import nchw, random_images, randomise
 
+# A network repeats the calls of its layers; `test_layers*` and `test_networks_equivalence` check their shape annotations.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 ROOT = Path(__file__).parents[2]
 SHALLOW = (1, 2, 1, 1)
 SIZES = {32: (97, 113), 16: (49, 71), 8: (25, 39), 4: (13, 21)}
@@ -279,10 +282,10 @@ def test_a_network_without_a_counterpart(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_size_that_networks_are_used_at(capsys, tmp_path):
-    """SCNet-50 at 224, 256 and 193×161, and dilated, in both precisions, from a file on disk."""
+    """SCNet-50 at 224 px, and dilated, in both precisions, from a file on disk."""
     torch.save({"state_dict": randomise(build("scnet50"), 0).state_dict()}, tmp_path / "scnet50.pth")
-    out = verify(capsys, tmp_path, "scnet50.pth").out
-    assert out.count("│") >= 6 * 6
+    out = verify(capsys, tmp_path, "scnet50.pth", "--sizes", "224x224").out
+    assert "Equal within tolerance at every stage" in out
     out = verify(capsys, tmp_path, "scnet50.pth", "--output-stride", "8", "--sizes", "97x113").out
     assert "Equal within tolerance at every stage" in out
 

@@ -15,6 +15,9 @@ from scconv_jax.cli import main
 from scconv_jax.models.complexity import multiply_adds, summarise
 from scconv_jax.models.registry import MODELS
 
+# A network repeats the calls of its layers; `test_layers*` and `test_networks_equivalence` check their shape annotations.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.mark.parametrize("name", ["scnet20_small", "scconv_resnet20_small", "ghost_resnet56_small"])
 @pytest.mark.parametrize("depth", [1, 2, 9])

@@ -12,6 +12,9 @@ from tests.equivalence import jit, torch_dtype
 from tests.reference.namings import PytorchCVGhostNet
 from tests.reference.state import nchw, random_images, randomise
 
+# A network repeats the calls of its layers; `test_layers*` and `test_networks_equivalence` check their shape annotations.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.fixture(scope="module")
 def oracle():

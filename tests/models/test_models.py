@@ -14,6 +14,9 @@ from flax import linen as nn
 from scconv_jax import create_model, list_models
 from scconv_jax.models.complexity import multiply_adds
 
+# A network repeats the calls of its layers; `test_layers*` and `test_networks_equivalence` check their shape annotations.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 # Parameters, and multiply-adds at 224 px in 10⁹ where published (Liu et al., CVPR 2020, Tables 1-3, and
 # https://github.com/MCG-NKU/SCNet). Counts of parameters are those of the PyTorch oracles, which for the published
 # checkpoints are also those of the files.
@@ -121,7 +124,7 @@ def test_num_classes(num_classes):
 
 def test_initial_values():
     """He's normal distribution by fan-out for convolutions, PyTorch's uniform one for the last layer, BatchNorm at rest."""
-    model = create_model("scnet50")
+    model = create_model("scnet50").clone(stage_sizes=(1, 1, 1, 1))
     variables = quick_jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 97, 97, 3)))
     for path, value in jax.tree_util.tree_flatten_with_path(variables)[0]:
         kind = path[-1].key

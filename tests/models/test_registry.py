@@ -13,6 +13,9 @@ import scconv_jax
 from scconv_jax import create_model, feature_info, list_models, list_pretrained, model_info, models
 from scconv_jax.models.registry import ADVICE, MODELS
 
+# A network repeats the calls of its layers; `test_layers*` and `test_networks_equivalence` check their shape annotations.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def small(model):
     """The same network with one block per stage, which is traced sooner and has the same maps."""

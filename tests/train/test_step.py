@@ -164,7 +164,7 @@ def test_rematerialisation_keeps_little_for_the_gradient():
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_eight_devices_equal_one_with_a_network_of_the_library():
-    model = scconv_jax.create_model("scnet20_small", dtype=jnp.float64, axis_name=AXIS)
+    model = scconv_jax.create_model("scnet20_small", dtype=jnp.float64, axis_name=AXIS).clone(stage_sizes=(1, 1, 1))
     batches = batches_of(steps=3, size=16, pixels=13)
     one = run(model, batches, 1, "shard_map", dtype=np.float64)
     eight = run(model, batches, 8, "shard_map", dtype=np.float64)
