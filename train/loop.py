@@ -177,16 +177,12 @@ def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None
         with Checkpoints(workdir, config.keep_checkpoints, classes=setup.dataset.classes) as checkpoints:
             best = checkpoints.best()
             state = checkpoints.restore(start.shapes(), step=None if latest else best)
-            others = (
-                f" (the best, of step {best}, without --latest)"
-                if latest
-                else f" (--latest: that of step {checkpoints.latest()})"
+        if latest or best is None:
+            print(
+                "Testing the latest checkpoint" + (f" (the best, of step {best}, without --latest)." if best is not None else ".")
             )
-        print(
-            f"Testing the {'latest' if latest or best is None else 'best'} checkpoint"
-            + (others if best is not None else "")
-            + "."
-        )
+        else:
+            print(f"Testing the best checkpoint (--latest: that of step {checkpoints.latest()}).")
     state = from_host_0(state)
     result = make_test(setup, config)(setup.parallel.put_state(state))
     print(

@@ -6,7 +6,6 @@ gives the position in the data and, with the config's seed, all random numbers. 
 step is looked up when it is written. Checksums find later damage; the previous step then replaces the damaged one.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -87,6 +86,10 @@ class Checkpoints:
         assert self._folder is not None, "only host 0 has a folder"
         return self._folder.path()
 
+    def _plain(self) -> Path:
+        assert self._folder is not None, "only host 0 has a folder"
+        return self._folder.plain()
+
     @property
     def directory(self) -> Path:
         """Absolute path of the folder of all steps."""
@@ -144,9 +147,13 @@ class Checkpoints:
         """
         self.wait()
         for saved in self.steps() if repair else ():
-            with contextlib.suppress(Exception):  # if it cannot be completed, it is damaged
+            try:
                 if scconv_jax.runs.complete(self.directory / str(saved) / "state"):
                     print(f"completed the checkpoint of step {saved}, which Orbax had left incomplete")
+            except Exception as error:
+                if reason := _system_reason(error):
+                    raise ConfigError(f"the checkpoint of step {saved} cannot be completed: {reason}") from error
+                # Otherwise it is damaged, as reading it will show.
         damaged: dict[int, str] = {}
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
@@ -183,7 +190,8 @@ class Checkpoints:
             self._open().save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
             self._look_up(step, tested=metrics is not None)
         except Exception as error:  # Orbax and TensorStore raise many types
-            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {self._reason(error)}") from error
+            reason = _system_reason(error) or _first_line(error).replace(str(self._plain()), str(self.workdir))
+            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {reason}") from error
 
     def _look_up(self, step: int, tested: bool) -> None:
         """Find everything that was just written: Orbax only logs some failures. The values of arrays are not read again."""
@@ -204,9 +212,8 @@ class Checkpoints:
                         f"warning: the metrics of step {step} are damaged; the checkpoint was moved to {self._set_aside(step)}",
                         file=sys.stderr,
                     )
-            assert self._folder is not None, "only host 0 writes"
             # By its own path, Orbax does not find what it wrote in a folder called `run[1]`, and does not notice a new name.
-            directory = self._folder.plain() / "checkpoints"
+            directory = self._plain() / "checkpoints"
             directory.mkdir(exist_ok=True)
             alone = scconv_jax.runs.this_process_alone()
             self._manager = ocp.CheckpointManager(
@@ -225,12 +232,6 @@ class Checkpoints:
                 },
             )
         return self._manager
-
-    def _reason(self, error: BaseException) -> str:
-        """Return the system's reason if the message quotes one, else the first line of the message."""
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-        line = _first_line(error).replace(str(self._folder and self._folder.plain()), str(self.workdir))
-        return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), line)
 
     def _about(self, step: int) -> dict[str, Any]:
         """Return the item `about` of a finished checkpoint."""
@@ -314,6 +315,12 @@ def _other_classes(before: list[str], now: list[str]) -> str:
         return f"{len(before)} classes, but the data set here has {len(now)}: {advice}"
     index = next(index for index, name in enumerate(before) if name != now[index])
     return f"other classes: class {index} is {before[index]!r} there and {now[index]!r} in the data set here, so {advice}"
+
+
+def _system_reason(error: BaseException) -> str:
+    """Return the system's reason if the message of Orbax or TensorStore quotes one, such as a full disk, else an empty string."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+    return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), "")
 
 
 def _first_line(error: BaseException) -> str:

@@ -107,6 +107,28 @@ def test_resuming_completes_what_an_earlier_version_left(incomplete, state, caps
     assert before.items() <= files().items()
 
 
+def test_a_full_disk_does_not_make_an_incomplete_checkpoint_a_damaged_one(incomplete, state, monkeypatch):
+    def full(_):
+        raise ValueError("Error writing local file: No space left on device")
+
+    with monkeypatch.context() as patch, Checkpoints(incomplete, keep=2) as checkpoints:
+        patch.setattr(scconv_jax.runs, "complete", full)
+        with pytest.raises(ConfigError, match=r"^the checkpoint of step 1 cannot be completed: No space left on device$"):
+            checkpoints.restore(state, repair=True)
+    assert steps_in(incomplete) == [1, 2]
+    with Checkpoints(incomplete, keep=2) as checkpoints:
+        assert_same(checkpoints.restore(state, repair=True), at(state, 2))
+
+
+def test_a_checkpoint_that_cannot_be_completed_gives_way_to_the_one_before(incomplete, state, capsys):
+    for path in (incomplete / "checkpoints" / "2" / "state").glob("ocdbt.process_0/manifest.ocdbt"):
+        path.write_bytes(b"damaged")
+    with Checkpoints(incomplete, keep=2) as checkpoints:
+        assert_same(checkpoints.restore(state, repair=True), at(state, 1))
+    assert "warning: the checkpoint of step 2 is damaged (state: " in capsys.readouterr().err
+    assert steps_in(incomplete) == [1]
+
+
 def test_a_save_that_cannot_be_found_again_is_an_error(tmp_path, state, monkeypatch):
     """At the first save: whatever the reason, and though Orbax itself only logs it."""
     monkeypatch.setattr(scconv_jax.runs, "complete", lambda _: None)
