@@ -118,7 +118,7 @@ def compare(
 
     for dtype, limit in LIMITS.items():
         fixed = tolerance is not None and dtype == "float32"
-        limit = tolerance if fixed else limit
+        limit = tolerance if tolerance is not None and fixed else limit
         with jax.enable_x64(dtype == "float64"), jax.default_device(_cpu()):
             model: Any = create_model(loaded.name, **{**loaded.options, "dtype": jnp.dtype(dtype)})
             run_jax = _compiled(model, dtype, stem=stem)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from scconv_jax.cli import main
+from scconv_jax.cli.verify import _conclusion
 from scconv_jax.interop import verification as verify_module
 from scconv_jax.interop.torch_ghostnet import TorchGhostNet
 from scconv_jax.interop.torch_networks import TorchResNet
@@ -201,11 +202,14 @@ def test_a_small_mistake_is_found_in_a_network_that_amplifies_rounding(capsys, f
     assert "Not equal: layer2 differs by" in verify(capsys, folder, "amplifies.pth", *reference, code=1).out
 
 
-def test_rounding_that_hides_everything_is_no_verdict(capsys, folder):
-    amplifying(folder, "hides.pth", 1e19)
-    out = verify(capsys, folder, "hides.pth", "--sizes", "24", code=3).out
-    assert "Cannot be told in float64: layer2 differs by" in out
-    assert "rounding alone can make that difference. Verify trained weights instead" in out
+def test_rounding_that_hides_everything_is_no_verdict():
+    fine, hidden, wrong = (Difference("layer2", "float64", value, "noise", (3, 3), 1e-12, 0.2) for value in (1e-14, 1e-3, 1.0))
+    code, sentence = _conclusion([fine, hidden])
+    assert code == 3
+    assert sentence.startswith(
+        "Cannot be told in float64: layer2 differs by 1.0e-03, and rounding alone can make that difference."
+    )
+    assert _conclusion([hidden, wrong]) == (1, "Not equal: layer2 differs by 1.0e+00 in float64")
 
 
 def test_verdicts():
