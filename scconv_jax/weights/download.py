@@ -58,11 +58,13 @@ def fetch(
     address = published.get(source, source)
     path = _cache_path(address, Path(cache) if cache is not None else cache_folder(), published)
     shown = address.partition("?")[0]  # the query may be a secret key
+    expected = _hash_in_name(path.name)
     try:
+        if _is_complete(path, expected):  # perhaps in a cache that this user cannot write
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        expected = _hash_in_name(path.name)
         with _locked(path):
-            if not path.exists() or (expected and sha256(path)[:8] != expected):
+            if not _is_complete(path, expected):
                 part = path.with_name(path.name + ".part")
                 _download(address, part, path.name, progress)
                 if expected and (found := sha256(part)[:8]) != expected:
@@ -105,6 +107,10 @@ def _cache_path(address: str, cache: Path, published: Mapping[str, str]) -> Path
     if _hash_in_name(name):
         return cache / name
     return cache / hashlib.sha256(address.encode()).hexdigest()[:12] / name  # many servers have a file called model.pth
+
+
+def _is_complete(path: Path, expected: str) -> bool:
+    return path.exists() and (not expected or sha256(path)[:8] == expected)
 
 
 def _hash_in_name(name: str) -> str:

@@ -1,9 +1,11 @@
 """Downloads from an HTTP server on this machine that misbehaves on demand."""
 
 import concurrent.futures
+import errno
 import hashlib
 import http.server
 import io
+import os
 import re
 import socket
 import sys
@@ -112,6 +114,22 @@ def test_once_and_from_then_on_from_the_cache(server, tmp_path):
     assert fetch(server.address(), cache=tmp_path) == path
     assert server.requests == [None]
     assert visible(tmp_path) == [NAME]
+
+
+def test_a_cache_that_only_another_user_can_write_is_read(server, tmp_path, monkeypatch):
+    """As in a container, whose image holds the weights."""
+
+    def locked(_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    path = fetch(server.address(), cache=tmp_path)
+    monkeypatch.setattr(download, "_locked", locked)
+    assert fetch(server.address(), cache=tmp_path) == path
+    path.write_bytes(CONTENT[:-1] + b"?")
+    with pytest.raises(
+        WeightsError, match=r"cannot be stored in .*: Permission denied\. SCCONV_JAX_CACHE sets another folder\.$"
+    ):
+        fetch(server.address(), cache=tmp_path)
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(server, tmp_path):

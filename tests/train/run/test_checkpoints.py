@@ -92,7 +92,7 @@ def test_resuming_completes_what_an_earlier_version_left(incomplete, state, caps
     before = files()
     with Checkpoints(incomplete, keep=2) as checkpoints, pytest.raises(ConfigError) as raised:
         checkpoints.restore(state)
-    assert "`python -m train.main --resume RUN` completes the checkpoints" in str(raised.value)
+    assert "`python -m train.main --resume RUN` completes such checkpoints" in str(raised.value)
     with pytest.raises(
         scconv_jax.WeightsError, match=r"its checkpoint 1 cannot be read: Orbax did not complete it.* --resume RUN"
     ):
