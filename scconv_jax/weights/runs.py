@@ -21,8 +21,8 @@ from scconv_jax.weights.files import WeightsError
 COLLECTIONS = ("params", "batch_stats")
 PREFIXES = tuple(f"{collection}/" for collection in COLLECTIONS)
 _INCOMPLETE = (
-    "Orbax did not complete it, as in folders whose path has [ ] * or ?; `python -m train.main --resume RUN` completes the "
-    "checkpoints of a run"
+    "Orbax did not complete it, as in folders whose path has [ ] * or ?; `python -m train.main --resume RUN` completes such "
+    "checkpoints, where it can"
 )
 
 
@@ -43,6 +43,14 @@ def best_step(folder: Path) -> int | None:
     """Return the step with the highest `eval/top1`, the latest if several are equal. None if no step was tested."""
     tested = [(top1, step) for step in steps(folder) if (top1 := eval_top1(folder, step)) is not None]
     return max(tested)[1] if tested else None
+
+
+def describe_choice(folder: Path) -> str:
+    """Return a sentence about the step that `read` takes of a run; empty if the best step is the latest or no step was tested."""
+    best, latest = best_step(folder), latest_step(folder)
+    if best in (None, latest):
+        return ""
+    return f"The best checkpoint, of step {best}, was taken. The latest is {_checkpoints(folder) / str(latest)}."
 
 
 def eval_top1(folder: Path, step: int) -> float | None:
