@@ -4,6 +4,7 @@ import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -39,12 +40,15 @@ def make_setup(config: Config, *, testing: bool = False) -> TrainingSetup:
         print(note)
     check_same_images(dataset)
     dtype, axis_name = jnp.dtype(config.model.dtype), AXIS if config.model.sync_batchnorm else None
+    create = functools.partial(scconv_jax.create_model, config.model.name, num_classes=dataset.num_classes, dtype=dtype)
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     try:
-        model = scconv_jax.create_model(config.model.name, num_classes=dataset.num_classes, dtype=dtype, axis_name=axis_name)
-        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+        model = create(axis_name=axis_name)
+        variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     except ValueError as error:
         raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
+    if not testing:
+        check_statistics(config, create(), variables, images)
     normalizer = functools.partial(scconv_jax.images.normalize, mean=dataset.mean, std=dataset.std)
     return TrainingSetup(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
 
@@ -59,6 +63,25 @@ def check_same_images(dataset: Dataset) -> None:
         there, here = (f"{train} training and {test} test images of {n} classes" for train, test, n, _ in found)
         names = ", of other names" if hosts[other][:3] == hosts[0][:3] else ""
         raise ConfigError(f"host {other} found {there}{names}, host 0 {here}: all hosts need the same images in data.dir")
+
+
+def check_statistics(config: Config, network: nn.Module, variables: Any, images: Any) -> None:
+    """Check that BatchNorm gets more than one value per channel where it gets one image; some networks have maps of one pixel."""
+    batch, parts, devices, model = config.data.batch_size, config.optim.accumulate, jax.device_count(), config.model
+    if batch != devices * parts or (model.sync_batchnorm and devices > 1):
+        return
+    try:
+        jax.eval_shape(functools.partial(network.apply, train=True, mutable=["batch_stats"]), variables, images)
+    except ValueError as error:
+        fits = [f"--data.batch-size {2 * batch}"]
+        fits += [f"--optim.accumulate {fewer}" for fewer in range(parts - 1, 0, -1) if parts % fewer == 0][:1]
+        fits += ["--model.sync-batchnorm"] * (devices > 1)
+        where = f"each of {devices} devices" if devices > 1 else "the device"
+        where += f" in each of {parts} parts (optim.accumulate)" if parts > 1 else ""
+        raise ConfigError(
+            f"data.batch_size {batch} gives {where} one image, too few for the BatchNorm of {model.name} at {images.shape[1]} × "
+            f"{images.shape[2]} pixels: use {' or '.join(fits)}"
+        ) from error
 
 
 def make_step(setup: TrainingSetup, config: Config, optimizer: optax.GradientTransformation) -> Step:

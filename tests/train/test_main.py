@@ -163,6 +163,10 @@ def test_a_run_resumes_with_its_own_config(small, capsys):
         (["--data.batch-size", "20"], "data.batch_size 20 does not divide over 8 devices: use 16 or 24"),
         (["--data.batch-size", "88"], "data.batch_size 88 is more than the 80 training images"),
         (
+            ["--data.batch-size", "8", "--data.image-size", "2"],
+            "data.batch_size 8 gives each of 8 devices one image, too few for the BatchNorm of scnet20_small at 2 × 2 pixels",
+        ),
+        (
             ["--model.dtype", "float64"],
             "model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment",
         ),

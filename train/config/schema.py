@@ -234,6 +234,10 @@ class Config(Group):
         self._require(self.optim.warmup_epochs < self.epochs, "epochs", "more than Optim.warmup_epochs")
 
 
+FEW_STEPS = 400
+"""Steps to recommend for a handful of images."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Steps and peak learning rate of a config for a number of training images and devices."""
@@ -258,9 +262,8 @@ def make_plan(config: Config, train_images: int, devices: int) -> Plan:
         why += ", in pairs (augment.mixup, augment.cutmix)" if pairs > 1 else ""
         raise ConfigError(f"data.batch_size {batch} does not divide over {why}: use {choices} (--data.batch-size {upper})")
     if batch > train_images:
-        fits = train_images // unit * unit
-        advice = f": use {fits} or less (--data.batch-size {fits})" if fits else ""
-        raise ConfigError(f"data.batch_size {batch} is more than the {train_images} training images of the data set{advice}")
+        advice = _recipe_for_few(config, train_images, unit, smallest=unit * 2 // pairs)
+        raise ConfigError(f"data.batch_size {batch} is more than the {train_images} training images of the data set: {advice}")
     steps = train_images // batch
     return Plan(
         steps_per_epoch=steps,
@@ -270,3 +273,20 @@ def make_plan(config: Config, train_images: int, devices: int) -> Plan:
         drop_steps=tuple(round(epoch * steps) for epoch in config.optim.drop_epochs),
         peak_lr=config.optim.lr * batch / (config.optim.lr_reference_batch or batch),
     )
+
+
+def _recipe_for_few(config: Config, images: int, unit: int, smallest: int) -> str:
+    """Return flags to train on fewer images than a batch: about ten steps an epoch, a learning rate in proportion, enough steps.
+
+    The batch is a multiple of `unit`, at least `smallest` and, if possible, 8 and at most half of the images.
+    """
+    if smallest > images:
+        return f"with these devices and options, a batch has at least {smallest}; use more images, fewer devices or fewer parts"
+    batch = max(smallest, min(max(8, images // 10), images // 2) // unit * unit)
+    epochs = max(config.epochs, -(-FEW_STEPS // (images // batch)))
+    flags = [f"--data.batch-size {batch}", f"--epochs {epochs}"]
+    if not config.optim.lr_reference_batch:
+        flags.insert(1, f"--optim.lr {config.optim.lr * batch / config.data.batch_size:.2g}")
+    if epochs > config.epochs and config.optim.schedule == "step":
+        flags.append("--optim.schedule cosine")
+    return f"use {' '.join(flags)}"

@@ -13,7 +13,8 @@ from PIL import Image
 import scconv_jax
 from train.config import Augment, Config, ConfigError, Data, Hosts, Log, Model, Optim, make_plan
 from train.config import schema as config_module
-from train.config.files import CONFIGS, DEFAULT, differences, from_json, load_config, to_json
+from train.config.files import CONFIGS, DEFAULT, differences, from_json, load_config, override, to_json
+from train.config.flags import parse_flags
 from train.data.datasets import load_dataset
 from train.optim import make_optimizer, make_schedule
 
@@ -235,7 +236,14 @@ def test_a_plan_counts_whole_batches():
         (
             128,
             8,
-            "data.batch_size 128 is more than the 100 training images of the data set: use 96 or less (--data.batch-size 96)",
+            "data.batch_size 128 is more than the 100 training images of the data set: "
+            "use --data.batch-size 16 --optim.lr 0.013 --epochs 90",
+        ),
+        (
+            128,
+            64,
+            "data.batch_size 128 is more than the 100 training images of the data set: with these devices and options, a "
+            "batch has at least 128; use more images, fewer devices or fewer parts",
         ),
     ],
 )
@@ -243,6 +251,23 @@ def test_a_batch_that_does_not_fit(batch_size, devices, message):
     with pytest.raises(ConfigError) as raised:
         make_plan(Config(data=Data(batch_size=batch_size)), train_images=100, devices=devices)
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("images", [5, 17, 50, 100, 255])
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("path", [CONFIGS / "scnet50.py", CONFIGS / "finetune.py"], ids=lambda path: path.stem)
+def test_the_recipe_for_few_images_works(path, images, devices):
+    """Hundreds of steps, several an epoch, and a peak learning rate in proportion to the batch."""
+    config = override(load_config(path), {"data.batch_size": 256, "optim.lr": 0.1})
+    with pytest.raises(ConfigError, match=f"is more than the {images} training images") as raised:
+        make_plan(config, images, devices)
+    recipe = parse_flags(["--config", str(path), *str(raised.value).partition(": use ")[2].split()])
+    config = override(config, recipe.given)
+    plan = make_plan(config, images, devices)
+    assert plan.steps_per_epoch >= (1 if images == 5 and devices == 2 else 2)
+    assert plan.total_steps >= 400
+    assert plan.peak_lr == pytest.approx(0.1 * config.data.batch_size / 256, rel=0.05)
+    assert config.optim.schedule == ("cosine" if config.epochs > load_config(path).epochs else load_config(path).optim.schedule)
 
 
 @pytest.mark.parametrize(
