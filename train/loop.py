@@ -172,6 +172,8 @@ def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None
     state = start.placeholder()
     if jax.process_index() == 0 and workdir is None:
         state, notes = start.create()
+        if untrained := [note for note in notes if "keeps its initial values" in note]:
+            raise ConfigError(f"model.init {config.model.init!r} cannot be tested on these images. {untrained[0]}")
         print(*notes, sep="\n")
     elif jax.process_index() == 0 and workdir is not None:
         with Checkpoints(workdir, config.keep_checkpoints, classes=setup.dataset.classes) as checkpoints:

@@ -152,6 +152,14 @@ def test_from_the_command_line(small, weights, capsys):
     )
 
 
+def test_weights_of_other_classes_can_be_trained_but_not_tested(small, weights, capsys):
+    """The accuracy of a head that nobody trained says nothing."""
+    path, _ = weights
+    assert main(["--config", small, "--init", str(path), "--evaluate", "--data.synthetic-classes", "7"]) == 2
+    reason = "The file's head has 10 classes, the network 7: fc keeps its initial values."
+    assert capsys.readouterr().err == f"error: model.init '{path}' cannot be tested on these images. {reason}\n"
+
+
 def test_a_run_does_not_begin_with_weights_that_will_not_do(small, capsys):
     assert main(["--config", small, "--init", "nothing.pth"]) == 2
     captured = capsys.readouterr()
