@@ -1,6 +1,8 @@
 """The state before the first step: random or with weights from a file, at step 0 or at a later epoch."""
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -51,6 +53,19 @@ class InitialState:
         if self.config.model.dtype != "float64":
             return state
         return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+
+def check_initial_weights(config: Config) -> None:
+    """Download and read the weights of `model.init`, for any number of classes: a mistake in them is found before slow work."""
+    if config.data.dir and not Path(config.data.dir).expanduser().is_dir():
+        return  # an error that comes next
+    try:
+        model = scconv_jax.create_model(config.model.name)
+        images = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, 3), jnp.float32)
+        shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    except ValueError:
+        return  # likewise
+    initial_weights(config.model.init, config.model.name, shapes)
 
 
 def initial_weights(source: str, name: str, like: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

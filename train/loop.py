@@ -22,7 +22,7 @@ from train.run.metrics import Metrics, MetricsWindow, best_line, read_metrics
 from train.run.profiler import Profiler, peak_multiply_adds, training_multiply_adds
 from train.run.progress import Progress
 from train.run.trackers import check_trackers, open_trackers
-from train.run.workdir import locked_folder, save_config
+from train.run.workdir import holds_run, locked_folder, save_config
 from train.setup import make_setup, make_step, make_test
 
 SLOW_INPUT_WARNING = (
@@ -43,7 +43,7 @@ def train(config: Config, workdir: Path) -> int:
         DivergedError: Two devices hold different states.
     """
     began = time.perf_counter()
-    setup = make_setup(config)
+    setup = make_setup(config, begins=not holds_run(workdir))
     batch_size, images = config.data.batch_size, len(setup.dataset.train)
     devices = jax.device_count()
     plan = make_plan(config, images, devices)
@@ -164,7 +164,7 @@ def train(config: Config, workdir: Path) -> int:
 
 def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None:
     """Test the best or latest checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result."""
-    setup = make_setup(config, testing=True)
+    setup = make_setup(config, testing=True, begins=workdir is None)
     images = max(len(setup.dataset.train), config.data.batch_size)  # a test needs no full batch
     plan = make_plan(config, images, jax.device_count())
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))

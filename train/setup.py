@@ -16,6 +16,7 @@ from train.config import Config, ConfigError
 from train.data.augment import make_augment, make_mix
 from train.data.batches import DevicePrefetcher, eval_batches
 from train.data.datasets import Dataset, load_dataset
+from train.initial_state import check_initial_weights
 from train.parallel import Parallel, Step, all_gather_ints, make_parallel
 from train.run.metrics import RUN_AHEAD
 from train.step import AXIS, TrainState, eval_step, train_step
@@ -31,10 +32,18 @@ class TrainingSetup:
     parallel: Parallel
 
 
-def make_setup(config: Config, *, testing: bool = False) -> TrainingSetup:
-    """Load the data and create the network. If `testing`, training images may be missing."""
+def make_setup(config: Config, *, testing: bool = False, begins: bool = False) -> TrainingSetup:
+    """Load the data and create the network.
+
+    Args:
+        config: The experiment.
+        testing: Training images may be missing.
+        begins: The run begins with the weights of `model.init`. They are checked before images are listed.
+    """
     if config.model.dtype == "float64" and jnp.zeros(0).dtype != "float64":
         raise ConfigError("model.dtype float64 needs 64-bit numbers in JAX: set JAX_ENABLE_X64=1 in the environment")
+    if begins and config.model.init and jax.process_index() == 0:
+        check_initial_weights(config)
     dataset = load_dataset(config.data, seed=config.seed, testing=testing)
     for note in dataset.notes:
         print(note)

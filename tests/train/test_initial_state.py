@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import scconv_jax
+import train.setup
 from tests.train.tiny import Tiny, create_tiny
 from train.config import Config, ConfigError, Data, Model, Optim, make_plan
 from train.initial_state import InitialState, initial_weights
@@ -160,9 +161,28 @@ def test_weights_of_other_classes_can_be_trained_but_not_tested(small, weights, 
     assert capsys.readouterr().err == f"error: model.init '{path}' cannot be tested on these images. {reason}\n"
 
 
-def test_a_run_does_not_begin_with_weights_that_will_not_do(small, capsys):
-    assert main(["--config", small, "--init", "nothing.pth"]) == 2
+@pytest.mark.parametrize("evaluate", [[], ["--evaluate"]])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--init", "nothing.pth"], "model.init 'nothing.pth': "),
+        (["--init", "http://127.0.0.1:9/x-00000000.pth"], "model.init 'http://127.0.0.1:9/x-00000000.pth': "),
+        (["--pretrained", "-a", "resnet50"], "no weights were published for resnet50"),
+    ],
+)
+def test_weights_that_will_not_do_are_found_before_images_are_listed(
+    small, capsys, monkeypatch, tmp_path, flags, message, evaluate
+):
+    monkeypatch.setenv("SCCONV_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(train.setup, "load_dataset", None)
+    assert main(["--config", small, *flags, *evaluate]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: model.init 'nothing.pth': ")
+    assert captured.err.startswith(f"error: {message}")
     assert captured.err.count("\n") == 1
-    assert not Path("runs/small/config.json").exists()
+    assert not Path("runs").exists()
+
+
+def test_a_folder_that_is_not_there_is_found_before_weights_are_downloaded(small, capsys, monkeypatch):
+    monkeypatch.setattr(scconv_jax, "load_weights", None)
+    assert main(["--config", small, "--pretrained", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("error: data.dir: there is no folder ")

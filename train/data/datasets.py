@@ -72,6 +72,11 @@ def load_dataset(data: Data, *, seed: int = 0, testing: bool = False) -> Dataset
         ConfigError: The data set is missing or invalid.
         ModuleNotFoundError: A package is missing; the message names the extra that installs it.
     """
+    if data.val_fraction and data.name != "folder":
+        raise ConfigError(
+            f"data.val_fraction {data.val_fraction:g} divides a folder of image files; data.name is {data.name}"
+            + (", so use --data.train-split train[:80%] --data.test-split train[80%:]" if data.name == "tfds" else "")
+        )
     options = {"seed": seed, "testing": testing} if data.name in ("folder", "tfds") else {}
     dataset = DATASETS[data.name](data, **options)
     if dataset.num_classes < 2:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -312,5 +313,10 @@ def test_a_fraction_of_a_folder_with_val_is_an_error(tmp_path):
     fill(tmp_path, both("cat/1.jpg", "dog/1.jpg"))
     with pytest.raises(ConfigError, match=r"data.val_fraction must be 0, found 0.2: .* holds its test images in val$"):
         open_folder(str(tmp_path), val_fraction=0.2)
+    for name, cure in (("digits", ""), ("tfds", r", so use --data.train-split train\[:80%\] --data.test-split train\[80%:\]")):
+        with pytest.raises(
+            ConfigError, match=rf"data.val_fraction 0.2 divides a folder of image files; data.name is {name}{cure}$"
+        ):
+            load_dataset(replace(data(tmp_path, val_fraction=0.2), name=name))
     with pytest.raises(ConfigError, match=r"Data.val_fraction must be at least 0 and under 1, found 1"):
         data(tmp_path, val_fraction=1.0)
