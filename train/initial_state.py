@@ -60,8 +60,9 @@ def check_initial_weights(config: Config) -> None:
     if config.data.dir and not Path(config.data.dir).expanduser().is_dir():
         return  # an error that comes next
     try:
-        model = scconv_jax.create_model(config.model.name)
-        images = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, 3), jnp.float32)
+        channels = config.data.channels
+        model = scconv_jax.create_model(config.model.name, in_channels=channels)
+        images = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, channels), jnp.float32)
         shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     except ValueError:
         return  # likewise

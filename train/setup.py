@@ -49,7 +49,8 @@ def make_setup(config: Config, *, testing: bool = False, begins: bool = False) -
         print(note)
     check_same_images(dataset)
     dtype, axis_name = jnp.dtype(config.model.dtype), AXIS if config.model.sync_batchnorm else None
-    create = functools.partial(scconv_jax.create_model, config.model.name, num_classes=dataset.num_classes, dtype=dtype)
+    options = {"num_classes": dataset.num_classes, "in_channels": dataset.image_shape[-1], "dtype": dtype}
+    create = functools.partial(scconv_jax.create_model, config.model.name, **options)
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     try:
         model = create(axis_name=axis_name)

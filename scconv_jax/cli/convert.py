@@ -38,6 +38,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="file to write: .safetensors for Flax, .pth or .pt for PyTorch"
     )
+    parser.add_argument(
+        "--in-channels", type=int, metavar="N", help="channels of the images (default: the source's); kernels for 3 are adapted"
+    )
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     parser.set_defaults(run=_convert)
 
@@ -85,7 +88,7 @@ def open_source(options: argparse.Namespace) -> Checkpoint:
 
 def model_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the network's options on the command line."""
-    given = {name: getattr(options, name) for name in ("output_stride", "num_classes", "variant")}
+    given = {name: getattr(options, name, None) for name in ("output_stride", "num_classes", "variant", "in_channels")}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -34,7 +34,7 @@ from scconv_jax.interop.conversion import (
     to_arrays,
     to_torch,
 )
-from scconv_jax.interop.recognition import head, options_from_entries, recognise, template
+from scconv_jax.interop.recognition import fit_input, head, options_from_entries, recognise, template
 from scconv_jax.layers.core import Dense
 from scconv_jax.messages import listed
 from scconv_jax.models.registry import MODELS, PUBLISHED, create_model
@@ -52,8 +52,8 @@ def load_model(source: str | os.PathLike[str], model: str | None = None, **optio
             name of a published checkpoint (`scnet50`), or an http or https address.
         model: Name of the network. If None, it is recognised from the file.
         **options: Options of `create_model`. By default they come from the file. If `num_classes` differs from the
-            file's, the head is initialised. The paper's ScConv has the same entries as the public code of 2023-10, which is
-            assumed: give `variant="paper"` for the paper's.
+            file's, the head is initialised; for other `in_channels` than 3, the first kernels are summed or repeated. The paper's
+            ScConv has the same entries as the public code of 2023-10, which is assumed: give `variant="paper"` for the paper's.
 
     Returns:
         `(model, variables)`, for `model.apply(variables, images, train=False)`; variables are NumPy arrays, float32. Notes for
@@ -187,7 +187,11 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     options = json.loads(checkpoint.source.metadata.get("arguments", "{}"))
     description = f"{name} with {json.dumps(options):.200}"
     options.pop("num_classes", None)  # a file cannot ask for a head that it does not have
-    options |= {key: value for key, value in options_from_entries(name, checkpoint.arrays).items() if key == "num_classes"}
+    options |= {
+        key: value
+        for key, value in options_from_entries(name, checkpoint.arrays).items()
+        if key in ("num_classes", "in_channels")
+    }
     try:
         if options.get("depth", 0) > len(checkpoint.arrays):  # to trace such a network would never end
             raise ValueError("it has more layers than the file has entries")
@@ -208,6 +212,8 @@ def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> L
             f"Weights must be floating-point; these are not: {listed(wrong, 3)}. Quantised weights cannot be converted."
         )
     notes = [checkpoint.convention.caution] if checkpoint.convention.caution else []
+    arrays, note = fit_input(arrays, template)
+    notes += [note] if note else []
     ignore = list(checkpoint.ignore)
     if name := head(template):
         kernel = template["params"][name]["kernel"]

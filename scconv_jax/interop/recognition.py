@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
@@ -23,6 +24,7 @@ from scconv_jax.interop.conversion import ConversionError, is_counter, shapes
 from scconv_jax.models.complexity import shorten
 from scconv_jax.models.registry import MODELS, create_model
 
+STEMS = ("conv1.weight", "conv1.0.weight", "conv_stem.weight")  # kernels that the images meet
 SIZE = 128  # pixels; every network accepts such images
 
 
@@ -90,13 +92,38 @@ _LEAVES = {"weight": "scale", "bias": "bias", "gamma": "gamma", "beta": "beta", 
 
 
 def options_from_entries(name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a network that a checkpoint determines: `num_classes`, and `alpha` and `variant` of ScConv."""
+    """Return the options that a checkpoint determines: `num_classes`, `in_channels` unless 3, `alpha` and `variant` of ScConv."""
     spec = MODELS[name]
     shown = scconv_options(entries)
     weight = entries.get(f"{spec.head}.weight")
     if weight is not None and len(weight.shape) == 2:
         shown["num_classes"] = weight.shape[0]
+    stem = next((entries[key] for key in STEMS if key in entries), None)
+    if stem is not None and len(stem.shape) == 4 and stem.shape[1] != 3:
+        shown["in_channels"] = stem.shape[1]
     return {option: value for option, value in shown.items() if option in spec.options}
+
+
+def fit_input(arrays: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str]:
+    """Return entries whose first kernel has the template's input channels, and a note if it had three others.
+
+    For one channel, kernels for three are summed: a grey image repeated to RGB gives the same result. For others, they are
+    repeated and scaled by 3 / channels. This is timm's rule (`adapt_input_conv`).
+    """
+    wanted = shapes(template)
+    for key in STEMS:
+        shape, kernel = wanted.get(key, ()), arrays.get(key)
+        if kernel is None or len(shape) != 4 or shape[1] == 3 or kernel.shape != (shape[0], 3, *shape[2:]):
+            continue
+        channels, wide = shape[1], kernel.astype(np.float32)
+        if channels == 1:
+            wide, how = wide.sum(axis=1, keepdims=True), "summed"
+        else:
+            wide = np.take(wide, np.arange(channels) % 3, axis=1) * np.float32(3 / channels)
+            how = f"repeated and scaled by 3/{channels}"
+        note = f"The file's {key} has 3 input channels, the network {channels}: the kernels were {how}."
+        return {**arrays, key: wide.astype(kernel.dtype)}, note
+    return dict(arrays), ""
 
 
 def recognise(entries: Mapping[str, Any]) -> Recognised | None:
@@ -131,7 +158,7 @@ def _stage_sizes(model: Any) -> tuple[int, ...]:
 
 
 def _traced(model: nn.Module) -> dict[str, Any]:
-    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, getattr(model, "in_channels", 3)), jnp.float32)
     return jax.eval_shape(partial(model.init, train=False), jax.eval_shape(jax.random.key, 0), images)  # starts no backend
 
 

@@ -238,16 +238,19 @@ class Dense(nn.Module):
         return x @ kernel + jnp.broadcast_to(bias, (x.shape[0], self.features))
 
 
-def check_images(images: jax.Array, smallest: int, stride: int = 1) -> None:
-    """Raise a ValueError unless `images` is a float array `(n, h, w, 3)` with h and w at least `smallest`.
+def check_images(images: jax.Array, channels: int = 3, *, smallest: int, stride: int = 1) -> None:
+    """Raise a ValueError unless `images` is a float array `(n, h, w, channels)` with h and w at least `smallest`.
 
     Symbolic h and w must be multiples of `stride`, the image size divided by the size of the network's last map.
     """
     shape = images.shape
-    if len(shape) != 4 or shape[3] != 3:
-        channels_first = len(shape) == 4 and shape[1] == 3
-        hint = " They look like PyTorch's (n, 3, h, w): use images.transpose(0, 2, 3, 1)." if channels_first else ""
-        raise ValueError(f"Expected images of shape (n, h, w, 3), channels last; got {shape}.{hint}")
+    if len(shape) != 4 or shape[3] != channels:
+        hint = ""
+        if len(shape) == 4 and shape[1] == channels:
+            hint = f" They look like PyTorch's (n, {channels}, h, w): use images.transpose(0, 2, 3, 1)."
+        elif len(shape) == 4 and shape[3] in (1, 2, 3, 4):
+            hint = f" For images of {shape[3]} channels, create the network with in_channels={shape[3]}."
+        raise ValueError(f"Expected images of shape (n, h, w, {channels}), channels last; got {shape}.{hint}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"Expected float images, normalised as in training; got {images.dtype}. "

@@ -48,7 +48,7 @@ def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int 
             outputs["/".join(context.module.path)] = type(context.module).__name__, last.shape
         return result
 
-    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, height, width, getattr(model, "in_channels", 3)), jnp.float32)
     short, repeated = shorten(model)
     with nn.intercept_methods(record):
         variables = jax.eval_shape(lambda x: short.init(jax.random.key(0), x, train=False), images)

@@ -66,7 +66,7 @@ class Transition(nn.Module):
 
 
 class DenseNet(SmallNetwork):
-    """A densely connected network: images `(n, h, w, 3)` to logits `(n, num_classes)`.
+    """A densely connected network: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
 
     Attributes:
         block_sizes: Number of layers of each block.
@@ -106,10 +106,10 @@ class DenseNet(SmallNetwork):
             channels //= 2
         return maps
 
-    def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+    def features(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each block, the last one after `bn` and ReLU: `{"layer1": (n, h, w, 256), ...}`."""
         last = len(self.block_sizes)
-        check_images(images, smallest=self.smallest_image, stride=1 << (last - 1))
+        check_images(images, self.in_channels, smallest=self.smallest_image, stride=1 << (last - 1))
         x, maps = self.conv1(images), {}
         for i in range(1, last + 1):
             maps[f"layer{i}"] = x = getattr(self, f"dense{i}")(x, train=train)

@@ -181,7 +181,7 @@ class _Trunk(nn.Module):
 
 
 class GhostNet(Network, kw_only=True):
-    """GhostNet 1.0×: images `(n, h, w, 3)` to logits `(n, num_classes)`.
+    """GhostNet 1.0×: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
 
     Attributes:
         version: `REFERENCE` or `PYTORCHCV`.
@@ -207,9 +207,9 @@ class GhostNet(Network, kw_only=True):
         channels = [GHOSTNET[i - 1][-1].features for i in halvings] + [GHOSTNET[-1][-1].expansion]
         return {f"layer{i + 1}": Feature(width, 2 << i) for i, width in enumerate(channels)}
 
-    def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+    def features(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the last map of each size, `{"layer1": (n, h / 2, w / 2, 16), ..., "layer5": (n, h / 32, w / 32, 960)}`."""
-        check_images(images, smallest=self.smallest_image, stride=32)
+        check_images(images, self.in_channels, smallest=self.smallest_image, stride=32)
         x = nn.relu(self.bn1(self.conv_stem(images), train=train))
         return self.blocks(x, train=train)
 

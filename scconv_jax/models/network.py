@@ -33,20 +33,24 @@ class Stage(nn.Module):
 
 
 class Network(nn.Module, kw_only=True):
-    """Base class: images `(n, h, w, 3)` to logits `(n, num_classes)`. Subclasses define `features`, `feature_info` and the head.
+    """Base class: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
+
+    Subclasses define `features`, `feature_info` and the head.
 
     Attributes:
         num_classes: Length of the logits.
+        in_channels: Channels of the images: 3 for RGB, 1 for grey ones.
         dtype: Computation dtype. Logits are float32, or float64 for a float64 network; parameters are float32.
         axis_name: Mapped axis over which BatchNorm computes its statistics. If None, each device computes its own.
         image_size: Height and width, in pixels, of the images that the network is designed for.
         head: Name of the linear layer.
 
     Raises:
-        ValueError: The images are not float `(n, h, w, 3)`, or smaller than `smallest_image`.
+        ValueError: The images are not float `(n, h, w, in_channels)`, or smaller than `smallest_image`.
     """
 
     num_classes: int = 1000
+    in_channels: int = 3
     dtype: Dtype = jnp.float32
     axis_name: str | tuple[str, ...] | None = None
     image_size: int = 224
@@ -62,7 +66,7 @@ class Network(nn.Module, kw_only=True):
         """Return channels and stride of each map that `features` returns."""
         raise NotImplementedError
 
-    def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+    def features(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each stage by name: `{"layer1": (n, h / 4, w / 4, 256), ...}`."""
         raise NotImplementedError
 
@@ -71,7 +75,7 @@ class Network(nn.Module, kw_only=True):
         del train
         return F.global_avg_pool(last)
 
-    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n classes"]:
+    def __call__(self, images: Float[Array, "n h w i"], *, train: bool) -> Float[Array, "n classes"]:
         """Return the logits. `train=True` normalises by the batch's statistics and needs `mutable=["batch_stats"]`."""
         *_, last = self.features(images, train=train).values()
         logits = getattr(self, self.head)(self.pool(last, train=train))

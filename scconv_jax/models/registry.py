@@ -39,9 +39,7 @@ ADVICE = {
     **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "drop_connect_rate", "dropout"), _NO_DROPOUT),
     **dict.fromkeys(("features_only", "out_indices"), _MAPS),
     **dict.fromkeys(("checkpoint_path", "weights"), "Load weights with scconv_jax.load_model(SOURCE)."),
-    **dict.fromkeys(
-        ("in_chans", "in_channels"), "Images have three channels: repeat a grey one with jnp.repeat(images, 3, axis=-1)."
-    ),
+    "in_chans": "Use in_channels.",
     **dict.fromkeys(("img_size", "input_size"), "A network accepts images of any size from its smallest on; see model_info."),
     **dict.fromkeys(("act_layer", "norm_layer", "zero_init_residual"), _BUILD),
     "global_pool": f"The head averages the last map. {_MAPS}",
@@ -105,7 +103,8 @@ def create_model(name: str, **options: Any) -> Network:
     Args:
         name: One of `list_models()`.
         **options: See `model_info(name).options` for the options and their meaning. All networks have `num_classes`,
-            `dtype` and `axis_name`; residual networks have `output_stride`, and networks of ScConv `alpha` and `variant`.
+            `in_channels`, `dtype` and `axis_name`; residual networks have `output_stride`, and networks of ScConv `alpha` and
+            `variant`.
 
     Returns:
         A Flax module: `model.init(key, images, train=False)`, `model.apply(variables, images, train=False)`.
@@ -118,9 +117,10 @@ def create_model(name: str, **options: Any) -> Network:
         if option not in spec.options:
             hint = f" {_advice(name, option)}" if _advice(name, option) else did_you_mean(option, spec.options)
             raise ValueError(f"Model {name!r} has no option {option!r}.{hint} Its options: {', '.join(spec.options)}.")
-    classes = options.get("num_classes", 1)
-    if isinstance(classes, bool) or not isinstance(classes, Integral) or classes < 1:
-        raise ValueError(f"num_classes={classes!r} must be one positive integer.")
+    for option in ("num_classes", "in_channels"):
+        number = options.get(option, 1)
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+            raise ValueError(f"{option}={number!r} must be one positive integer.")
     if "dtype" in options:
         _check_dtype(options["dtype"])
     return spec.build(**options)

@@ -36,7 +36,7 @@ class DeepStem(nn.Module):
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n h w 3"], *, train: bool) -> Float[Array, "n p q d"]:
+    def __call__(self, x: Float[Array, "n h w i"], *, train: bool) -> Float[Array, "n p q d"]:
         """Apply the convolutions. `train` selects the statistics of the norms."""
         first, second, third = self.widths
         x = conv3x3(first, strides=2, dtype=self.dtype, name="0")(x)
@@ -53,7 +53,7 @@ def stem(features: int, kernel_size: int, strides: int, *, norm: Factory, **opti
 
 
 class ResNet(Network):
-    """A residual network of any block: images `(n, h, w, 3)` to logits `(n, num_classes)`.
+    """A residual network of any block: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
 
     Attributes:
         block: Factory of the blocks; see `blocks.py`.
@@ -134,9 +134,9 @@ class ResNet(Network):
             )
         return {f"layer{i + 1}": Feature(expansion * planes, self._stride(i)) for i, planes in enumerate(self.planes)}
 
-    def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+    def features(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each stage by the stage's name: `{"layer1": (n, h / 4, w / 4, 256), ...}`."""
-        check_images(images, smallest=self.smallest_image, stride=self.output_stride)
+        check_images(images, self.in_channels, smallest=self.smallest_image, stride=self.output_stride)
         x = self.conv1(images, train=train)
         x = nn.relu(self.bn1(x, train=train))
         if self.stem_pool:

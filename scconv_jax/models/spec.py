@@ -18,6 +18,7 @@ from scconv_jax.models.network import Feature, Network
 # Options of `create_model`, each with its meaning.
 COMMON = {
     "num_classes": "Number of classes: the length of the logits. 1000 by default, 10 for the small networks.",
+    "in_channels": "Channels of the images: 3 by default, 1 for grey ones, 4 or more for others.",
     "dtype": "Computation dtype: `jnp.float32` (default), `jnp.bfloat16`, `jnp.float16` or, with 64-bit JAX, `jnp.float64`.",
     "axis_name": "Mapped axis over which BatchNorm computes its statistics. None (default): each device computes its own.",
 }

@@ -57,7 +57,7 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(SmallNetwork):
-    """A wide residual network: images `(n, h, w, 3)` to logits `(n, num_classes)`.
+    """A wide residual network: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
 
     Attributes:
         depth: Number of layers, 6 k + 4.
@@ -97,9 +97,9 @@ class WideResNet(SmallNetwork):
         """Return channels and stride of each map that `features` returns."""
         return {f"layer{i + 1}": Feature((16 << i) * self.width, 1 << i) for i in range(3)}
 
-    def features(self, images: Float[Array, "n h w 3"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+    def features(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each stage, the last one after `bn1` and ReLU: `{"layer1": (n, h, w, 160), ...}`."""
-        check_images(images, smallest=self.smallest_image, stride=4)
+        check_images(images, self.in_channels, smallest=self.smallest_image, stride=4)
         x, maps = self.conv1(images), {}
         for i in range(3):
             x = getattr(self, f"block{i + 1}")(x, train=train)

@@ -154,7 +154,7 @@ def test_rows_of_the_papers():
     ("option", "message"),
     [
         ("pretrained", r"Load the published weights with scconv_jax\.load_model\('scnet50'\)"),
-        ("in_chans", "Images have three channels"),
+        ("in_chans", "Use in_channels."),
         ("drop_rate", "no dropout"),
         ("drop_path_rate", "no dropout and no stochastic depth"),
         ("global_pool", "The head averages the last map"),
@@ -168,7 +168,7 @@ def test_rows_of_the_papers():
 def test_habits_of_other_libraries(option, message):
     with pytest.raises(ValueError, match=f"Model 'scnet50' has no option '{option}'.*{message}") as error:
         create_model("scnet50", **{option: True})
-    assert str(error.value).endswith("Its options: num_classes, dtype, axis_name, planes, output_stride.")
+    assert str(error.value).endswith("Its options: num_classes, in_channels, dtype, axis_name, planes, output_stride.")
 
 
 def test_weights_that_were_not_published():

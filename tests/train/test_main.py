@@ -127,7 +127,7 @@ def test_the_model_is_made_as_the_config_says(small, monkeypatch):
     )
     flags = ["--model.name", "scnet50", "--model.dtype", "bfloat16", "--model.sync-batchnorm", "--data.synthetic-classes", "7"]
     assert main(["--config", small, "--epochs", "1", *flags]) == 0
-    options = {"num_classes": 7, "dtype": jnp.bfloat16}
+    options = {"num_classes": 7, "in_channels": 3, "dtype": jnp.bfloat16}
     assert made == [(("scnet50",), options | {"axis_name": AXIS}), (("scnet50",), options)], "the second is only traced"
 
 

@@ -24,6 +24,7 @@ class Tiny(nn.Module):
     """Convolution, BatchNorm, ReLU, mean, linear: `(n, h, w, 3)` to logits `(n, num_classes)`."""
 
     num_classes: int = 10
+    in_channels: int = 3
     dtype: Any = jnp.float32
     axis_name: str | None = None
 

@@ -43,6 +43,8 @@ class Data(Group):
     """Part of each class to test on, chosen by the seed, for a folder without val: DIR/CLASS or DIR/train/CLASS is divided."""
     image_size: int = 32
     """Height and width of the network's input in pixels."""
+    channels: Literal[3, 1] = 3
+    """Channels of the network's input: 3, red, green and blue, or 1, grey. Images are converted."""
     resize: int = 0
     """Shorter side in pixels of a test image file before the central crop. 0: 256 for image_size 224, others in proportion."""
     crop_scale: tuple[float, ...] = (0.08, 1.0)
@@ -85,7 +87,8 @@ class Data(Group):
             rising = len(pair) == 2 and 0 < pair[0] <= pair[1] <= highest
             self._require(rising, name, "two numbers above 0, the second not less than the first" + limit)
         for name in ("mean", "std"):
-            self._require(len(getattr(self, name)) in (0, 3), name, "three numbers, for red, green and blue")
+            expected = "three numbers, for red, green and blue" if self.channels == 3 else "one number, for channels 1"
+            self._require(len(getattr(self, name)) in (0, self.channels), name, expected)
         self._require(all(value > 0 for value in self.std), "std", "above 0")
 
 

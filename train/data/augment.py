@@ -42,7 +42,9 @@ def make_augment(data: Data, augment: Augment = NOTHING) -> Callable[[Array, Arr
         if data.flip:
             image = random_flip(flip_key, image)
         if augment.randaugment:
-            image = rand_augment(jax.random.fold_in(key, 2), image, augment.randaugment, augment.randaugment_magnitude)
+            colours = jnp.broadcast_to(image, (*image.shape[:2], 3))  # a grey image has one channel
+            changed = rand_augment(jax.random.fold_in(key, 2), colours, augment.randaugment, augment.randaugment_magnitude)
+            image = changed[..., : image.shape[-1]]
         return image
 
     return jax.vmap(one)

@@ -88,7 +88,7 @@ def load_digits(data: Data) -> Dataset:
     """Load scikit-learn's 1,797 scans of handwritten digits, 8×8 pixels (UCI ML repository, "optdigits").
 
     1,437 are for training and 360 for testing, every digit in proportion. The split is the same for every seed, and no scan
-    occurs twice. The scans are enlarged to `image_size` bilinearly and repeated to three channels.
+    occurs twice. The scans are enlarged to `image_size` bilinearly and repeated to `channels`.
     """
     try:
         from sklearn import datasets, model_selection
@@ -98,7 +98,7 @@ def load_digits(data: Data) -> Dataset:
     scans, labels = datasets.load_digits(return_X_y=True)
     train, test = model_selection.train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     grey = resize_bilinear(scans.reshape(-1, 8, 8) / 16, data.image_size)
-    images = np.repeat(np.round(255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
+    images = np.repeat(np.round(255 * grey).astype(np.uint8)[..., None], data.channels, axis=-1)
     labels = labels.astype(np.int32)
     return _from_arrays(ArraySource(images[train], labels[train]), ArraySource(images[test], labels[test]), 10)
 
@@ -106,8 +106,8 @@ def load_digits(data: Data) -> Dataset:
 def load_synthetic(data: Data) -> Dataset:
     """Make images of noise on one random 4×4 pattern per class, in any size, for smoke tests and benchmarks."""
     rng = np.random.default_rng(0)
-    patterns = rng.uniform(64, 192, (data.synthetic_classes, 4, 4, 3))
-    shape = (data.image_size, data.image_size, 3)
+    patterns = rng.uniform(64, 192, (data.synthetic_classes, 4, 4, data.channels))
+    shape = (data.image_size, data.image_size, data.channels)
 
     def make(count: int) -> ArraySource:
         labels = (np.arange(count) % data.synthetic_classes).astype(np.int32)
@@ -151,7 +151,7 @@ def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _from_arrays(train: ArraySource, test: ArraySource, num_classes: int) -> Dataset:
-    pixels = train.images.reshape(-1, 3) / 255
+    pixels = train.images.reshape(-1, train.image_shape[-1]) / 255
     classes = tuple(map(str, range(num_classes)))
     return Dataset(train, test, classes, mean=tuple(pixels.mean(0).tolist()), std=tuple(pixels.std(0).tolist()))
 
@@ -165,4 +165,7 @@ def _from_files(data: Data, train: FolderRecords | TfdsRecords, test: FolderReco
             f"image files need {error.name or error}, which is not installed: pip install 'scconv-jax[train]'"
         ) from error
     imagenet = scconv_jax.images.Preparation  # its defaults suit pretrained networks, and photographs in general
-    return Dataset(*make_sources(data, train, test), train.classes, imagenet.mean, imagenet.std)
+    mean, std = imagenet.mean, imagenet.std
+    if data.channels == 1:  # as timm does
+        mean, std = ((sum(values) / 3,) for values in (mean, std))
+    return Dataset(*make_sources(data, train, test), train.classes, mean, std)

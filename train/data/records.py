@@ -90,5 +90,15 @@ def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSour
         decoded = scconv_jax.images.decode(image, exif=exif, max_pixels=max_pixels)
         out[...] = scconv_jax.images.center_crop(decoded, size, resize, max_pixels)
 
-    shape = (size, size, 3)
-    return EncodedSource(train, random_crop, shape, unreadable), EncodedSource(test, central_crop, shape, unreadable)
+    def in_grey(write: Callable[[bytes, tuple[int, ...], np.ndarray], object]) -> Callable[..., None]:
+        def write_grey(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
+            colours = np.empty((size, size, 3), np.uint8)
+            write(image, key, colours)
+            out[..., 0] = Image.fromarray(colours).convert("L")
+
+        return write_grey
+
+    shape = (size, size, data.channels)
+    crops = (random_crop, central_crop) if data.channels == 3 else map(in_grey, (random_crop, central_crop))
+    sources = [EncodedSource(*pair, shape, unreadable) for pair in zip((train, test), crops, strict=True)]
+    return sources[0], sources[1]

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import scconv_jax
-from tests.train.tiny import create_tiny
+from tests.train.tiny import create_tiny, final_arrays
 from train.config import Data
-from train.data.datasets import ArraySource, load_digits
+from train.data.datasets import ArraySource, load_dataset, load_digits
 from train.main import main
 from train.prepare import prepare_folder
 
@@ -59,6 +59,20 @@ def run(capsys, *arguments):
     """Return the exit code and the last line on stderr."""
     code = main([*map(str, arguments), "--config", "small.py"])
     return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+
+
+def test_grey_images(capsys, digits):
+    """With one channel, from decoding to the network, and through every augmentation."""
+    flags = ["--data.channels", "1", "--augment.randaugment", "1", "--augment.mixup", "0.2", "--epochs", "1"]
+    assert main([str(digits), "--config", "small.py", "--workdir", "grey", *flags]) == 0
+    assert final_arrays("grey")["params/conv/kernel"].shape == (3, 3, 1, 8)
+    assert main(["--workdir", "grey", "--evaluate"]) == 0
+    assert "of 20)" in capsys.readouterr().out
+    dataset = load_dataset(Data(name="folder", dir=str(digits), image_size=16, resize=16, channels=1))
+    found, first = np.empty((16, 16, 1), np.uint8), sorted(digits.glob("val/*/*.jpg"))[0]
+    dataset.test.load(0, (), found)
+    np.testing.assert_array_equal(found[..., 0], np.asarray(Image.open(first).convert("L")))
+    assert dataset.mean == (np.mean([0.485, 0.456, 0.406]),)
 
 
 def test_a_folder_trains_and_so_does_the_same_prepared(digits, capsys):
