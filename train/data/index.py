@@ -166,7 +166,7 @@ def _walk(root: Path, folder: str, top: os.stat_result) -> tuple[list[tuple[str,
                 elif is_image and entry.is_symlink():  # perhaps broken, but it may be whole tomorrow
                     files.append(name)
                 else:
-                    left_out["special files" if is_image else _kind(name)] += 1
+                    left_out[f"{name} (not a regular file)" if is_image else _kind(name)] += 1
         found.append((folder, status.st_mtime_ns, sorted(files)))
     return sorted(found), left_out
 

@@ -178,7 +178,7 @@ def test_only_regular_files_are_opened(tmp_path):
     (cat / "4-device.jpg").symlink_to("/dev/zero")
     dataset = load_dataset(data(tmp_path))
     server.close()
-    assert dataset.notes == (f"{cat.parent}: left out special files (2); 2 in all.",)
+    assert dataset.notes == (f"{cat.parent}: left out pipe.jpg (not a regular file), socket.jpg (not a regular file); 2 in all.",)
     for number, reason in enumerate(("not a regular file", "No such device or address", "not a regular file"), start=1):
         with pytest.raises(UnreadableImageError, match=reason):
             dataset.train.load(number, (0,), np.empty((16, 16, 3), np.uint8))
