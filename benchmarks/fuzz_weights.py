@@ -129,7 +129,7 @@ def opcodes(chance: random.Random, canary: Path, most: int) -> bytes:
             case 0:
                 pieces.append(chance.choice(OPCODES))
             case 1:
-                pieces.append(made.named(chance.choice(list(state_dicts.ADMITTED))))
+                pieces.append(made.named(chance.choice(made.NAMES)))
             case 2:
                 pieces.append(made.tensor(made.storage(str(chance.randrange(3)), count=96), chance.choice([0, 1, -1, 2**40])))
             case 3:

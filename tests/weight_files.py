@@ -13,6 +13,12 @@ import numpy as np
 
 from scconv_jax.weights import state_dicts
 
+NAMES = [
+    *state_dicts.FUNCTIONS, "argparse.Namespace", "builtins.set", "builtins.getattr", "torch._utils._rebuild_qtensor",
+    "torch._utils._rebuild_meta_tensor_no_storage", "torch.ComplexFloatStorage", "torch.storage.UntypedStorage", "own.Dict",
+]  # fmt: skip
+"""Names in pickles: those that a state dict needs, and some that stay inert."""
+
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 VERSION = pickle.dumps(1001, protocol=2)
 MACHINE = pickle.dumps(

@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from scconv_jax import files
 
 class WeightsError(ValueError):
     """A file or address of weights cannot be used; the message says what was found and what to do."""
+
+
+class Contents(NamedTuple):
+    """What a reader found in a file."""
+
+    tensors: dict[str, np.ndarray]
+    skipped: dict[str, str]  # other items, name to type
+    metadata: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    key: str = ""  # where the tensors are, in a checkpoint of several dictionaries
+    others: tuple[str, ...] = ()  # keys of other sets of weights
 
 
 def check_writable(path: Path) -> None:

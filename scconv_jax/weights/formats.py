@@ -1,6 +1,6 @@
 """Reads a file of weights in any supported format; its first bytes identify the format.
 
-No file can run code: a restricted unpickler (`scconv_jax.weights.pickles`) admits only the few names that a state dict needs.
+No file can run code: a restricted unpickler (`scconv_jax.weights.pickles`) knows only the few functions that a state dict needs.
 Every bad file raises a `WeightsError`.
 """
 
@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from scconv_jax.weights import runs, safetensors_files, torch_files
-from scconv_jax.weights.files import WeightsError, describe_unknown
+from scconv_jax.messages import listed
+from scconv_jax.weights import hub, runs, safetensors_files, torch_files
+from scconv_jax.weights.files import Contents, WeightsError, describe_unknown
+from scconv_jax.weights.selection import select
 
 _MAX_KEY_LENGTH = 500  # characters; a key may be a path in a tree, and a very deep tree takes too long to walk
 
@@ -32,6 +34,8 @@ class Source(NamedTuple):
     bytes: int  # size of the file, or of all files in a folder
     skipped: dict[str, str]  # other items of a checkpoint, name to type: `{"epoch": "int", "optimizer": "dict"}`
     not_finite: dict[str, int]  # keys of arrays with NaN or infinite values, and how many they have
+    key: str = ""  # where the tensors are in a file of several dictionaries
+    others: tuple[str, ...] = ()  # keys of the other sets of weights in the file
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -39,49 +43,95 @@ class Source(NamedTuple):
         return traverse_util.unflatten_dict(self.tensors, sep="/")
 
 
-def read(path: str | os.PathLike[str]) -> Source:
-    """Read a file of weights (PyTorch's zip or legacy format, safetensors), a run's folder or one of its `checkpoints/STEP`."""
+def read(path: str | os.PathLike[str], key: str = "") -> Source:
+    """Read weights.
+
+    Args:
+        path: A file (PyTorch's zip or legacy format, safetensors), the index of a model in several files, a folder of the
+            Hugging Face hub, a run's folder or one of its `checkpoints/STEP`.
+        key: Which set of weights to take from a file that has several (`state_dict_ema`), or the prefix of their keys. If
+            empty, the rules of `scconv_jax.weights.selection` choose.
+    """
     path = Path(path)
     try:
         if path.is_dir():
-            variables, metadata, skipped, size = runs.read(path)
-            tensors: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
-            return Source(tensors, True, metadata, "orbax", path, size, skipped, _count_not_finite(tensors))
-        return _read_file(path)
+            found = None if (path / "checkpoints").is_dir() else hub.find(path)
+            return _read_run(path, key) if found is None else _read_file(found, key)
+        return _read_file(path, key)
     except WeightsError as error:
         # Quoted parts of the file may be long or contain control sequences of a terminal.
         reason = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:600])
-        raise WeightsError(f"{path} cannot be used: {reason}.") from error
+        raise type(error)(f"{path} cannot be used: {reason}.") from error
     except MemoryError as error:
         raise WeightsError(f"{path} does not fit into this machine's memory.") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _read_file(path: Path) -> Source:
+def _read_run(path: Path, key: str) -> Source:
+    variables, metadata, skipped, size = runs.read(path, key)
+    tensors: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
+    return Source(tensors, True, metadata, "orbax", path, size, skipped, _count_not_finite(tensors))
+
+
+def _read_file(path: Path, key: str) -> Source:
     if path.exists() and not path.is_file():
         raise WeightsError("it is neither a file nor a folder")
+    if path.name.endswith(hub.INDEX):
+        kind, size, contents = _read_shards(path)
+    else:
+        hub.check_whole(path)
+        size, (kind, contents) = path.stat().st_size, _read_format(path, key)
+    if key and key != contents.key and (selected := select(contents.tensors, key)):
+        skipped = contents.skipped | dict.fromkeys(selected.skipped, "an array")
+        contents = contents._replace(tensors=selected.entries, skipped=skipped, key=key)
+    is_flax = _check_keys(contents.tensors, contents.skipped)
+    if not _is_plain(contents.metadata.get("arguments", "{}")):
+        raise WeightsError("the arguments in its metadata are not a JSON object of numbers and printable strings")
+    not_finite = _count_not_finite(contents.tensors)
+    tensors, skipped, metadata, key, others = contents
+    return Source(tensors, is_flax, metadata, kind, path, size, skipped, not_finite, key, others)
+
+
+def _read_shards(index: Path) -> tuple[str, int, Contents]:
+    """Read all shards that an index names; each must hold exactly the tensors that it is said to hold."""
+    result, kinds, size = Contents({}, {}), set(), 0
+    shards = hub.read_index(index)
+    for path, keys in shards.items():
+        try:
+            kind, contents = _read_format(path, "")
+        except WeightsError as error:
+            raise WeightsError(f"its shard {path.name} is bad: {error}") from error
+        found = contents.tensors.keys() | contents.skipped.keys()
+        if found != keys:
+            raise WeightsError(
+                f"its shard {path.name} does not hold what it says: {listed(sorted(found ^ keys), 3)} "
+                f"{'is' if len(found ^ keys) == 1 else 'are'} in one of them only. Download both again"
+            )
+        result.tensors.update(contents.tensors)
+        result.skipped.update(contents.skipped)
+        kinds.add(kind)
+        size += path.stat().st_size
+    return f"{', '.join(sorted(kinds))} in {len(shards)} shards", size, result
+
+
+def _read_format(path: Path, key: str) -> tuple[str, Contents]:
     with path.open("rb") as file:
         head = file.read(512)
-    metadata, skipped = {}, {}
     if torch_files.is_legacy(head):
-        kind, (tensors, skipped) = "torch legacy", torch_files.read_legacy(path)
-    elif head.startswith(b"PK"):
-        kind, (tensors, skipped) = "torch zip", torch_files.read_zip(path)
-    elif head[8:9] == b"{" and not head.startswith(b"{"):
-        kind, (tensors, metadata) = "safetensors", safetensors_files.read(path)
-    else:
-        raise WeightsError(describe_unknown(head))
-    is_flax = _check_keys(tensors)
-    if not _is_plain(metadata.get("arguments", "{}")):
-        raise WeightsError("the arguments in its metadata are not a JSON object of numbers and printable strings")
-    return Source(tensors, is_flax, metadata, kind, path, path.stat().st_size, skipped, _count_not_finite(tensors))
+        return "torch legacy", torch_files.read_legacy(path, key)
+    if head.startswith(b"PK"):
+        return "torch zip", torch_files.read_zip(path, key)
+    if head[8:9] == b"{" and not head.startswith(b"{"):
+        return "safetensors", safetensors_files.read(path)
+    raise WeightsError(describe_unknown(head))
 
 
-def _check_keys(tensors: Mapping[str, np.ndarray]) -> bool:
+def _check_keys(tensors: Mapping[str, np.ndarray], skipped: Mapping[str, str]) -> bool:
     """Return whether the keys are paths of Flax variables; refuse keys that cannot be printed or used."""
     if not tensors:
-        raise WeightsError("it holds no arrays")
+        others = listed([f"{key} ({kind})" for key, kind in skipped.items()], 5)
+        raise WeightsError(f"it holds no arrays that can be converted{others and ', but '}{others}")
     if long := next((key for key in tensors if len(key) > _MAX_KEY_LENGTH), None):
         raise WeightsError(f"it has a key of {len(long):,} characters, which begins with {long[:50]!r}")
     if unprintable := next((key for key in tensors if not key.isprintable()), None):

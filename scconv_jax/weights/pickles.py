@@ -1,10 +1,10 @@
-"""A restricted unpickler for plain data and for the few classes and functions that its caller admits.
+"""A restricted unpickler for plain data and for the few functions that its caller admits.
 
 Python's own unpickler imports and calls any name in a file. PyTorch's `weights_only` loader does not, but before 2.6 a
 file could make it run code (CVE-2025-32434) and before 2.10 corrupt its memory (CVE-2026-24747); it unpacks archives that grow
-a thousandfold; and it needs torch. This unpickler imports nothing and calls only the functions that its caller passes;
-any other name is an error. It knows the opcodes that weights need, of protocols 2 to 5 in
-https://github.com/python/cpython/blob/main/Lib/pickletools.py.
+a thousandfold; and it needs torch. This unpickler imports nothing and calls only the functions that its caller passes.
+What any other name would make is an `Inert`: it is not built, only its name is kept. It knows the opcodes that weights need, of
+protocols 2 to 5 in https://github.com/python/cpython/blob/main/Lib/pickletools.py.
 
 It never recurses. The size of the pickle and the number of opcodes bound its memory, and it checks each declared length against
 the bytes that are there.
@@ -15,14 +15,14 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from scconv_jax.weights.files import WeightsError
 
 MAX_BYTES = 16 << 20
 MAX_OPCODES = 1_000_000  # about twenty times as many as the state of a network and its optimizer needs
-_MAX_INTEGER = 16  # bytes
+_MAX_INTEGER = 256  # bytes; a UUID and the state of a random generator need 17
 
 
 class Global(NamedTuple):
@@ -32,26 +32,39 @@ class Global(NamedTuple):
     build: Callable[..., Any] | None = None
 
 
-class Placeholder(NamedTuple):
-    """An object that is not built; only its class is known."""
+class Inert(dict[Any, Any]):
+    """A class or function that is never called, or an object that is not built: its name, and its items if it is like a dict."""
 
-    name: str
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class OddKey:
+    """A key of a dict that is neither text nor a short number. It is not hashed by its value, which could take forever."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return self.kind
 
 
 def unpickle(
     data: bytes,
     start: int,
-    admitted: Mapping[str, Global | Placeholder],
+    find_name: Callable[[str], Global | Inert],
     load_persistent: Callable[[Any], Any],
-    explain_refusal: Callable[[str], str],
 ) -> tuple[Any, int]:
     """Return the value of the pickle at offset `start` of `data`, and the offset at which the pickle ends.
 
-    The pickle may use only the `admitted` names. A `Global` with a function may be called; a `Placeholder` may be called,
-    instantiated or given a state, and stays as it is. `load_persistent` returns the object for a persistent identifier, and
-    `explain_refusal` the error message for any other name.
+    `find_name` returns what a dotted name stands for, or raises a `WeightsError`. A `Global` with a function may be called. An
+    `Inert` may be called, instantiated and given a state or items; the result is inert too. `load_persistent` returns the object
+    for a persistent identifier.
     """
-    unpickler = _Unpickler(data, start, admitted, load_persistent, explain_refusal)
+    unpickler = _Unpickler(data, start, find_name, load_persistent)
     try:
         return unpickler.run(), unpickler.offset
     except WeightsError:
@@ -64,9 +77,8 @@ def unpickle(
 class _Unpickler:
     data: bytes
     offset: int
-    admitted: Mapping[str, Global | Placeholder]
+    find_name: Callable[[str], Global | Inert]
     load_persistent: Callable[[Any], Any]
-    explain_refusal: Callable[[str], str]
 
     def __post_init__(self) -> None:
         self.end = min(len(self.data), self.offset + MAX_BYTES)
@@ -130,38 +142,37 @@ class _Unpickler:
         self.push(tuple(reversed(items)))
 
     def append(self, items: list[Any]) -> None:
-        if type(self.stack[-1]) is not list:
-            raise WeightsError(f"its pickle appends to {describe(self.stack[-1])}, not to a list")
-        self.stack[-1].extend(items)
+        target = self.stack[-1]
+        if type(target) is list:
+            target.extend(items)
+        elif not isinstance(target, Inert):
+            raise WeightsError(f"its pickle appends to {describe(target)}, not to a list")
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if type(target) is not dict or len(items) % 2:
+        if not isinstance(target, dict) or len(items) % 2:
             raise WeightsError(f"its pickle sets items of {describe(target)}, not of a dict")
         _update(target, zip(items[::2], items[1::2], strict=True))
 
     def add_to_set(self) -> None:
-        """Drop the items of a set, which is a placeholder."""
+        """Drop the items of a set, which is inert."""
         self.pop_mark()
-        if not isinstance(self.stack[-1], Placeholder):
+        if not isinstance(self.stack[-1], Inert):
             raise WeightsError(f"its pickle adds items to {describe(self.stack[-1])}, not to a set")
 
     def frozen_set(self) -> None:
         self.pop_mark()
-        self.push(Placeholder("builtins.frozenset"))
+        self.push(Inert("builtins.frozenset"))
 
     def find_global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise WeightsError("its pickle is damaged: a name that is not a string")
-        full_name = f"{module}.{name}"
-        if full_name not in self.admitted:
-            raise WeightsError(self.explain_refusal(full_name))
-        self.push(self.admitted[full_name])
+        self.push(self.find_name(f"{module}.{name}"))
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if isinstance(function, Placeholder):
-            self.push(function)
+        if isinstance(function, Inert):
+            self.push(Inert(function.name))
         elif isinstance(function, Global) and function.build is not None and type(arguments) is tuple:
             # One call can walk through everything that a million earlier opcodes built, so its arguments count as opcodes.
             self.count_opcodes(len(arguments) + sum(len(item) for item in arguments if isinstance(item, (dict, list, tuple))))
@@ -171,15 +182,16 @@ class _Unpickler:
 
     def instantiate(self) -> None:
         self.stack.pop()
-        if not isinstance(self.stack[-1], Placeholder):
+        if not isinstance(self.stack[-1], Inert):
             raise WeightsError(f"its pickle makes an object of {describe(self.stack[-1])}")
+        self.push(Inert(self.stack.pop().name))
 
     def set_state(self) -> None:
         """Drop a state. For a state dict, PyTorch stores `_metadata` as the state; for other objects a state may be code."""
         state = self.stack.pop()
         target = self.stack[-1]
-        if not isinstance(target, Placeholder) and not (isinstance(target, dict) and isinstance(state, dict)):
-            raise WeightsError(f"its pickle sets the state of {describe(self.stack[-1])}")
+        if not isinstance(target, Inert) and not (isinstance(target, dict) and isinstance(state, dict)):
+            raise WeightsError(f"its pickle sets the state of {describe(target)}")
 
     def protocol(self) -> None:
         protocol = self.number("B")
@@ -206,15 +218,15 @@ def _update(target: dict[Any, Any], items: Iterable[Any]) -> None:
     for key, value in items:
         # Hashing a deep tuple would recurse, and long integers can be chosen to have equal hashes.
         if not isinstance(key, (str, int, float, bytes, type(None))) or (type(key) is int and abs(key) >= 1 << 64):
-            raise WeightsError(f"its pickle has a dict with {describe(key)} as a key")
+            key = OddKey(describe(key))
         if key in target:
             raise WeightsError(f"entry {str(key)[:200]} occurs twice")
         target[key] = value
 
 
 def describe(value: Any) -> str:
-    """Return the name of a global or placeholder, or the type of a value, for messages."""
-    return value.name if isinstance(value, (Global, Placeholder)) else f"a {type(value).__name__}"
+    """Return the name of a global or an inert object, or the type of a value, for messages."""
+    return value.name if isinstance(value, (Global, Inert)) else f"a {type(value).__name__}"
 
 
 _OPCODES: dict[bytes, Callable[[_Unpickler], Any]] = {
@@ -234,6 +246,7 @@ _OPCODES: dict[bytes, Callable[[_Unpickler], Any]] = {
     pickle.BINUNICODE8: lambda u: u.push(u.take(u.number("Q")).decode()),
     pickle.BINSTRING: lambda u: u.push(u.take(u.number("i")).decode("latin1")),  # Python 2's strings
     pickle.SHORT_BINSTRING: lambda u: u.push(u.take(u.number("B")).decode("latin1")),
+    pickle.BYTEARRAY8: lambda u: u.push(u.take(u.number("Q"))),
     pickle.BINBYTES: lambda u: u.push(u.take(u.number("I"))),
     pickle.SHORT_BINBYTES: lambda u: u.push(u.take(u.number("B"))),
     pickle.EMPTY_TUPLE: lambda u: u.push(()),
@@ -247,7 +260,7 @@ _OPCODES: dict[bytes, Callable[[_Unpickler], Any]] = {
     pickle.APPENDS: lambda u: u.append(u.pop_mark()),
     pickle.SETITEM: lambda u: u.set_items([u.stack.pop(-2), u.stack.pop()]),
     pickle.SETITEMS: lambda u: u.set_items(u.pop_mark()),
-    pickle.EMPTY_SET: lambda u: u.push(Placeholder("builtins.set")),
+    pickle.EMPTY_SET: lambda u: u.push(Inert("builtins.set")),
     pickle.FROZENSET: _Unpickler.frozen_set,
     pickle.ADDITEMS: _Unpickler.add_to_set,
     pickle.MARK: _Unpickler.mark,

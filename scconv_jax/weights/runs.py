@@ -109,12 +109,13 @@ def complete(state: Path) -> bool:
     return True
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str], int]:
+def read(path: Path, key: str = "") -> tuple[dict[str, Any], dict[str, str], dict[str, str], int]:
     """Read a checkpoint. For a run's folder, read the best step, or the latest if no step was tested.
 
     Returns:
-        The variables as NumPy arrays (from the moving average, if the run has one); metadata: `step` and, if the config gives
-        them, `model` and `arguments` (JSON); the other items of the training state, name to type; the size in bytes.
+        The variables as NumPy arrays (from the moving average, if the run has one, unless `key` is "params"); metadata: `step`
+        and, if the config gives them, `model` and `arguments` (JSON); the other items of the training state, name to type; the
+        size in bytes.
     """
     state = _state_folder(path)
     if not _is_complete(state):
@@ -126,11 +127,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str], in
     try:
         saved = handler.metadata(state).tree
         averaged = isinstance(saved.get("ema"), Mapping) and "params" in saved["ema"]  # the run was tested with its average
+        if key not in ("", "params", "ema" if averaged else "params"):
+            raise WeightsError(f"it has no weights under the key {key!r}, but params{' and ema' if averaged else ''}")
+        averaged = averaged and key != "params"
         kept = saved["ema"] if averaged else saved
         like: dict[str, Any] = {name: kept[name] for name in COLLECTIONS if name in kept}
         like = {"ema": like} if averaged else like
         restored = restore(state, like, partial=True)
         variables = restored["ema"] if averaged else restored
+    except WeightsError:
+        raise
     except Exception as error:  # Orbax and its storage raise many types for damaged files
         raise WeightsError(f"its checkpoint {state.parent.name} is damaged ({type(error).__name__}: {error!s:.200})") from error
     if "params" not in variables:
@@ -173,7 +179,10 @@ def _state_folder(path: Path) -> Path:
     step = latest_step(path) if step is None else step
     state = _checkpoints(path) / str(step) / "state"
     if not state.is_dir():
-        raise WeightsError(f"the folder is not a training run: it has no checkpoints/{'STEP' if step is None else step}/state")
+        raise WeightsError(
+            f"the folder is not a training run: it has no checkpoints/{'STEP' if step is None else step}/state. Nor has it a "
+            "file of weights, such as model.safetensors"
+        )
     return state.resolve()
 
 

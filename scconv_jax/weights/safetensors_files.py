@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from scconv_jax.weights.files import WeightsError, read_bytes, replacing
+from scconv_jax.weights.files import Contents, WeightsError, read_bytes, replacing
 
 _MAX_HEADER = 16 << 20
 _DTYPES = {
@@ -26,8 +26,8 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return all arrays by key, and the metadata."""
+def read(path: Path) -> Contents:
+    """Read all arrays. Those of a dtype that NumPy lacks are skipped."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
@@ -39,9 +39,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise WeightsError(f"it is a damaged safetensors file ({error})") from error
         metadata = header.pop("__metadata__", None) or {}
         tensors: dict[str, np.ndarray] = {}
+        skipped: dict[str, str] = {}
         for key, entry in header.items():
             if entry["dtype"] not in _DTYPES:
-                raise WeightsError(f"{key} has dtype {entry['dtype']}; those that can be read are {', '.join(_DTYPES)}")
+                skipped[key] = f"a tensor of dtype {entry['dtype']}"
+                continue
             start, end = entry["data_offsets"]
             data = read_bytes(file, 8 + length + start, end - start)
             data = data != 0 if entry["dtype"] == "BOOL" else data.view(_DTYPES[entry["dtype"]])
@@ -49,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 tensors[key] = data.reshape(entry["shape"])
             except ValueError as error:  # sizes or a number of axes beyond NumPy's
                 raise WeightsError(f"{key} has the impossible shape {entry['shape']!s:.200}") from error
-    return tensors, metadata
+    return Contents(tensors, skipped, metadata)
 
 
 def write(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from scconv_jax.weights.files import WeightsError
-from scconv_jax.weights.pickles import Global, Placeholder, ordered_dict, unpickle
+from scconv_jax.messages import listed
+from scconv_jax.weights.files import Contents, WeightsError
+from scconv_jax.weights.pickles import Global, Inert, ordered_dict, unpickle
+from scconv_jax.weights.selection import select
 
 _MAX_AXES = 32
 
@@ -33,8 +36,25 @@ DTYPES: dict[str, np.dtype] = {
     "torch.BoolStorage": np.dtype(np.bool_),
 }
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
-"""Keys under which training scripts store the state dict; the first that is present counts."""
+_OTHER_STORAGES: dict[str, tuple[np.dtype, str]] = {  # the dtype gives only their size
+    "torch.ComplexFloatStorage": (np.dtype(np.complex64), "a complex tensor"),
+    "torch.ComplexDoubleStorage": (np.dtype(np.complex128), "a complex tensor"),
+    "torch.QInt8Storage": (np.dtype(np.int8), "a quantised tensor"),
+    "torch.QUInt8Storage": (np.dtype(np.uint8), "a quantised tensor"),
+    "torch.QInt32Storage": (np.dtype(np.int32), "a quantised tensor"),
+    "torch.storage.UntypedStorage": (np.dtype(np.uint8), "a tensor of a rare dtype"),
+}
+_OTHER_TENSORS = {
+    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (device 'meta')",
+    "torch._utils._rebuild_tensor_v3": "a tensor of a rare dtype",
+    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of an XLA or HPU device",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor of another class",
+}
+"""Functions that make a tensor which cannot be converted, and what it is."""
 
 
 class Storage(NamedTuple):
@@ -43,6 +63,7 @@ class Storage(NamedTuple):
     key: str
     dtype: np.dtype
     length: int  # elements
+    other: str = ""  # the kind of its tensors, if they cannot be converted
 
     @property
     def bytes(self) -> int:
@@ -69,25 +90,32 @@ class Pickled(NamedTuple):
 
 
 def read_pickle(data: bytes, start: int = 0) -> Pickled:
-    """Read the pickle of a state dict or checkpoint. Names other than those in `ADMITTED` are an error."""
+    """Read the pickle of a state dict or checkpoint."""
     storages: dict[str, Storage] = {}
 
-    def load_persistent(identifier: Any) -> Storage:
+    def load_persistent(identifier: Any) -> Storage | Inert:
+        match identifier:
+            case ("module", Inert() as module, *_):  # the class of a pickled module and its source, in the legacy format
+                return Inert(module.name)
         storage = _storage(identifier)
         if storages.setdefault(storage.key, storage) != storage:
             raise WeightsError(f"its storage {storage.key} is described in two ways")
         return storage
 
-    value, end = unpickle(data, start, ADMITTED, load_persistent, _explain_refusal)
+    value, end = unpickle(data, start, _find_name, load_persistent)
     return Pickled(value, storages, end)
 
 
 def _storage(identifier: Any) -> Storage:
     """Return the storage for a persistent identifier: ("storage", class, key, device, number of elements)."""
     match identifier:
-        case ("storage", Global(name=kind), str(key), _, int(count), *view) if count >= 0:
+        case ("storage", (Global() | Inert()) as named, str(key), _, int(count), *view) if count >= 0:
+            kind = named.name
             if view not in ([], [None]):
                 raise WeightsError("it has views of storages, which PyTorch before 0.4 wrote; save it again with a later version")
+            if kind in _OTHER_STORAGES:
+                dtype, tensor = _OTHER_STORAGES[kind]
+                return Storage(key, dtype, count, f"{tensor} ({kind})")
             if kind not in DTYPES:
                 raise WeightsError(f"it has a storage of {kind}; those that can be read are {', '.join(DTYPES)}")
             return Storage(key, DTYPES[kind], count)
@@ -95,7 +123,7 @@ def _storage(identifier: Any) -> Storage:
             raise WeightsError("it refers to something that is not a storage")
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> Tensor | Inert:
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, Storage) or not all(type(number) is int and 0 <= number < 1 << 40 for number in numbers):
         raise WeightsError("it has a tensor with an invalid storage, or an invalid number among its offset, sizes or strides")
@@ -104,6 +132,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if math.prod(shape) and last >= storage.length:
         raise WeightsError(f"it has a tensor that reaches to element {last:,} of a storage of {storage.length:,}")
+    if storage.other:
+        return Inert(storage.other)
     flags = others[2] if len(others) > 2 else None  # after requires_grad and backward hooks
     if flags and not (isinstance(flags, dict) and set(flags) <= {"neg", "conj"}):
         raise WeightsError("it has a tensor with unknown properties")
@@ -115,6 +145,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others
 
 def _rebuild_from_type(function: Any, _class: Any, arguments: Any, *_: Any) -> Any:
     """Rebuild a tensor that has attributes of its own, without the attributes."""
+    if isinstance(function, Inert):
+        return Inert(function.name)
     if not isinstance(function, Global) or function.build is not _rebuild_tensor:
         raise WeightsError("it has a tensor that is made in an unknown way")
     return _rebuild_tensor(*arguments)
@@ -126,23 +158,7 @@ def _size(numbers: Any = ()) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-_BUILTINS = (
-    "bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "long", "set", "str", "tuple", "unicode",
-)  # fmt: skip
-_TORCH_DTYPES = (
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128",
-)  # fmt: skip
-_PLACEHOLDERS = (
-    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS),
-    "builtins.range", "__builtin__.xrange", "datetime.date", *(f"torch.{name}" for name in _TORCH_DTYPES),
-    "argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath",
-    "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "_codecs.encode", "torch.device",
-    "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-)  # fmt: skip
-"""Classes of objects that training scripts store with their weights. None of them is ever built."""
-
-_FUNCTIONS: dict[str, Callable[..., Any] | None] = {
+FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys((*DTYPES, "torch.Tensor", "torch.nn.parameter.Parameter")),
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -155,34 +171,30 @@ _FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "collections.defaultdict": lambda _=None: {},
 }
 
-ADMITTED: dict[str, Global | Placeholder] = {
-    **{name: Global(name, build) for name, build in _FUNCTIONS.items()},
-    **{name: Placeholder(name) for name in _PLACEHOLDERS},
-}
-"""Every name that a pickle may use."""
+_ATTACK = re.compile(
+    r"(os|posix|nt|subprocess|sys|commands|pty|runpy|socket|shutil|ctypes|importlib|code|_?pickle|cPickle|marshal|webbrowser)\."
+    r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|input|breakpoint)\b"
+    r"|.*__(import|globals|builtins|subclasses|code)__"
+)
+"""Names that no weights need. They would be as inert as any other, but the user should know of the attack."""
 
-_OTHER_TENSORS = {
-    "torch._utils._rebuild_qtensor": "a quantised tensor",
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (device 'meta')",
-    "torch._utils._rebuild_tensor_v3": "a tensor of a rare dtype",
-    "torch.ComplexFloatStorage": "a complex tensor",
-    "torch.ComplexDoubleStorage": "a complex tensor",
-    "torch.QInt8Storage": "a quantised tensor",
-    "torch.QUInt8Storage": "a quantised tensor",
-    "torch.QInt32Storage": "a quantised tensor",
-}
+
+def _find_name(name: str) -> Global | Inert:
+    """Return what a name in a pickle stands for. An unknown name is inert."""
+    if name in FUNCTIONS:
+        return Global(name, FUNCTIONS[name])
+    if _ATTACK.match(name) or not name.isprintable():
+        raise WeightsError(_explain_object(name))
+    return Inert(f"{_OTHER_TENSORS[name]} ({name})" if name in _OTHER_TENSORS else name)
+
 
 _HARMLESS_PACKAGES = (
     "torch", "torchvision", "timm", "mmcv", "mmengine", "mmpose", "mmdet", "mmseg", "omegaconf", "__main__", "models",
 )  # fmt: skip
 
 
-def _explain_refusal(name: str) -> str:
-    if name in _OTHER_TENSORS:
-        return f"it has {_OTHER_TENSORS[name]} ({name}); dense tensors of floating-point, integer and bool dtypes can be read"
+def _explain_object(name: str) -> str:
+    """Return the message for a file that is an object, or that asks for the name of an attack."""
     if name.split(".")[0] in _HARMLESS_PACKAGES:
         return (
             f"it asks for {name}: it is a whole pickled model or checkpoint. If you trust it, open it in PyTorch with its "
@@ -194,38 +206,35 @@ def _explain_refusal(name: str) -> str:
     )
 
 
-def extract(
-    pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size: int
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the state dict inside a checkpoint's wrappers, and the checkpoint's other items, name to type.
+def extract(pickled: Pickled, load: Callable[[Storage], np.ndarray], file_size: int, key: str) -> Contents:
+    """Return the state dict in a checkpoint, chosen by `key` or by the rules of `select`, and the names of its other items.
 
-    The wrappers are modified. `load` reads a storage as an array (count,) of its dtype, once per storage. The arrays may not
-    have more bytes than the file.
+    `load` reads a storage as an array (count,) of its dtype, once per storage. The arrays may not have more bytes than the file.
     """
-    value, others = pickled.value, {}
-    while isinstance(value, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
-        inner = value.pop(wrapper)  # removed, so that the loop ends for a dict that contains itself
-        others |= value
-        value = inner
+    value = pickled.value
+    if isinstance(value, Inert) and not value and not value.name.startswith("a "):
+        raise WeightsError(_explain_object(value.name))
     if not isinstance(value, dict):
         raise WeightsError(f"it holds {_type_name(value)}, not a state dict")
-    tensors = {key: item for key, item in value.items() if isinstance(item, Tensor) and isinstance(key, str)}
-    if not tensors:
-        keys = ", ".join(map(_printable, list(value)[:8]))
-        raise WeightsError(f"it holds no tensors by name, but {keys or 'nothing'}. Save the state dict alone")
-    others |= {key: item for key, item in value.items() if key not in tensors}
+    selected = select(value, key)
+    if selected is None:
+        items = [f"{_printable(key)} ({_type_name(item)})" for key, item in value.items()]
+        raise WeightsError(f"it holds no tensors by name, but {listed(items, 8) or 'nothing'}. Save the state dict alone")
+    tensors = {name: item for name, item in selected.entries.items() if isinstance(item, Tensor) and isinstance(name, str)}
+    others = selected.skipped | {name: item for name, item in selected.entries.items() if name not in tensors}
     claimed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
     if claimed > 8 * file_size + 1024:
         raise WeightsError(
             f"its tensors claim {claimed:,} bytes in a file of {file_size:,}; call `.contiguous()` on expanded ones before saving"
         )
     storages = {tensor.storage: load(tensor.storage) for tensor in tensors.values()}
-    arrays = {key: _array(tensor, storages[tensor.storage]) for key, tensor in tensors.items()}
-    return arrays, {_printable(key): _type_name(item) for key, item in others.items()}
+    arrays = {name: _array(tensor, storages[tensor.storage]) for name, tensor in tensors.items()}
+    skipped = {_printable(name): _type_name(item) for name, item in others.items()}
+    return Contents(arrays, skipped, key=selected.key, others=selected.others)
 
 
 def _printable(key: Any) -> str:
-    text = str(key)[:60]
+    text = str(key)[:200]
     return text if text.isprintable() else repr(text)
 
 
@@ -238,7 +247,7 @@ def _array(tensor: Tensor, elements: np.ndarray) -> np.ndarray:
 
 
 def _type_name(value: Any) -> str:
-    if isinstance(value, (Global, Placeholder)):
+    if isinstance(value, (Global, Inert)):
         return value.name
     return "a tensor" if isinstance(value, Tensor) else type(value).__name__
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scconv_jax.weights.files import WeightsError, read_bytes, replacing
+from scconv_jax.weights.files import Contents, WeightsError, read_bytes, replacing
 from scconv_jax.weights.pickles import MAX_BYTES
 from scconv_jax.weights.state_dicts import Storage, extract, read_pickle, write_pickle
 
@@ -37,8 +37,8 @@ def is_legacy(head: bytes) -> bool:
     return head.startswith(b"\x80") and _LEGACY_MAGIC.to_bytes(10, "little") in head[:40]
 
 
-def read_zip(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the tensors in a file of PyTorch 1.6 or later, and the other items, name to type."""
+def read_zip(path: Path, key: str = "") -> Contents:
+    """Read a file of PyTorch 1.6 or later; `key` chooses one of several sets of weights."""
     with _BoundedFile(io.FileIO(path)) as file:
         entries = _read_archive(file)
         if entries["data.pkl"].size > MAX_BYTES:
@@ -58,10 +58,10 @@ def read_zip(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             elements = _elements(entries[f"data/{storage.key}"].read(file), storage)
             return elements if order.decode() == sys.byteorder else elements.byteswap()
 
-        return extract(pickled, load, path.stat().st_size)
+        return extract(pickled, load, path.stat().st_size, key)
 
 
-def read_legacy(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_legacy(path: Path, key: str = "") -> Contents:
     """Read a file of PyTorch 0.4 to 1.5, or written with `_use_new_zipfile_serialization=False`."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -83,20 +83,20 @@ def read_legacy(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise WeightsError("its list of storages differs from the storages of its tensors")
         offset = keys.end
         offsets: dict[str, int] = {}
-        for key in stored:
-            storage = pickled.storages[key]
+        for name in stored:
+            storage = pickled.storages[name]
             file.seek(offset)
             if file.read(8) != struct.pack("<q", storage.length):
-                raise WeightsError(f"storage {key} is cut off, or its length is not the one in the pickle")
-            offsets[key] = offset + 8
+                raise WeightsError(f"storage {name} is cut off, or its length is not the one in the pickle")
+            offsets[name] = offset + 8
             offset += 8 + storage.bytes
             if offset > size:
-                raise WeightsError(f"it is cut off: storage {key} ends at byte {offset:,} of {size:,}")
+                raise WeightsError(f"it is cut off: storage {name} ends at byte {offset:,} of {size:,}")
 
         def load(storage: Storage) -> np.ndarray:
             return _elements(read_bytes(file, offsets[storage.key], storage.bytes), storage)
 
-        return extract(pickled, load, size)
+        return extract(pickled, load, size, key)
 
 
 def write_zip(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -142,3 +142,16 @@ def test_without_orbax(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(WeightsError, match=r"pip install 'scconv-jax\[train\]'"):
         weights.read(run)
+
+
+def test_the_weights_beside_a_moving_average(tmp_path, run):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state(1, ema=True), {"eval/top1": 0.5})
+    kept = state(1, ema=True)
+    expected = {"params": kept.params, "batch_stats": kept.batch_stats}
+    assert_same(weights.read(tmp_path, "params").variables, expected)
+    assert_same(weights.read(tmp_path, "ema").variables, kept.ema)
+    with pytest.raises(WeightsError, match=r"no weights under the key 'best', but params and ema\.$"):
+        weights.read(tmp_path, "best")
+    with pytest.raises(WeightsError, match=r"no weights under the key 'ema', but params\.$"):
+        weights.read(run, "ema")

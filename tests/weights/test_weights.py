@@ -421,7 +421,7 @@ OTHERS = {
     "a model": (made.zip_file(whole(named("torchvision.models.resnet.ResNet") + b")\x81}b")), "a whole pickled model"),
     "a list": (made.zip_file(whole(b"]" + tensor() + b"a")), "it holds list, not a state dict"),
     "a tensor": (made.zip_file(whole(tensor())), "it holds a tensor, not a state dict"),
-    "two networks": (made.zip_file(whole(dictionary([("generator", WEIGHTS), ("critic", WEIGHTS)]))), "but generator, critic"),
+    "two networks": (made.zip_file(whole(dictionary([("G", WEIGHTS), ("D", dictionary([("w", tensor())]))]))), "G, D. Choose"),
     "no weights": (made.zip_file(whole(dictionary([]))), "but nothing"),
 }  # fmt: skip
 

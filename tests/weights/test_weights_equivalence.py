@@ -3,8 +3,15 @@
 import argparse
 import collections
 import datetime
+import decimal
+import enum
+import fractions
+import functools
+import pathlib
 import random
+import re
 import sys
+import uuid
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +179,103 @@ def test_a_checkpoint_of_the_imagenet_script(tmp_path, legacy, torch_or_not):
     assert_same(source.tensors, checkpoint["state_dict"])
     assert set(source.skipped) == set(checkpoint) - {"state_dict"}
     assert source.skipped["args"] == "argparse.Namespace"
+
+
+class Settings(dict):
+    """A dict with attributes, as Lightning's AttributeDict."""
+
+
+class Level(enum.Enum):
+    HIGH = 1
+
+
+class Choice(enum.Flag):
+    ONE = 1
+    TWO = 2
+
+
+def odd_items():
+    """What scripts and libraries keep beside the weights, and PyTorch's `weights_only` loader refuses."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
+    settings = Settings(lr=0.1)
+    settings.name = "mine"
+    return {
+        "lr_schedulers": [schedule.state_dict() | {"anneal_func": torch.optim.lr_scheduler.OneCycleLR._annealing_cos}],
+        "scheduler": {"anneal_func": schedule._annealing_cos, "step": schedule.step},
+        "hyper_parameters": settings,
+        "nested": {"deep": [settings, {Level.HIGH: settings}]},
+        "args": argparse.Namespace(lr=0.1, level=Level.HIGH, path=pathlib.PurePosixPath("/data")),
+        "run": uuid.UUID(int=2**128 - 1),
+        "price": decimal.Decimal("0.1"),
+        "share": fractions.Fraction(1, 3),
+        "level": Level.HIGH,
+        "choice": Choice.ONE | Choice.TWO,
+        "loss": functools.partial(torch.nn.functional.cross_entropy, label_smoothing=0.1),
+        "module": torch.nn.Linear(2, 2),
+        "phase": 1 + 2j,
+        "generator": np.random.default_rng(0),
+        "structured": np.zeros(2, [("a", "f4")]),
+        "pattern": re.compile("a+"),
+        "queue": collections.deque([1, 2]),
+        "bytes": bytearray(b"abc"),
+        "when": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        "function": write,
+        "pairs": {(1, 2): "a", (1, (2, 3)): "b", torch.float32: 3},
+        "huge": {2**70: 1, 2**100: 2**500},
+        **{name: tensor for name, (tensor, _) in odd_tensors().items()},
+    }
+
+
+def odd_tensors():
+    quantised = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+    channels = torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.quint8)
+    return {
+        "complex": (torch.eye(2).to(torch.complex64), r"a complex tensor \(torch\.ComplexFloatStorage\)"),
+        "complex double": (torch.eye(2).to(torch.complex128), "a complex tensor"),
+        "float8": (torch.ones(2).to(torch.float8_e5m2), "a tensor of a rare dtype"),
+        "uint16": (torch.ones(2).to(torch.uint16), "a tensor of a rare dtype"),
+        "sparse": (torch.eye(2).to_sparse(), "a sparse tensor"),
+        "quantised": (quantised, "a quantised tensor"),
+        "by channel": (channels, "a quantised tensor"),
+        "meta": (torch.ones(2, device="meta"), r"a tensor without values \(device 'meta'\)"),
+    }
+
+
+@LEGACY
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.filterwarnings("ignore:.*TypedStorage|.*legacy serialization|.*quantiz")
+def test_what_is_not_known_stays_inert_and_is_listed(tmp_path, legacy, protocol):
+    weights_alone = {"w": torch.ones(2, 3), "b": torch.ones(2)}
+    items = odd_items()
+    write(tmp_path / "x.pth", {"epoch": 3, **items, "state_dict": weights_alone}, legacy, pickle_protocol=protocol)
+    source = weights.read(tmp_path / "x.pth")
+    assert_same(source.tensors, weights_alone)
+    assert set(source.skipped) == {"epoch", *items}
+    assert source.skipped["hyper_parameters"].endswith("test_weights_equivalence.Settings")
+    for name, (_, kind) in odd_tensors().items():
+        assert re.match(kind, source.skipped[name])
+
+
+def test_weights_in_a_dict_of_an_unknown_class(tmp_path):
+    write(tmp_path / "x.pth", Settings(state_dict=Settings(w=torch.ones(2, 3))), False)
+    assert_same(weights.read(tmp_path / "x.pth").tensors, {"w": torch.ones(2, 3)})
+
+
+@LEGACY
+def test_a_wanted_entry_must_be_a_plain_tensor(tmp_path, legacy):
+    network = build("scnet20_small")
+    state_dict = network.state_dict() | {"fc.weight": network.fc.weight.detach().to_sparse()}
+    state_dict["statistics"] = torch.eye(2).to_sparse()
+    write(tmp_path / "x.pth", {"module." + key: value for key, value in state_dict.items()}, legacy)
+    message = (
+        r"must be dense floating-point tensors; these are not: fc\.weight is a sparse tensor \(torch\._utils\._rebuild_sparse"
+    )
+    with pytest.raises(scconv_jax.ConversionError, match=message):
+        scconv_jax.load_model(tmp_path / "x.pth", "scnet20_small", num_classes=10)
+    state_dict["fc.weight"] = network.fc.weight
+    write(tmp_path / "x.pth", state_dict, legacy)
+    assert scconv_jax.load_model(tmp_path / "x.pth")[0] == scconv_jax.create_model("scnet20_small", num_classes=10)
 
 
 def test_a_tensor_with_attributes(tmp_path):
