@@ -50,7 +50,15 @@ def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a file (.pth, .pt, .safetensors), a run's folder, the name of published weights (scnet50), or an http(s) address",
+        help="a file (.pth, .pt, .ckpt, .safetensors), the index of a model in several files, a folder of the Hugging Face hub "
+        "or of a run, the name of published weights (scnet50), or an http(s) address",
+    )
+    parser.add_argument(
+        "--key",
+        default="",
+        metavar="NAME",
+        help="which weights to take from a source that has several sets, e.g. state_dict_ema, or the prefix of their keys, e.g. "
+        "ema_model (default: the only ones, or the moving average if there is one)",
     )
     parser.add_argument("--model", metavar="NAME", help=f"the network (default: recognised){more_models}")
     parser.add_argument(
@@ -76,14 +84,14 @@ def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
         action="append",
         default=[],
         metavar=("REGEX", "TO"),
-        help="rename keys, after the key convention's own renaming; repeatable",
+        help="rename the source's keys before prefix, key convention and network are recognised; repeatable",
     )
 
 
 def open_source(options: argparse.Namespace) -> Checkpoint:
     """Read the source on the command line."""
     rename = [tuple(pair) for pair in options.rename]
-    return open_checkpoint(options.source, convention=options.naming, rename=rename, ignore=options.ignore)
+    return open_checkpoint(options.source, key=options.key, convention=options.naming, rename=rename, ignore=options.ignore)
 
 
 def model_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -105,12 +113,13 @@ def _convert(options: argparse.Namespace) -> None:
     else:
         loaded = build_model(checkpoint, options.model, model_options(options))
         metadata = {"model": loaded.name, "arguments": loaded.options}
+    checkpoint = loaded.checkpoint
     path = checkpoint.source.path
     name = path.name.encode(errors="surrogateescape").decode(errors="replace")  # may not be UTF-8
     digest = sha256(path) if path.is_file() else ""
     origin = {"source": name, "source_sha256": digest, "naming": checkpoint.convention.name}
     save(out, loaded.variables, {**metadata, **origin, "version": f"scconv_jax {__version__}"})
-    _report(options, checkpoint, loaded, digest, time.perf_counter() - started)
+    _report(options, loaded, digest, time.perf_counter() - started)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -121,29 +130,30 @@ def _check_out(out: Path, force: bool) -> None:
     check_writable(out)  # before the work
 
 
-def _describe_network(options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedWeights) -> str:
+def _describe_network(options: argparse.Namespace, loaded: LoadedWeights) -> str:
     """Return the network, its options, and whether they were recognised or given."""
     if not loaded.name:
         return "none: each entry converted by its kind (as given)"
     how = "recognised" if options.model is None else "as given"
     if "variant" in loaded.options and options.variant is not None:
         how += ", variant as given"
-    elif loaded.options.get("variant") == "2023-10" and "variant" not in checkpoint.source.metadata.get("arguments", ""):
+    elif loaded.options.get("variant") == "2023-10" and "variant" not in loaded.checkpoint.source.metadata.get("arguments", ""):
         how += ", or --variant paper, which has the same keys"
     return ", ".join([loaded.name, *(f"{key}={value}" for key, value in loaded.options.items())]) + f" ({how})"
 
 
-def _report(options: argparse.Namespace, checkpoint: Checkpoint, loaded: LoadedWeights, digest: str, seconds: float) -> None:
-    out = Path(options.out)
+def _report(options: argparse.Namespace, loaded: LoadedWeights, digest: str, seconds: float) -> None:
+    out, checkpoint = Path(options.out), loaded.checkpoint
     source, conversion, convention = checkpoint.source, loaded.conversion, checkpoint.convention
     recognised = "recognised" if options.naming is None else "as given"
     converted, ignored = len(conversion.converted), len(conversion.ignored)
+    beside = f", {len(loaded.beside)} beside the network" if loaded.beside else ""
     rows = [
         ("source", f"{source.path.name}: {source.format}, {source.bytes:,} bytes"),
         ("SHA-256", digest or "(none for a folder)"),
         ("key convention", f"{convention.name}: {convention.description} ({recognised})"),
-        ("network", _describe_network(options, checkpoint, loaded)),
-        ("entries", f"{len(checkpoint.arrays)} read, {converted} converted, {ignored} ignored"),
+        ("network", _describe_network(options, loaded)),
+        ("entries", f"{len(source.tensors)} read, {converted} converted, {ignored} ignored{beside}"),
         ("ignored", _explain_ignored(checkpoint, conversion)),
         ("also in the file", listed([f"{key} ({kind})" for key, kind in source.skipped.items()], 20)),
         ("initial values", ", ".join(conversion.kept)),

@@ -57,8 +57,8 @@ def _verify(options: argparse.Namespace) -> int:
     if options.model == ANY:
         raise ConversionError(f"verify needs a network to run; --model {ANY} names none.")
     started = time.perf_counter()
-    checkpoint = open_source(options)
-    loaded = build_model(checkpoint, options.model, model_options(options))
+    loaded = build_model(open_source(options), options.model, model_options(options))
+    checkpoint = loaded.checkpoint
     sizes = sizes or SIZES[model_info(loaded.name).image_size]
     worst: dict[tuple[str, str], Difference] = {}
     for difference in compare(checkpoint, loaded, reference=options.reference, sizes=sizes, tolerance=options.tolerance):

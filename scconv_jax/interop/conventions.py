@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from scconv_jax.interop.conversion import ConversionError, Rename
+from scconv_jax.interop.keys import ConversionError, Rename
 from scconv_jax.messages import did_you_mean
 
 

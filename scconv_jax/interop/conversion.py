@@ -14,11 +14,9 @@ and one error lists all of them.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,19 +24,14 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from scconv_jax.interop.keys import BATCH_COUNTER, ConversionError, Rename, is_counter, matches, rename_keys, wrapper_renames
 from scconv_jax.messages import listed, nearest
+from scconv_jax.weights.files import WeightsError
+from scconv_jax.weights.selection import select
 
 Variables = dict[str, Any]
-Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 _MAX_LISTED = 1000
-
-_BATCH_COUNTER = "num_batches_tracked"  # of a norm
-_AVERAGE_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
-
-
-class ConversionError(ValueError):
-    """A state dict and a template do not fit each other; the message lists every difference."""
 
 
 class _Rule(NamedTuple):
@@ -63,7 +56,7 @@ _RULES = {  # (collection, name of the leaf, number of axes)
     ("batch_stats", "mean", None): _Rule(("running_mean",)),
     ("batch_stats", "var", None): _Rule(("running_var",)),
 }
-_ORDER = ["weight", "gamma", "bias", "beta", "running_mean", "running_var", _BATCH_COUNTER]
+_ORDER = ["weight", "gamma", "bias", "beta", "running_mean", "running_var", BATCH_COUNTER]
 
 
 class _Leaf(NamedTuple):
@@ -94,8 +87,8 @@ def from_torch(
     """Fill the variables of a network or layer from a PyTorch state dict.
 
     Args:
-        state_dict: Key to array: NumPy arrays or torch tensors. It may be wrapped as `{"state_dict": ...}`, and its keys may
-            begin with `module.` or `_orig_mod.`, as `DataParallel` and `torch.compile` write them.
+        state_dict: Key to array: NumPy arrays or torch tensors. It may be inside a checkpoint (`{"state_dict": ...}`), and its
+            keys may have what `DataParallel`, `torch.compile` and FSDP insert (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`).
         template: The variables to fill, or only their shapes: `jax.eval_shape(model.init, ...)`.
         strict: If True, any difference is an error. If False, entries and leaves without a counterpart of their shape are
             skipped, and such leaves keep their value in `template`.
@@ -130,7 +123,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         entries = modules.setdefault(leaf.path[1:-1], {})
         entries[leaf.rule.names[0]] = _copy(np.asarray(leaf.value), leaf.rule.axes_back)
         if leaf.path[0] == "batch_stats":
-            entries[_BATCH_COUNTER] = np.zeros((), np.int64)
+            entries[BATCH_COUNTER] = np.zeros((), np.int64)
     return {
         ".".join((*module, name)): entries[name]
         for module, entries in modules.items()
@@ -138,14 +131,14 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def is_counter(key: str) -> bool:
-    """Return whether an entry counts batches or steps. Flax has no such counters; conversion ignores them."""
-    return key == _AVERAGE_COUNTER or key.rpartition(".")[2] == _BATCH_COUNTER
-
-
 def shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the keys and shapes of `to_torch(variables)`, without counters. The leaves may be only shapes."""
     return {leaf.keys[0]: leaf.shape for leaf in _leaves(variables)}
+
+
+def covers(keys: Container[str], template: Mapping[str, Any], ignore: Sequence[str] = ()) -> bool:
+    """Return whether a state dict of these keys has an entry for every leaf of a template, except the ignored ones."""
+    return all(any(key in keys for key in leaf.keys) or matches(leaf.keys[0], ignore) for leaf in _leaves(template))
 
 
 class Conversion(NamedTuple):
@@ -200,46 +193,21 @@ def convert(
 
 
 def to_arrays(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return a state dict as NumPy arrays, without its wrapper and the prefixes `module.` and `_orig_mod.`."""
+    """Return a state dict as NumPy arrays, without the dictionaries around it and what wrappers insert into its keys."""
     if not isinstance(state_dict, Mapping):
         raise ConversionError(
             f"A state dict maps keys to arrays; got {type(state_dict).__name__}. Give `model.state_dict()`, or for a file use "
             "`scconv_jax.load_model` or `scconv_jax.load_weights`."
         )
-    while "state_dict" in state_dict and isinstance(state_dict["state_dict"], Mapping):
-        state_dict = state_dict["state_dict"]
+    try:
+        selected = select(state_dict)
+    except WeightsError as error:
+        raise ConversionError(f"The state dict cannot be used: {error}.") from None
+    if selected is not None and selected.key:
+        state_dict = selected.entries
     if not_strings := [key for key in state_dict if not isinstance(key, str)]:
         raise ConversionError(f"The keys of a state dict are strings; one of them is {not_strings[0]!r:.100}.")
-    # DataParallel and the like put `module.` before every key, torch.compile `_orig_mod.`; AveragedModel adds a counter.
-    keys = [key for key in state_dict if key != _AVERAGE_COUNTER]
-    found = re.match(r"(module\.|_orig_mod\.)*", keys[0] if keys else "")
-    prefix = found[0] if found and all(key.startswith(found[0]) for key in keys) else ""
-    arrays = {key: _to_numpy(key, value) for key, value in state_dict.items()}
-    return rename_keys(arrays, [(f"^{re.escape(prefix)}", "")]) if prefix else arrays
-
-
-def rename_keys(arrays: Mapping[str, np.ndarray], rename: Sequence[Rename]) -> dict[str, np.ndarray]:
-    """Apply each `(regular expression, replacement)` in turn to each key; two entries with one key are an error."""
-    result: dict[str, np.ndarray] = {}
-    for original, value in arrays.items():
-        key = original
-        for pair in rename:
-            try:
-                pattern, replacement = pair
-                key = re.sub(pattern, replacement, key)
-            except (re.error, TypeError, ValueError) as error:
-                raise ConversionError(
-                    f"rename is a sequence of pairs, (regular expression, replacement); {pair!r:.200}: {error}."
-                ) from error
-        if key in result:
-            raise ConversionError(f"Two entries have the key {key} after renaming; one of them was {original}.")
-        result[key] = value
-    return result
-
-
-def matches(key: str, patterns: Iterable[str]) -> bool:
-    """Return whether a key matches one of the patterns, which have the syntax of file names (`fc.*`)."""
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+    return rename_keys({key: _to_numpy(key, value) for key, value in state_dict.items()}, wrapper_renames(state_dict))
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[_Leaf]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,36 +19,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from scconv_jax.interop import conventions
-from scconv_jax.interop.conversion import (
-    Conversion,
-    ConversionError,
-    Rename,
-    Variables,
-    convert,
-    is_counter,
-    matches,
-    rename_keys,
-    to_arrays,
-    to_torch,
-)
-from scconv_jax.interop.recognition import fit_input, head, options_from_entries, recognise, template
+from scconv_jax.interop.checkpoint import Checkpoint, fitting, open_checkpoint
+from scconv_jax.interop.conversion import Conversion, Variables, convert, covers, shapes
+from scconv_jax.interop.keys import ConversionError, Rename, is_counter, matches
+from scconv_jax.interop.recognition import beside, fit_input, head, options_from_entries, recognise, template
 from scconv_jax.layers.core import Dense
 from scconv_jax.messages import listed
-from scconv_jax.models.registry import MODELS, PUBLISHED, create_model
-from scconv_jax.weights import Source, WeightsError, read
-from scconv_jax.weights.download import fetch
+from scconv_jax.models.registry import MODELS, create_model
+from scconv_jax.weights import WeightsError
 
 _log = logging.getLogger("scconv_jax")
 
 
-def load_model(source: str | os.PathLike[str], model: str | None = None, **options: Any) -> tuple[nn.Module, Variables]:
+def load_model(
+    source: str | os.PathLike[str], model: str | None = None, *, key: str = "", **options: Any
+) -> tuple[nn.Module, Variables]:
     """Make a network with the weights of a file.
 
     Args:
-        source: A file (`.pth` or `.pt` of PyTorch, `.safetensors` with PyTorch's keys or ours), the folder of a training run, the
-            name of a published checkpoint (`scnet50`), or an http or https address.
+        source: A file (`.pth`, `.pt` or `.ckpt` of PyTorch, `.safetensors` with PyTorch's keys or ours), the index of a model in
+            several files, a folder of the Hugging Face hub or of a training run, the name of a published checkpoint (`scnet50`),
+            or an http or https address.
         model: Name of the network. If None, it is recognised from the file.
+        key: Which weights to take from a file that has several sets: `state_dict_ema`, or the prefix of their keys, `ema_model`.
+            If empty, the only ones, or the moving average if there is one.
         **options: Options of `create_model`. By default they come from the file. If `num_classes` differs from the
             file's, the head is initialised; for other `in_channels` than 3, the first kernels are summed or repeated. The paper's
             ScConv has the same entries as the public code of 2023-10, which is assumed: give `variant="paper"` for the paper's.
@@ -64,10 +56,9 @@ def load_model(source: str | os.PathLike[str], model: str | None = None, **optio
         ConversionError: The file fits no network here, or a network other than `model`.
         ValueError: There is no such network or option.
     """
-    checkpoint = open_checkpoint(source)
-    loaded = build_model(checkpoint, model, options)
+    loaded = build_model(open_checkpoint(source, key=key), model, options)
     for note in loaded.notes:
-        _log.warning("%s: %s", checkpoint.source.path.name, note)
+        _log.warning("%s: %s", loaded.checkpoint.source.path.name, note)
     return create_model(loaded.name, **loaded.options), loaded.variables
 
 
@@ -75,6 +66,7 @@ def load_weights(
     source: str | os.PathLike[str],
     template: Mapping[str, Any],
     *,
+    key: str = "",
     ignore: Sequence[str] = (),
     rename: Sequence[Rename] = (),
 ) -> tuple[Variables, list[str]]:
@@ -83,36 +75,22 @@ def load_weights(
     Args:
         source: As for `load_model`.
         template: Initial variables of a network or a layer, or only their shapes.
+        key: As for `load_model`.
         ignore: As for `from_torch`; leaves with such keys keep the template's values.
-        rename: As for `from_torch`, applied after the renaming of the file's key convention.
+        rename: As for `from_torch`, applied to the file's keys before their prefix and key convention are recognised.
 
     Returns:
         `(variables, notes)`. Variables have the structure, shapes and dtypes of `template`, NumPy arrays. If the file has another
         number of classes, or no head, the head keeps the template's values (it is initialised if there are only shapes). Notes
-        are sentences for the user about a head that was left out, values that are not finite, a change of dtype, or a difference
-        that keys do not show.
+        are sentences for the user about the choice between several sets of weights, a prefix of all keys, a head that was left
+        out, entries beside the network, values that are not finite, a change of dtype, or a difference that keys do not show.
 
     Raises:
         WeightsError: The file cannot be read or downloaded.
         ConversionError: Any other difference between file and template; the message lists all.
     """
-    loaded = convert_checkpoint(open_checkpoint(source, rename=rename, ignore=ignore), template)
+    loaded = convert_checkpoint(open_checkpoint(source, key=key, rename=rename, ignore=ignore), template)
     return loaded.variables, loaded.notes
-
-
-class Checkpoint(NamedTuple):
-    """A source of weights, its entries under our keys."""
-
-    arrays: dict[str, np.ndarray]
-    original: dict[str, np.ndarray]  # the entries under their own keys, without prefixes such as `module.`
-    convention: conventions.KeyConvention
-    source: Source
-    ignore: tuple[str, ...]  # patterns of entries to skip: the convention's and the user's
-
-    @property
-    def weights(self) -> dict[str, np.ndarray]:
-        """The entries without those to skip."""
-        return {key: value for key, value in self.arrays.items() if not matches(key, self.ignore)}
 
 
 class LoadedWeights(NamedTuple):
@@ -121,59 +99,42 @@ class LoadedWeights(NamedTuple):
     variables: Variables
     conversion: Conversion
     notes: list[str]
+    checkpoint: Checkpoint  # without the prefix that its keys had
+    beside: list[str]  # keys of the file's entries that are in none of the network's modules
     name: str = ""
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-def open_checkpoint(
-    source: str | os.PathLike[str], *, convention: str | None = None, rename: Sequence[Rename] = (), ignore: Sequence[str] = ()
-) -> Checkpoint:
-    """Read a source; a name or an address is downloaded first. `convention` overrides the identified one."""
-    path, text = Path(source), str(source)
-    if "://" in text or (re.fullmatch(r"\w[\w-]*", text) and not os.path.lexists(path)):  # a name, perhaps misspelt
-        path = fetch(text, published=PUBLISHED)
-        try:
-            contents = read(path)
-        except WeightsError:
-            path.unlink(missing_ok=True)  # perhaps a server's error page: the next call downloads again
-            raise
-    else:
-        contents = read(path)
-    if contents.is_flax:
-        original, found = to_torch(contents.variables), conventions.FLAX
-    else:
-        original = to_arrays(contents.tensors)
-        found = conventions.identify(original) if convention is None else conventions.by_name(convention)
-    arrays = rename_keys(original, (*found.rename, *rename))
-    for key in found.linear:
-        if key in arrays and arrays[key].shape[2:] == (1, 1):
-            arrays[key] = arrays[key][:, :, 0, 0]
-    return Checkpoint(arrays, original, found, contents, (*found.ignore, *ignore))
-
-
 def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> LoadedWeights:
     """Build a network with the weights of an open checkpoint. `model` and `options` take precedence over the file's."""
-    path, shapes = checkpoint.source.path, None
+    path, expected = checkpoint.source.path, None
     named = checkpoint.source.metadata.get("model")
     if model is not None:
-        name, options = model, {**(options_from_entries(model, checkpoint.arrays) if model in MODELS else {}), **options}
+
+        def network(variant: Checkpoint) -> dict[str, Any]:
+            return {**(options_from_entries(model, variant.arrays) if model in MODELS else {}), **options}
+
+        checkpoint, _ = fitting(checkpoint, lambda variant: _covers(variant, template(create_model(model, **network(variant)))))
+        name, options = model, network(checkpoint)
     elif named in MODELS:
         name, options = named, {**_options_in_metadata(checkpoint, named), **options}
-    elif recognised := recognise(checkpoint.weights):
-        if options.items() <= recognised.options.items():
-            shapes = recognised.template
-        name, options = recognised.model, {**recognised.options, **options}
     else:
-        raise ConversionError(
-            f"No model here has the keys and shapes of {path} (key convention: {checkpoint.convention.description}). To see how "
-            "it differs from a model, name that model; for a network or layer of your own, use from_torch with its variables, or "
-            "`convert --model any`."
-        )
+        checkpoint, recognised = fitting(checkpoint, lambda variant: recognise(variant.weights))
+        if recognised is None:
+            unreadable = listed([f"{key} is {kind}" for key, kind in checkpoint.unreadable.items()], 3)
+            raise ConversionError(
+                f"No model here has the keys and shapes of {path} (key convention: {checkpoint.convention.description}"
+                f"{unreadable and '; not read: '}{unreadable}). To see how it differs from a model, name that model; for a "
+                "network or layer of your own, use from_torch with its variables, or `convert --model any`."
+            )
+        if options.items() <= recognised.options.items():
+            expected = recognised.template
+        name, options = recognised.model, {**recognised.options, **options}
     module = create_model(name, **options)
     try:
-        return convert_checkpoint(checkpoint, shapes or template(module))._replace(name=name, options=options)
+        return convert_checkpoint(checkpoint, expected or template(module))._replace(name=name, options=options)
     except ConversionError:
-        other = recognise(checkpoint.weights)
+        _, other = fitting(checkpoint, lambda variant: recognise(variant.weights))
         if other is None or other.model == name:
             raise
         raise ConversionError(
@@ -205,13 +166,24 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> LoadedWeights:
     """Convert an open checkpoint to variables like `template`, as `load_weights` does."""
-    arrays = checkpoint.arrays
-    numbers = {key: value.dtype for key, value in arrays.items() if not is_counter(key)}
+    checkpoint, complete = fitting(checkpoint, lambda variant: _covers(variant, template))
+    expected = shapes(template)
+    others = beside(checkpoint.weights, expected) if complete else set()
+    arrays = {key: value for key, value in checkpoint.arrays.items() if key not in others}
+    numbers = {key: value.dtype for key, value in arrays.items() if not is_counter(key) and not matches(key, checkpoint.ignore)}
     if wrong := [f"{key} ({dtype})" for key, dtype in numbers.items() if not jnp.issubdtype(dtype, jnp.floating)]:
         raise ConversionError(
             f"Weights must be floating-point; these are not: {listed(wrong, 3)}. Quantised weights cannot be converted."
         )
-    notes = [checkpoint.convention.caution] if checkpoint.convention.caution else []
+    wanted = expected.keys() - arrays.keys()
+    if unreadable := [f"{key} is {kind}" for key, kind in checkpoint.unreadable.items() if key in wanted]:
+        raise ConversionError(
+            f"Weights must be dense floating-point tensors; these are not: {listed(unreadable, 3)}. Save them as dense ones."
+        )
+    outside = sorted([*checkpoint.outside, *(key for key in others if not is_counter(key))])
+    notes = checkpoint.notes
+    if outside:
+        notes.append(f"{len(outside)} entries are in no module of the network and were skipped: {listed(_grouped(outside), 5)}.")
     arrays, note = fit_input(arrays, template)
     notes += [note] if note else []
     ignore = list(checkpoint.ignore)
@@ -225,12 +197,28 @@ def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> L
                 initial = Dense(classes).init(jax.random.key(0), jnp.zeros((1, inputs)))["params"]
                 template = {**template, "params": {**template["params"], name: initial}}
     conversion = convert(arrays, template, ignore=ignore)
+    if kept := [key for key in conversion.kept if matches(key, checkpoint.ignore)]:
+        notes.append(f"Ignored as asked, so that the network keeps its initial values: {listed(kept, 5)}.")
     changes: dict[str, int] = {}
     variables = jax.tree.map(lambda value, like: _cast(value, like.dtype, changes), conversion.variables, dict(template))
     notes += [f"{count} entries were converted from {change}." for change, count in changes.items()]
     if not_finite := checkpoint.source.not_finite:
         notes.append(f"{sum(not_finite.values())} values are NaN or infinite, in {listed(list(not_finite), 3)}. They are kept.")
-    return LoadedWeights(variables, conversion, notes)
+    return LoadedWeights(variables, conversion, notes, checkpoint, outside)
+
+
+def _covers(checkpoint: Checkpoint, template: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint has every entry of a template but perhaps the head's, whatever their shapes."""
+    name = head(template)
+    return covers(checkpoint.arrays, template, [*checkpoint.ignore, *([f"{name}.*"] if name else [])])
+
+
+def _grouped(keys: Iterable[str]) -> list[str]:
+    """Return keys by their first component: `criterion.weight`, `ema_model.* (122)`."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.partition(".")[0], []).append(key)
+    return [f"{name}.* ({len(group)})" if len(group) > 1 else group[0] for name, group in groups.items()]
 
 
 def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> str:

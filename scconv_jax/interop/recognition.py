@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,8 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from scconv_jax.interop.conventions import scconv_options
-from scconv_jax.interop.conversion import ConversionError, is_counter, shapes
+from scconv_jax.interop.conversion import shapes
+from scconv_jax.interop.keys import ConversionError, is_counter, matches
 from scconv_jax.models.complexity import shorten
 from scconv_jax.models.registry import MODELS, create_model
 
@@ -38,6 +38,11 @@ class Recognised(NamedTuple):
 
 def template(model: nn.Module) -> dict[str, Any]:
     """Return the shapes and dtypes of a network's variables, like `jax.eval_shape(model.init, ...)` but faster."""
+    return _template(model)
+
+
+@lru_cache(maxsize=64)
+def _template(model: Any) -> dict[str, Any]:
     short, sizes = shorten(model)
     variables = _traced(short)
     for collection in variables.values():
@@ -69,7 +74,7 @@ def template_from_entries(entries: Mapping[str, Any], ignore: Sequence[str] = ()
     """
     leaves: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
     for name, value in entries.items():
-        if is_counter(name) or any(fnmatchcase(name, pattern) for pattern in ignore):
+        if is_counter(name) or matches(name, ignore):
             continue
         *modules, kind = name.split(".")
         shape = tuple(value.shape)
@@ -134,9 +139,13 @@ def recognise(entries: Mapping[str, Any]) -> Recognised | None:
 
     Returns:
         The network with the options that the checkpoint determines (`options_from_entries`). The output stride is not among them.
+        Entries beside the network's modules play no part.
     """
     found = {name: tuple(value.shape) for name, value in entries.items() if not is_counter(name)}
     blocks = _blocks(found)
+    # Tracing all networks takes seconds. Each has a norm at its top, and those without stages have more than 100 entries.
+    if not any(re.fullmatch(r"[^.]+\.running_mean", key) for key in found) or (not blocks and len(found) <= 100):
+        return None
     for name, spec in MODELS.items():
         options = options_from_entries(name, entries)
         try:
@@ -147,9 +156,18 @@ def recognise(entries: Mapping[str, Any]) -> Recognised | None:
         if _stage_sizes(model) != blocks or (blocks and not _has_stem_and_first_block(model, found, f"{spec.head}.")):
             continue
         variables = template(model)
-        if _without(headless, shapes(variables)) == found:
+        expected = shapes(variables)
+        # An unknown entry in a module of the network makes another network; one beside its modules does not.
+        others = beside(found, expected)
+        if _without(headless, expected) == {key: shape for key, shape in found.items() if key not in others}:
             return Recognised(name, options, variables)
     return None
+
+
+def beside(entries: Iterable[str], expected: Iterable[str]) -> set[str]:
+    """Return the entries that are in none of a network's modules, such as a loss's or a copy's."""
+    modules = {key.partition(".")[0] for key in expected}
+    return {key for key in entries if key.partition(".")[0] not in modules}
 
 
 def _stage_sizes(model: Any) -> tuple[int, ...]:

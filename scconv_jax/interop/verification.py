@@ -97,7 +97,8 @@ def compare(
         tolerance: Limit in float32, however much the network amplifies rounding. If None, the limit depends on the network.
     """
     # In float32, the dtype of parameters here.
-    entries = {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in checkpoint.original.items()}
+    own = checkpoint.named if reference is None else checkpoint.original
+    entries = {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in own.items()}
     run_torch = _torch_side(checkpoint, loaded, reference, entries)
     stem = model_info(loaded.name).counterpart is not None
     images_of = partial(sample_images, channels=create_model(loaded.name, **loaded.options).in_channels)

@@ -132,6 +132,25 @@ def test_a_naming_and_names_of_ones_own(capsys, variables):
     jax.tree.map(np.testing.assert_array_equal, load("ours.safetensors").variables, variables)
 
 
+def test_which_of_two_sets_of_weights(capsys, variables):
+    entries = to_torch(variables)
+    twice = {f"ema_model.{name}": value * np.asarray(2, value.dtype) for name, value in entries.items()}
+    write("both.safetensors", {**{f"model.{name}": value for name, value in entries.items()}, **twice})
+    table = convert(capsys, "both.safetensors", "--out", "ours.safetensors")
+    counters = sum(name.endswith("num_batches_tracked") for name in entries)
+    assert (
+        f"entries {2 * len(entries)} read, {len(entries) - counters} converted, {counters} ignored, {len(twice)} beside" in table
+    )
+    assert "note The keys were taken without their prefix 'model'." in table
+    jax.tree.map(np.testing.assert_array_equal, load("ours.safetensors").variables, variables)
+    table = convert(capsys, "both.safetensors", "--key", "ema_model", "--out", "average.safetensors")
+    assert "note" not in table
+    average = load("average.safetensors").variables["params"]["fc"]["bias"]
+    np.testing.assert_array_equal(average, 2 * variables["params"]["fc"]["bias"])
+    assert main(["convert", "both.safetensors", "--key", "ema", "--out", "none.safetensors"]) == 2
+    assert "no weights under the key 'ema'. Did you mean 'ema_model'? Its keys: " in capsys.readouterr().err
+
+
 def test_no_network_at_all(capsys):
     """A network of one's own with ScConv in it, in all three versions: each entry by its kind, names as they are."""
     generator = np.random.default_rng(0)

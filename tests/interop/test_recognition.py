@@ -79,13 +79,21 @@ def test_without_its_head():
         lambda entries: entries.pop("layer3.1.bn3.bias"),
         lambda entries: entries.update({"layer1.0.conv3.weight": np.zeros((64, 8, 1, 1))}),
         lambda entries: entries.update({"layer1.2.conv3.weight": np.zeros((64, 16, 1, 1))}),
-        lambda entries: entries.update({"encoder.weight": np.zeros((4, 4, 1, 1))}),
+        lambda entries: entries.update({"layer1.0.se.fc.weight": np.zeros((4, 4, 1, 1))}),
+        lambda entries: entries.update({"fc.2.weight": np.zeros((4, 4))}),
     ],
 )
 def test_what_differs_in_one_entry_is_not_recognised(change):
     entries = entries_of("scnet20_small")
     change(entries)
     assert recognise(entries) is None
+
+
+def test_entries_beside_the_networks_modules_play_no_part():
+    entries = entries_of("scnet20_small")
+    found = recognise({**entries, "criterion.weight": np.zeros((4, 4)), "ema_model.conv1.weight": np.zeros((4, 4, 1, 1))})
+    assert found is not None
+    assert found.model == "scnet20_small"
 
 
 def test_heads():
