@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import scconv_jax
-from train.config import Config, ConfigError, Plan
+from train.config import Config, ConfigError, Model, Plan
 from train.parallel import run_once
 from train.step import TrainState, init_state
 
@@ -40,9 +40,9 @@ class InitialState:
     def create(self) -> tuple[TrainState, list[str]]:
         """Return the state that the run begins with, and notes for the user."""
         state, notes = run_once(self._random), []
-        if source := self.config.model.init:
+        if self.config.model.init:
             drawn = {"params": state.params, "batch_stats": state.batch_stats}
-            variables, notes = initial_weights(source, self.config.model.name, drawn)
+            variables, notes = initial_weights(self.config.model, drawn)
             state = state.replace(**variables, ema=state.ema and variables)
         if step := jnp.int32(self.plan.first_step):
             state = state.replace(step=step, opt_state=optax.tree_utils.tree_set(state.opt_state, count=step))
@@ -66,30 +66,39 @@ def check_initial_weights(config: Config) -> None:
         shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     except ValueError:
         return  # likewise
-    initial_weights(config.model.init, config.model.name, shapes)
+    # Zeros that take no memory: parameters that init_ignore leaves out keep them.
+    initial_weights(config.model, jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes))
 
 
-def initial_weights(source: str, name: str, like: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Load the variables of the network `name` from `source`, in the structure of `like`, and return notes for the user.
+def initial_weights(model: Model, like: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Load the initial weights that a config names, in the structure of `like`, and return notes for the user.
 
     If the number of classes differs, the head keeps the values of `like`.
     """
+    source, name = model.init, model.name
     if source == PRETRAINED and name not in scconv_jax.list_pretrained():
         published = ", ".join(scconv_jax.list_pretrained())
         raise ConfigError(f"no weights were published for {name}, only for {published}. Give a file instead: --init FILE")
     try:
-        variables, notes = scconv_jax.load_weights(name if source == PRETRAINED else source, like)
+        rename = list(zip(model.init_rename[::2], model.init_rename[1::2], strict=True))
+        found = name if source == PRETRAINED else source
+        variables, notes = scconv_jax.load_weights(found, like, key=model.init_key, rename=rename, ignore=model.init_ignore)
     except (scconv_jax.WeightsError, scconv_jax.ConversionError) as error:
-        raise ConfigError(f"model.init {source!r}: {_in_one_line(error, source, name)}") from error
+        raise ConfigError(f"model.init {source!r}: {_with_flags(_in_one_line(error, model))}") from error
     found = f"the published weights of {name}" if source == PRETRAINED else source
-    return variables, [f"Starting from {found}.", *notes]
+    return variables, [f"Starting from {found}.", *map(_with_flags, notes)]
 
 
-def _in_one_line(error: Exception, source: str, name: str) -> str:
+def _with_flags(text: str) -> str:
+    """Return a message of the library with the flag's name here."""
+    return text.replace("--key", "--model.init-key")
+
+
+def _in_one_line(error: Exception, model: Model) -> str:
     """Return the error as one line. For weights of another network, name that network instead of hundreds of differences."""
-    if isinstance(error, scconv_jax.ConversionError):
+    if "\n" in str(error):
         try:
-            scconv_jax.load_model(source, name)
+            scconv_jax.load_model(model.init, model.name, key=model.init_key)
         except ValueError as other:
             error = other
     lines = [line.strip() for line in str(error).splitlines()]

@@ -1,5 +1,6 @@
 """What a run begins with: random weights, those of a file, another epoch."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import scconv_jax
 import train.setup
+from scconv_jax.weights import torch_files
 from tests.train.tiny import Tiny, create_tiny
 from train.config import Config, ConfigError, Data, Model, Optim, make_plan
 from train.initial_state import InitialState, initial_weights
@@ -67,8 +69,10 @@ def test_pretrained_is_the_weights_published_for_the_network(weights, monkeypatc
     path, variables = weights
     load = scconv_jax.load_weights
     asked = []
-    monkeypatch.setattr(scconv_jax, "load_weights", lambda source, like: asked.append(source) or load(path, like))
-    found, notes = initial_weights("pretrained", "scnet50", variables)
+    monkeypatch.setattr(
+        scconv_jax, "load_weights", lambda source, like, **options: asked.append(source) or load(path, like, **options)
+    )
+    found, notes = initial_weights(Model(name="scnet50", init="pretrained"), variables)
     assert asked == ["scnet50"]
     assert_same(found, variables)
     assert notes == ["Starting from the published weights of scnet50."]
@@ -79,7 +83,32 @@ def test_pretrained_is_refused_where_nothing_was_published():
         r"^no weights were published for resnet50, only for scnet101, scnet50, scnet50_v1d\. Give a file instead: --init FILE$"
     )
     with pytest.raises(ConfigError, match=expected):
-        initial_weights("pretrained", "resnet50", {})
+        initial_weights(Model(name="resnet50", init="pretrained"), {})
+
+
+def test_which_weights_and_which_keys(weights, tmp_path):
+    """Of two sets the chosen one; keys renamed; a parameter that is ignored stays as it was."""
+    _, variables = weights
+    entries = {f"net.{key}": value for key, value in scconv_jax.to_torch(variables).items()}
+    entries = {key.replace("fc", "classifier"): value for key, value in entries.items()}
+    both = {f"{name}.{key}": value * factor for name, factor in (("raw", 1), ("twin", 2)) for key, value in entries.items()}
+    torch_files.write_zip(tmp_path / "x.pth", both)
+    like = jax.tree.map(lambda leaf: np.full(leaf.shape, 7, leaf.dtype), variables)
+    model = Model(init=str(tmp_path / "x.pth"), init_key="twin", init_rename=("classifier", "fc"), init_ignore=("net.fc.bias",))
+    found, notes = initial_weights(model, like)
+    expected = jax.tree.map(lambda leaf: 2 * leaf, variables)
+    expected["params"]["fc"]["bias"] = like["params"]["fc"]["bias"]
+    assert_same(found, expected)
+    assert notes[1:] == [
+        "The keys were taken without their prefix 'net'.",
+        "Ignored as asked, so that the network keeps its initial values: fc.bias.",
+    ]
+    with pytest.raises(ConfigError, match=r"holds several sets of weights.*Choose one by its key: --model\.init-key raw"):
+        initial_weights(dataclasses.replace(model, init_key=""), like)
+    with pytest.raises(
+        ConfigError, match=r"init_rename must be pairs of a regular expression and its replacement, found \('a',\)"
+    ):
+        Model(init_rename=("a",))
 
 
 def test_a_later_epoch_has_its_place_in_schedule_and_data():
@@ -111,7 +140,7 @@ def test_weights_that_will_not_do_are_one_line(tmp_path, monkeypatch, source, me
     model = scconv_jax.create_model("scnet20_small")
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False))
     with pytest.raises(ConfigError) as raised:
-        initial_weights(source, "scnet20_small", like)
+        initial_weights(Model(name="scnet20_small", init=source), like)
     assert "\n" not in str(raised.value)
     assert message.lower() in str(raised.value).lower()
     assert len(str(raised.value)) < 600
@@ -159,6 +188,14 @@ def test_weights_of_other_classes_can_be_trained_but_not_tested(small, weights, 
     assert main(["--config", small, "--init", str(path), "--evaluate", "--data.synthetic-classes", "7"]) == 2
     reason = "The file's head has 10 classes, the network 7: fc keeps its initial values."
     assert capsys.readouterr().err == f"error: model.init '{path}' cannot be tested on these images. {reason}\n"
+
+
+def test_ignored_weights_are_not_tested_and_stay_random_in_training(small, weights, capsys):
+    path, _ = weights
+    assert main(["--config", small, "--init", str(path), "--model.init-ignore", "fc.*", "--evaluate"]) == 2
+    assert "cannot be tested on these images. Ignored as asked, so that the network keeps" in capsys.readouterr().err
+    assert main(["--config", small, "--init", str(path), "--model.init-ignore", "fc.*"]) == 0
+    assert "\nIgnored as asked, so that the network keeps its initial values: fc.bias, fc.weight.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("evaluate", [[], ["--evaluate"]])

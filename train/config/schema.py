@@ -17,12 +17,21 @@ class Model(Group):
     """A name from `scconv_jax.list_models()`."""
     init: str = ""
     """Initial weights: a file, the folder of a run, a URL, or "pretrained" for the published weights. Empty: random."""
+    init_key: str = ""
+    """Which weights `init` takes from a source of several sets (state_dict_ema), or the prefix of their keys (ema_model)."""
+    init_rename: tuple[str, ...] = ()
+    """Renames of the keys in `init`: a regular expression and its replacement, perhaps more such pairs."""
+    init_ignore: tuple[str, ...] = ()
+    """Patterns of keys that `init` skips (fc.*); such parameters stay random."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Computation dtype. Parameters are float32; with float64, which needs JAX_ENABLE_X64=1, they are float64 too."""
     sync_batchnorm: bool = False
     """Compute BatchNorm statistics over the global batch, not over each device's part of it."""
     rematerialise: bool = False
     """Keep only the outputs of blocks and recompute the rest in the backward pass: less memory, more time."""
+
+    def _check(self) -> None:
+        self._require(len(self.init_rename) % 2 == 0, "init_rename", "pairs of a regular expression and its replacement")
 
 
 @dataclass(frozen=True)
