@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ OneImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A path, the bytes of an image file, a PIL image, or a uint8 array (h, w, 3)."""
 
 MAX_PIXELS = 2**28
-"""Default limit on the pixels of an image file, as stored and as resized: PIL needs a gigabyte for so many."""
+"""Default limit on the pixels of an image file: PIL needs a gigabyte for so many."""
 PNG = b"\x89PNG\r\n\x1a\n"
 """First bytes of every PNG file."""
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -88,32 +89,43 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 _compiled_normalize = jax.jit(normalize, static_argnames=("mean", "std"))
 
 
-def center_crop(image: Image.Image, size: int, resize: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def center_crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
     """Resize the shorter side of an RGB image to `resize` and cut out the middle, as torchvision does.
 
     Args:
         image: The image.
         size: Height and width of the crop, at most `resize`.
         resize: New length of the shorter side. The longer side is rounded down.
-        max_pixels: Limit on the pixels of the resized image. Of an image of 1 × 60,000 it would have four billion.
 
     Returns:
         uint8 (size, size, 3).
-
-    Raises:
-        ImageError: The image is so long and thin that it would not fit in memory.
     """
     from PIL import Image
 
     width, height = image.size
     if min(width, height) != resize:
         longer = int(resize * max(width, height) / min(width, height))
-        if longer * resize > max_pixels:
-            raise ImageError(f"{width} × {height} pixels, resized {longer} × {resize}, more than max_pixels {max_pixels:,}")
+        if longer * resize > MAX_PIXELS:
+            image = _middle(image, resize)
+            width, height = image.size
+            longer = int(resize * max(width, height) / min(width, height))
         width, height = (resize, longer) if width <= height else (longer, resize)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _middle(image: Image.Image, resize: int) -> Image.Image:
+    """Cut off both ends of a long, thin image, as far as no square in its middle depends on them.
+
+    Resized whole, 1 × 60,000 pixels would be four billion.
+    """
+    short, long = sorted(image.size)
+    needed = short + 4 * max(1, math.ceil(short / resize))  # with what the filter reaches
+    step = 2 * short // math.gcd(short, resize)  # an even number of pixels of the resized image, for the same rounding
+    cut = max(0, long - needed) // 2 // step * step
+    left, top = (cut, 0) if image.width == long else (0, cut)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def decode(data: bytes, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -63,7 +63,7 @@ class Data(Group):
     exif: bool = False
     """Rotate image files by their EXIF orientation. PyTorch's ImageFolder does not, nor do published accuracies include it."""
     max_pixels: int = 2**28
-    """Largest image file to decode, in pixels, as stored and as resized for testing. A larger one counts as unreadable."""
+    """Largest image file to decode, in pixels. A larger one counts as unreadable."""
     max_bad_images: int = 10
     """Unreadable image files to tolerate. Each is reported and replaced by another image. One more is an error."""
     mean: tuple[float, ...] = ()

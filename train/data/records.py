@@ -88,7 +88,7 @@ def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSour
 
     def central_crop(image: bytes, _key: tuple[int, ...], out: np.ndarray) -> None:
         decoded = scconv_jax.images.decode(image, exif=exif, max_pixels=max_pixels)
-        out[...] = scconv_jax.images.center_crop(decoded, size, resize, max_pixels)
+        out[...] = scconv_jax.images.center_crop(decoded, size, resize)
 
     def in_grey(write: Callable[[bytes, tuple[int, ...], np.ndarray], object]) -> Callable[..., None]:
         def write_grey(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
