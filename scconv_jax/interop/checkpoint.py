@@ -22,7 +22,7 @@ from scconv_jax.interop.conversion import to_torch
 from scconv_jax.interop.keys import ConversionError, Rename, matches, rename_key, rename_keys, wrapper_renames
 from scconv_jax.messages import listed
 from scconv_jax.models.registry import PUBLISHED
-from scconv_jax.weights import Source, WeightsError, read
+from scconv_jax.weights import Source, WeightsError, read, runs
 from scconv_jax.weights.download import fetch
 from scconv_jax.weights.selection import SelectionError, is_average
 
@@ -69,6 +69,8 @@ class Checkpoint(NamedTuple):
                 f"The weights are {average}{source.key or 'those at the top level'}; the file also has "
                 f"{listed(source.others)}. Choose with --key or key={source.others[0]!r}."
             )
+        if source.format == "orbax" and (choice := runs.describe_choice(source.path)):
+            notes.append(choice)
         if self.prefix:
             notes.append(f"The keys were taken without their prefix {self.prefix[:-1]!r}.")
         if self.others:

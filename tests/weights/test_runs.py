@@ -58,6 +58,18 @@ def test_a_run_or_one_of_its_steps(run, inside, step):
     assert metadata == {"model": "scnet20_small", "arguments": {"num_classes": classes}, "step": str(step)}
 
 
+def test_which_step_was_taken_is_said_if_there_is_a_choice(run, tmp_path):
+    template = {"params": state(2).params, "batch_stats": state(2).batch_stats}
+    said = f"The best checkpoint, of step 2, was taken. The latest is {run}/checkpoints/3."
+    for folder in (run, run / "checkpoints"):
+        assert said in scconv_jax.load_weights(folder, template)[1]
+    for folder in (run / "checkpoints" / "2", run / "checkpoints" / "3" / "state"):
+        assert not any("checkpoint" in note for note in scconv_jax.load_weights(folder, template)[1])
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state(1), {"eval/top1": 0.5})
+    assert scconv_jax.load_weights(tmp_path, template)[1] == []
+
+
 def test_the_source_describes_the_run(run):
     source = weights.read(run)
     assert (source.format, source.is_flax, source.path) == ("orbax", True, run)
