@@ -69,12 +69,13 @@ def _open_both(root: Path) -> Opened:
 
 def _open_val(root: Path, has_train: bool) -> Opened:
     test, notes = load_index(root / "val"), []
-    classes = class_folders(root / "train") if has_train else list(test.classes)
-    _check_classes(root / ("train" if has_train else "val"), classes)
+    of_train = class_folders(root / "train") if has_train else []
+    classes = of_train or list(test.classes)
+    _check_classes(root / ("train" if of_train else "val"), classes)
     if unknown := sorted(set(test.classes) - set(classes)):
         raise ConfigError(f"val of {root} holds classes that train does not hold: {_listed(unknown)}")
-    if not has_train:
-        notes.append(f"{root} has no train: the {len(classes)} classes are those of val.")
+    if not of_train:
+        notes.append(f"{root} has no {'classes in ' * has_train}train: the {len(classes)} classes are those of val.")
     if missing := sorted(set(classes) - set(test.classes)):
         notes.append(f"{test.root} has no images of {len(missing)} of the {len(classes)} classes of train: {_listed(missing)}.")
     labels = np.asarray([classes.index(test.classes[label]) for label in test.labels], np.int32)
