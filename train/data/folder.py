@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -156,7 +157,8 @@ def _describe_other_layout(root: Path, has_train: bool, has_val: bool) -> str:
     if whole and not has_train and not has_val:
         return f"{message}. {whole[0]} holds both: give that folder"
     if other and has_train:
-        return f"{message}. If {other[0]} holds the test images, name it val: mv {root / other[0]} {root / 'val'}"
+        command = shlex.join(["mv", str(root / other[0]), str(root / "val")])
+        return f"{message}. If {other[0]} holds the test images, name it val: {command}"
     above = root / "train" if has_train else root
     classes = [] if has_val else class_folders(above)
     if any(name.lower().endswith(SUFFIXES) for cls in classes[:1] for name in os.listdir(above / cls)):
