@@ -12,8 +12,10 @@ float32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -123,7 +125,8 @@ def max_pool(x: Float[Array, "n h w c"], window: int, strides: int, *, padding: 
         `(n, p, q, c)` with `p = (h + 2 padding - window) // strides + 1`, in the dtype of `x`. As in PyTorch, NaN is the maximum
         of its window, and the first of equal maxima receives the gradient.
     """
-    return by_platform(compared_max_pool, native_max_pool, x, window=window, strides=strides, padding=padding)
+    options = {"window": window, "strides": strides, "padding": padding}
+    return by_platform(compared_max_pool, native_max_pool, x, gpu=indexed_max_pool, **options)
 
 
 def compared_max_pool(x: Float[Array, "n h w c"], *, window: int, strides: int, padding: int) -> Float[Array, "n p q c"]:
@@ -133,6 +136,30 @@ def compared_max_pool(x: Float[Array, "n h w c"], *, window: int, strides: int, 
     for tap in others:
         largest = jnp.where((tap > largest) | jnp.isnan(tap), tap, largest)
     return largest
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _indexed_max_pool(x: Float[Array, "n h w c"], window: int, strides: int, padding: int) -> Float[Array, "n p q c"]:
+    return compared_max_pool(x, window=window, strides=strides, padding=padding)
+
+
+@_indexed_max_pool.defjvp
+def _indexed_max_pool_jvp(window: int, strides: int, padding: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    first, *others = taps(primals[0], -np.inf, (window, window), strides, padding)
+    largest, index = first, jnp.zeros(first.shape, jnp.uint8)
+    for i, tap in enumerate(others, 1):
+        larger = (tap > largest) | jnp.isnan(tap)
+        largest, index = jnp.where(larger, tap, largest), jnp.where(larger, jnp.uint8(i), index)
+    moved = taps(tangents[0], 0.0, (window, window), strides, padding)
+    return largest, sum(jnp.where(index == i, tap, jnp.zeros_like(tap)) for i, tap in enumerate(moved))  # pyright: ignore
+
+
+def indexed_max_pool(x: Float[Array, "n h w c"], *, window: int, strides: int, padding: int) -> Float[Array, "n p q c"]:
+    """Compare the shifted maps and keep the position of the maximum, one byte, for the gradient.
+
+    On GPUs, the gradient of `native_max_pool` computes the positions anew, with two integers each, and then scatters.
+    """
+    return _indexed_max_pool(x, window, strides, padding)
 
 
 def native_max_pool(x: Float[Array, "n h w c"], *, window: int, strides: int, padding: int) -> Float[Array, "n p q c"]:

@@ -20,6 +20,7 @@ from jax import lax
 
 from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_divides, check_positive_int
+from scconv_jax.functional.moments import moments, over_channels
 from scconv_jax.functional.symbolic import Size, check_multiple, is_below, value
 from scconv_jax.shapes import Array, Float
 
@@ -119,7 +120,13 @@ class BatchNorm(nn.Module):
 
         if train:
             axis_name = None if self.is_initializing() else self.axis_name
-            mean, var, count = moments(x, axis_name)
+            count = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
+            if count < 2:
+                raise ValueError(
+                    f"BatchNorm in training needs more than one value per channel; got input of shape {x.shape}. "
+                    "Use a larger batch or larger images."
+                )
+            mean, var = moments(x, running_mean.value.astype(x.dtype), axis_name)
             if not self.is_initializing():
                 count = value(count, x.dtype)
                 unbiased = lax.stop_gradient(var) * (count / (count - 1))
@@ -131,41 +138,11 @@ class BatchNorm(nn.Module):
         # A single multiply-add per element.
         factor = scale * lax.rsqrt(var + self.epsilon)
         offset = bias - mean * factor
-        return (x * _over_channels(factor, x) + _over_channels(offset, x)).astype(dtype)
+        return (x * over_channels(factor, x) + over_channels(offset, x)).astype(dtype)
 
     def _keep(self, running: nn.Variable, new: Float[Array, " c"]) -> None:
         old = running.value
         running.value = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)
-
-
-def moments(
-    x: Float[Array, "*batch c"], axis_name: str | tuple[str, ...] | None = None
-) -> tuple[Float[Array, " c"], Float[Array, " c"], Size]:
-    """Return mean, biased variance and number of values of each channel, over all devices of `axis_name` if there is one.
-
-    Raises:
-        ValueError: If there is only one value per channel.
-    """
-    axes = tuple(range(x.ndim - 1))
-    count = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
-    if is_below(count, 2):
-        raise ValueError(
-            f"BatchNorm in training needs more than one value per channel; got input of shape {x.shape}. "
-            "Use a larger batch or larger images."
-        )
-    mean = x.mean(axes)
-    if axis_name is not None:
-        mean = lax.pmean(mean, axis_name)
-    # Two passes, because E[x²] - E[x]² loses digits if the mean is large. The derivative of the variance with respect to the mean
-    # is 0, since Σ(x - mean) = 0; `stop_gradient` spares the backward pass from computing it.
-    var = jnp.square(x - _over_channels(lax.stop_gradient(mean), x)).mean(axes)
-    if axis_name is not None:
-        var = lax.pmean(var, axis_name)
-    return mean, var, count
-
-
-def _over_channels(values: Float[Array, " c"], x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-    return lax.broadcast_in_dim(values, x.shape, (x.ndim - 1,))
 
 
 class ConvNorm(nn.Module):

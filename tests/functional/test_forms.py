@@ -11,7 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from scconv_jax import functional as F
 from scconv_jax.functional.convolution import blocked_conv, dense_blocks, form_on_cpu, matmul_conv, native_conv, product_conv
-from scconv_jax.functional.pooling import compared_max_pool, native_max_pool
+from scconv_jax.functional.moments import one_pass_moments, two_pass_moments
+from scconv_jax.functional.pooling import compared_max_pool, indexed_max_pool, native_max_pool
 
 # form, kernel's shape, strides, padding, dilation, groups
 FORMS = [
@@ -47,21 +48,48 @@ def test_each_form_of_a_convolution_equals_xlas_own(form, shape, strides, paddin
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", [compared_max_pool, indexed_max_pool])
 @pytest.mark.parametrize(("window", "strides", "padding"), [(3, 2, 1), (2, 2, 0), (2, 2, 1), (3, 1, 1), (5, 3, 2)])
-def test_both_forms_of_max_pooling_give_the_gradient_to_the_first_of_equal_maxima(window, strides, padding):
+def test_all_forms_of_max_pooling_give_the_gradient_to_the_first_of_equal_maxima(form, window, strides, padding):
     x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 7, 9, 3)).astype(float) - 5)
     options = {"window": window, "strides": strides, "padding": padding}
-    found = value_and_gradients(partial(compared_max_pool, **options), x)
+    found = value_and_gradients(partial(form, **options), x)
     expected = value_and_gradients(partial(native_max_pool, **options), x)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-15)
 
 
-def test_nan_is_the_maximum_of_its_window_in_both_forms():
+def test_nan_is_the_maximum_of_its_window_in_all_forms():
     x = jnp.zeros((1, 6, 6, 2)).at[0, 2, 3, 1].set(jnp.nan)
-    found, expected = (form(x, window=3, strides=2, padding=1) for form in (compared_max_pool, native_max_pool))
-    assert jnp.isnan(found).sum() == 2
-    np.testing.assert_array_equal(found, expected)
+    expected = native_max_pool(x, window=3, strides=2, padding=1)
+    assert jnp.isnan(expected).sum() == 2
+    for form in (compared_max_pool, indexed_max_pool):
+        np.testing.assert_array_equal(form(x, window=3, strides=2, padding=1), expected)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("distance", [0.0, 1.0, 5.0])
+def test_both_forms_of_the_moments_are_equal_with_any_shift(distance):
+    """`distance` is that of the shift from the mean, in standard deviations."""
+    x = jnp.asarray(np.random.default_rng(0).normal(100, 2, (3, 5, 7, 4)))
+    shift = x.mean((0, 1, 2)) + 2 * distance
+
+    def combined(form, x):
+        mean, var = form(x, shift)
+        return jnp.concatenate([mean, var])
+
+    found, expected = (value_and_gradients(partial(combined, form), x) for form in (one_pass_moments, two_pass_moments))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_one_pass_keeps_the_digits_of_a_small_variance_beside_a_large_mean():
+    """In float32, E[x²] - E[x]² would have none left."""
+    x = np.random.default_rng(0).normal(3000, 0.5, (8, 30, 30, 2)).astype(np.float32)
+    shift = jnp.full(2, 3001, jnp.float32)  # two standard deviations away
+    _, var = one_pass_moments(jnp.asarray(x), shift)
+    np.testing.assert_allclose(var, x.astype(np.float64).var((0, 1, 2)), rtol=1e-5)
+    assert abs((np.square(x).mean() - np.square(x.mean())) - 0.25) > 0.05
 
 
 X, POINTWISE, GROUPED = jnp.ones((8, 6, 6, 32)), jnp.ones((1, 1, 32, 32)), jnp.ones((3, 3, 1, 32))
@@ -106,11 +134,11 @@ def test_a_program_for_cpu_has_only_the_forms_for_cpu(name):
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
 @pytest.mark.parametrize("name", ["jit", "grad", "vmap", "scan", "remat"])
-def test_a_program_for_an_accelerator_has_only_xlas_own_forms(name, platform):
+def test_a_program_for_an_accelerator_has_only_its_own_forms(name, platform):
     text = jax.jit(TRANSFORMATIONS[name]).trace(X).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.convolution" in text
     assert "stablehlo.dot_general" not in text
-    assert ("reduce_window" if name == "jit" else "select_and_scatter") in text
+    assert (("reduce_window" if name == "jit" else "select_and_scatter") in text) == (platform == "tpu")
 
 
 def test_a_program_exported_for_all_platforms_runs_here():
