@@ -250,7 +250,9 @@ class _Peer:
 
 
 class Signals:
-    """Records Ctrl-C or SIGTERM, so that all hosts stop after the same step. A later Ctrl-C interrupts at once, as usual.
+    """Records Ctrl-C, SIGTERM and the like, so that all hosts stop after the same step. A later Ctrl-C interrupts at once.
+
+    SLURM sends SIGUSR1 or SIGUSR2 before the end of a job (`--signal`), a lost ssh connection SIGHUP, which `nohup` ignores.
 
     A signal within `DOUBLE_SIGNAL_SECONDS` of the first counts as the same one: `timeout`, for example, signals a process and
     then its group.
@@ -264,7 +266,9 @@ class Signals:
 
         self._hosts = jax.process_count()
         # With several hosts, JAX itself handles SIGTERM and makes all hosts agree on a step.
-        mine = (signal.SIGINT, signal.SIGTERM) if self._hosts == 1 else (signal.SIGINT,)
+        names = ["SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"] + ["SIGTERM"] * (self._hosts == 1)
+        known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        mine = [signum for signum in known if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN]
         self._before = {signum: signal.signal(signum, self._note) for signum in mine}
         return self
 
@@ -283,7 +287,15 @@ class Signals:
             self.received = signal.SIGTERM
         return stop
 
+    def stopping(self) -> bool:
+        """Return whether a signal has come, with one host. Several hosts stop only after the same step."""
+        return self._hosts == 1 and bool(self.received)
+
     def _note(self, signum: int, _frame: FrameType | None) -> None:
+        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone
+            for name in ("stdout", "stderr"):
+                if getattr(sys, name).isatty():
+                    setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 for the rest of the process
         if not self.received:
             self.received, self._when = signum, time.monotonic()
             if self._hosts > 1:

@@ -1,5 +1,6 @@
 """The training loop and the evaluation of a checkpoint."""
 
+import contextlib
 import dataclasses
 import shlex
 import time
@@ -11,7 +12,7 @@ import numpy as np
 from optax.tree_utils import tree_size
 
 from train.config import Config, ConfigError, make_plan
-from train.data.batches import DevicePrefetcher, train_batches
+from train.data.batches import DevicePrefetcher, StoppedError, train_batches
 from train.distributed import Signals
 from train.initial_state import InitialState
 from train.optim import make_optimizer, make_schedule
@@ -73,7 +74,7 @@ def train(config: Config, workdir: Path) -> int:
         elif is_host_0:
             state, notes = start.create()
         state = from_host_0(state)
-        first_step = step = int(state.step)
+        first_step, step, completed = int(state.step), int(state.step), False
         trackers = ()
         if is_host_0:
             trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
@@ -97,10 +98,11 @@ def train(config: Config, workdir: Path) -> int:
             process_count=jax.process_count(),
         )
         with (
-            DevicePrefetcher(batches, setup.parallel.put_batch) as prefetcher,
+            DevicePrefetcher(batches, setup.parallel.put_batch, signals.stopping) as prefetcher,
             Metrics(written and written / "metrics.jsonl", first_step, trackers) as metrics,
             Profiler(config.log.profile_steps if is_host_0 else (), workdir / "profile") as profiler,
             Progress(plan.total_steps, first_step, batch_size, shown=is_host_0) as progress,
+            contextlib.suppress(StoppedError),  # a signal has come while a batch was expected
         ):
             window = MetricsWindow(
                 batch_size,
@@ -109,6 +111,20 @@ def train(config: Config, workdir: Path) -> int:
                 peak=peak_multiply_adds(jax.devices()),
             )
             train_metrics = {}
+
+            def end_epoch(epoch: int) -> None:
+                test_metrics = test(state, signals.stopping)
+                if not np.isfinite(test_metrics["eval/loss"]):
+                    raise FloatingPointError(f"the test loss is {test_metrics['eval/loss']} at step {step}")
+                metrics.write(step, epoch=epoch, **test_metrics)
+                checkpoints.save(state, test_metrics)
+                progress.say(epoch_line(epoch, config.epochs, train_metrics | test_metrics))
+                window.restart_clock()
+
+            epoch, position = divmod(step, plan.steps_per_epoch)
+            untested = resumes and position == 0 and step > plan.first_step and not checkpoints.is_tested(step)
+            if from_host_0(np.int32(untested)):  # a signal stopped the test
+                end_epoch(epoch)
             stop = signals.stop_after(step)
             while step < plan.total_steps and not stop:
                 profiler.before(step + 1)
@@ -139,20 +155,15 @@ def train(config: Config, workdir: Path) -> int:
                 if save:
                     checkpoints.save(state)
                 if position == 0:  # the end of an epoch
-                    test_metrics = test(state)
-                    if not np.isfinite(test_metrics["eval/loss"]):
-                        raise FloatingPointError(f"the test loss is {test_metrics['eval/loss']} at step {step}")
-                    metrics.write(step, epoch=epoch, **test_metrics)
-                    checkpoints.save(state, test_metrics)
-                    progress.say(epoch_line(epoch, config.epochs, train_metrics | test_metrics))
-                    window.restart_clock()
-            checkpoints.save(state)
+                    end_epoch(epoch)
+            completed = step == plan.total_steps
+        checkpoints.save(state)
 
     if not is_host_0:
-        return signals.received if step < plan.total_steps else 0
+        return 0 if completed else signals.received
     workdir = checkpoints.workdir
     draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=f"{config.model.name} on {config.data.name}")
-    if step < plan.total_steps:
+    if not completed:
         print(
             f"Stopped and saved at step {step} of {plan.total_steps}. To resume: "
             f"python -m train.main --workdir {shlex.quote(str(workdir))} --resume"
@@ -211,8 +222,8 @@ def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
     """Return the line to print after an epoch."""
     return (
         f"epoch {epoch:{len(str(epochs))}}/{epochs}   "
-        f"train loss {values['train/loss']:.4f}, accuracy {values['train/top1']:7.2%}   "
-        f"test loss {values['eval/loss']:.4f}, accuracy {values['eval/top1']:7.2%}"
+        + (f"train loss {values['train/loss']:.4f}, accuracy {values['train/top1']:7.2%}   " if "train/loss" in values else "")
+        + f"test loss {values['eval/loss']:.4f}, accuracy {values['eval/top1']:7.2%}"
         + (f"   {values['images_per_second']:,.0f} img/s" if "images_per_second" in values else "")
     )
 

@@ -128,6 +128,28 @@ def run(flags: Flags, link: HostLink) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line as `command` does, and end the process if reads hang, for which Python's exit would wait."""
+    try:
+        code = command(argv)
+    except BaseException:
+        if not _reads_hang():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _reads_hang():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _reads_hang() -> bool:
+    from train.data.batches import reads_hang  # late: it imports NumPy
+
+    return reads_hang()
+
+
+def command(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 (training failed), 2 (a mistake in the command) or 128 + signal.
 
     If there are several hosts, an error ends the processes of all with the same code.

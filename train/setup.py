@@ -112,14 +112,15 @@ def make_step(setup: TrainingSetup, config: Config, optimizer: optax.GradientTra
     return setup.parallel.over_devices(step, donate_state=True)
 
 
-def make_test(setup: TrainingSetup, config: Config) -> Callable[[TrainState], dict[str, float]]:
-    """Return state → `eval/loss`, `eval/top1`, with more than five classes `eval/top5`, and `eval/images`.
+def make_test(setup: TrainingSetup, config: Config) -> Callable[..., dict[str, float]]:
+    """Return (state, stopping) → `eval/loss`, `eval/top1`, with more than five classes `eval/top5`, and `eval/images`.
 
-    Every test image counts once. `eval/images` is the number of test images that could be read.
+    Every test image counts once. `eval/images` is the number of test images that could be read. Once `stopping()`, the test
+    raises a `StoppedError`.
     """
     sums_of = setup.parallel.over_devices(functools.partial(eval_step, model=setup.model, normalize=setup.normalize))
 
-    def test(state: TrainState) -> dict[str, float]:
+    def test(state: TrainState, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
         batches = eval_batches(
             setup.dataset.test,
             config.data.batch_size,
@@ -127,7 +128,7 @@ def make_test(setup: TrainingSetup, config: Config) -> Callable[[TrainState], di
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        with DevicePrefetcher(batches, setup.parallel.put_batch) as prefetcher:
+        with DevicePrefetcher(batches, setup.parallel.put_batch, stopping) as prefetcher:
             sums = []
             for batch in prefetcher:
                 sums.append(sums_of(state, batch))

@@ -23,8 +23,18 @@ Batch = dict[str, np.ndarray]
 
 IMAGES_PER_TASK = 16
 """Images per task of a thread. Few, so that all threads work on the next batch and memory stays small."""
+LOOK_SECONDS = 1.0
+"""Interval between two looks at `stopping` while no batch arrives."""
+CLOSE_SECONDS = 5.0
+"""Time for reads to end. A read from a network disk that hangs never ends."""
+READER, FEEDER = "read images", "batches to the device"
+"""Names of threads."""
 POLL_SECONDS = 1e-3
 """Interval between two checks whether the device is idle, during the wait for a batch."""
+
+
+class StoppedError(Exception):
+    """A signal has come while the next batch was expected."""
 
 
 class UnreadableImageError(Exception):
@@ -154,7 +164,7 @@ def _read_ahead(
         return
 
     steps, begun = iter(steps), deque[tuple[Batch, list[Future[None]]]]()
-    pool = ThreadPoolExecutor(threads, "read images")
+    pool = ThreadPoolExecutor(threads, READER)
     try:
         while True:
             for step in itertools.islice(steps, ahead - len(begun)):
@@ -174,25 +184,29 @@ def _read_ahead(
 class DevicePrefetcher(Iterator[Any]):
     """Iterator over `put(batch)`: a thread transfers up to two batches ahead while the device computes."""
 
-    def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Any]) -> None:
+    def __init__(
+        self, batches: Iterator[Batch], put: Callable[[Batch], Any], stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Start the thread. Once `stopping()`, a request for a batch raises a `StoppedError`."""
         self.waited = 0.0
         """Seconds that the device has been idle because no batch was ready."""
-        self._batches, self._put = batches, put
+        self._batches, self._put, self._stopping = batches, put, stopping
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(2)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="batches to the device", daemon=True)
+        self._thread = threading.Thread(target=self._fill, name=FEEDER, daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop all threads and drop the batches that were read ahead."""
+        """Stop all threads and drop the batches that were read ahead. A read that hangs is left behind."""
         self._stop.set()
-        while self._thread.is_alive():
+        end = time.monotonic() + CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < end:
             with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.01)
-        if isinstance(self._batches, Generator):
+        if isinstance(self._batches, Generator) and not self._thread.is_alive():
             self._batches.close()
 
     def __next__(self) -> Any:
@@ -202,9 +216,11 @@ class DevicePrefetcher(Iterator[Any]):
         """Return the next batch. The time spent here while `idle()`, when the device has no work, is added to `waited`."""
         found = None
         while found is None:
+            if self._stopping():
+                raise StoppedError
             start, lost = time.perf_counter(), idle()
             with contextlib.suppress(queue.Empty):
-                found = self._queue.get(timeout=None if lost else POLL_SECONDS)
+                found = self._queue.get(timeout=LOOK_SECONDS if lost else POLL_SECONDS)
             if lost:
                 self.waited += time.perf_counter() - start
         batch, error = found
@@ -220,3 +236,8 @@ class DevicePrefetcher(Iterator[Any]):
             except BaseException as error:  # StopIteration too: `take` raises it
                 self._queue.put((None, error))
                 return
+
+
+def reads_hang() -> bool:
+    """Return whether threads still read images, though nobody waits for them. Python's exit would wait for ever."""
+    return any(thread.name.startswith((READER, FEEDER)) for thread in threading.enumerate())

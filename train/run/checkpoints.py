@@ -108,7 +108,7 @@ class Checkpoints:
         return scconv_jax.runs.best_step(self.directory)
 
     def save(self, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Copy `state` to the host and start to write it, unless a checkpoint of its step exists.
+        """Copy `state` to the host and start to write it. If a checkpoint of its step exists, add the metrics that it lacks.
 
         The next `save`, `check` or `wait` raises the error of a failed write.
 
@@ -117,10 +117,22 @@ class Checkpoints:
             CheckpointError: The files could not be written.
         """
         self.wait()
-        if self._folder is not None and int(state.step) not in self.steps():
+        if self._folder is None:
+            return
+        step = int(state.step)
+        if step not in self.steps():
             # An explicit copy: on CPU, device_get may return the device's memory, which the next step overwrites.
             state = jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(state))
             self._writing = self._writer.submit(self._write, state, metrics)
+        elif metrics is not None and not self.is_tested(step):
+            complete, metrics_folder = self.directory / str(step) / "tested", self.directory / str(step) / "metrics"
+            complete.mkdir(exist_ok=True)
+            (complete / "metrics").write_text(json.dumps(metrics))
+            complete.rename(metrics_folder)
+
+    def is_tested(self, step: int) -> bool:
+        """Return whether a saved step has test metrics."""
+        return scconv_jax.runs.eval_top1(self.directory, step) is not None
 
     def check(self) -> None:
         """Raise the error of a finished write."""

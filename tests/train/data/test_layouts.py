@@ -252,6 +252,8 @@ def test_testing_needs_no_training_images(tmp_path):
     assert (len(train), train.classes) == (0, ("cat", "dog"))
     assert [label for _, label in listed(test)] == [0, 1]
     assert notes == [f"{tmp_path} has no train: the 2 classes are those of val."]
+    (tmp_path / "train").mkdir()
+    assert open_folder(str(tmp_path), testing=True)[2] == [f"{tmp_path} has no classes in train: the 2 classes are those of val."]
     shutil.rmtree(tmp_path / "val" / "dog")
     with pytest.raises(ConfigError, match="val holds a single class, cat"):
         open_folder(str(tmp_path), testing=True)
