@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any, NoReturn, Self
 
 from train.config import ConfigError, Hosts
+from train.streams import silence
 
 HEARTBEAT_SECONDS = 5.0
 """Interval between two heartbeats of a host."""
@@ -293,9 +294,7 @@ class Signals:
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone
-            for name in ("stdout", "stderr"):
-                if getattr(sys, name).isatty():
-                    setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 for the rest of the process
+            silence(*(name for name in ("stdout", "stderr") if getattr(sys, name).isatty()))
         if not self.received:
             self.received, self._when = signum, time.monotonic()
             if self._hosts > 1:

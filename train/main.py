@@ -31,6 +31,7 @@ from train.config.files import (
 )
 from train.distributed import HostLink, find_hosts
 from train.run.workdir import check_same_run, fresh_workdir, holds_run, latest_workdir, load_run, refuse_existing_run
+from train.streams import mend_streams, silence
 
 
 def parse(argv: Sequence[str]) -> Flags:
@@ -111,7 +112,7 @@ def run(flags: Flags, link: HostLink) -> int:
         experiment, workdir = plan_run(flags)
         plan = [to_json(experiment), workdir and str(workdir)]
     else:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
+        silence("stdout")
     text, folder = link.share(plan)
     link.check_name()
     # Imported late, so that mistakes in the command are reported before these slow imports.
@@ -129,6 +130,7 @@ def run(flags: Flags, link: HostLink) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line as `command` does, and end the process if reads hang, for which Python's exit would wait."""
+    mend_streams()
     try:
         code = command(argv)
     except BaseException:
@@ -170,7 +172,7 @@ def command(argv: Sequence[str] | None = None) -> int:
         if link is not None:
             link.fail((reason or f"{type(error).__name__}: {error}").removeprefix("error: ").splitlines()[0], code)
         if isinstance(error, BrokenPipeError):  # `| head`: silent, like other programs, also in Python's last flush
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
+            silence("stdout")
         elif not reason:
             raise
         return code

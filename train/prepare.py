@@ -29,6 +29,7 @@ from train.data.datasets import ArraySource, load_digits
 from train.data.folder import open_folder
 from train.data.index import FolderRecords
 from train.run.workdir import LOCK, locked_folder
+from train.streams import mend_streams
 
 SHARD = 8192
 """Images per file: about a gigabyte of ImageNet."""
@@ -216,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--digits", action="store_true", help="instead of SRC: write scikit-learn's handwritten digits as JPEG files"
     )
+    mend_streams()
     arguments = parser.parse_args(argv)
     if arguments.digits == bool(arguments.source):
         parser.error("give SRC and OUT, or --digits and OUT")

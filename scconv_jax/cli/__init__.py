@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 
 from scconv_jax import __version__
 from scconv_jax.cli import convert, summary, verify
+from scconv_jax.cli.console import mend_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 if `verify` finds a difference, or 2 with a message for bad input."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # some encodings lack the frames and arrows of tables
+    mend_streams()
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0

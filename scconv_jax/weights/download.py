@@ -162,7 +162,7 @@ def _receive(response: Any, part: Path, have: int, total: int | None, name: str,
     if limit > MAX_BYTES:
         raise WeightsError(f"it has {total:,} bytes; the limit is {MAX_BYTES:,}")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    hidden = not (progress and sys.stderr.isatty())
+    hidden = not (progress and sys.stderr is not None and sys.stderr.isatty())
     bar = Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True)
     with part.open("ab") as file, bar:
         task = bar.add_task(name, total=total, completed=have)

@@ -360,3 +360,17 @@ def test_the_bar_is_for_terminals(server, tmp_path, monkeypatch, stream, progres
     monkeypatch.setattr(sys, "stderr", stream())
     fetch(server.address(), cache=tmp_path, progress=progress)
     assert ("net-" in sys.stderr.getvalue()) is shown
+
+
+def test_without_stderr(server, tmp_path, monkeypatch):
+    """As Python sets it if the stream is closed."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert fetch(server.address(), cache=tmp_path).read_bytes() == CONTENT
+
+
+def test_the_bar_on_a_terminal_of_ascii(server, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", line_buffering=True)
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    fetch(server.address(), cache=tmp_path)
+    assert b"net-" in terminal.buffer.getvalue()
