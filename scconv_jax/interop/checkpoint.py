@@ -181,5 +181,5 @@ def _below(source: Source, given: Given, prefix: str) -> Checkpoint:
         if kind.startswith("a ") and kind != "a tensor" and key.startswith(prefix):
             unreadable[rename_key(key.removeprefix(prefix), convention.rename)] = kind
     ignore = (*convention.ignore, *given.ignore, *(pattern.removeprefix(prefix) for pattern in given.ignore if prefix))
-    outside = tuple(key for key in own if key not in inside)
+    outside = tuple(key for key in own if not renamed[key].startswith(prefix))
     return Checkpoint(arrays, original, named, convention, source, ignore, given, unreadable, prefix, outside)

@@ -82,7 +82,7 @@ def _below_prefix(sets: Mapping[str, tuple[Mapping[Any, Any], ...]], key: str) -
     if len(found) != 1:
         names = [name for chain in sets.values() for name in chain[-1] if isinstance(name, str)]
         known = list(dict.fromkeys([*filter(None, sets), *(name.partition(".")[0] for name in names)]))
-        hint = did_you_mean(key, known, most=1)
+        hint = did_you_mean(key, known[:1000], most=1)
         raise SelectionError(f"it has no weights under the key {key!r}.{hint} Its keys: {listed(known)}")
     return found[0]
 
