@@ -147,7 +147,7 @@ def _report(options: argparse.Namespace, loaded: LoadedWeights, digest: str, sec
     source, conversion, convention = checkpoint.source, loaded.conversion, checkpoint.convention
     recognised = "recognised" if options.naming is None else "as given"
     converted, ignored = len(conversion.converted), len(conversion.ignored)
-    beside = f", {len(loaded.beside)} beside the network" if loaded.beside else ""
+    beside = f", {len(checkpoint.outside)} beside the network" if checkpoint.outside else ""
     rows = [
         ("source", f"{source.path.name}: {source.format}, {source.bytes:,} bytes"),
         ("SHA-256", digest or "(none for a folder)"),

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -51,13 +51,20 @@ class Checkpoint(NamedTuple):
     given: Given
     unreadable: dict[str, str]  # entries that cannot be converted, by our keys, and what they are
     prefix: str = ""  # the removed one
-    outside: tuple[str, ...] = ()  # keys of the entries without the prefix
+    outside: tuple[str, ...] = ()  # keys of the entries without the prefix, or in no module of the network
     others: tuple[str, ...] = ()  # other prefixes that the network fits
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
         """The entries without those to skip."""
         return {key: value for key, value in self.arrays.items() if not matches(key, self.ignore)}
+
+    def without(self, keys: Container[str]) -> Checkpoint:
+        """Return the checkpoint without the entries with these of our keys."""
+        rows = [row for row in zip(self.arrays, self.original, self.named, strict=True) if row[0] not in keys]
+        arrays, original, named = ({row[i]: self.arrays[row[0]] for row in rows} for i in range(3))
+        outside = (*self.outside, *(key for key in self.arrays if key in keys))
+        return self._replace(arrays=arrays, original=original, named=named, outside=outside)
 
     @property
     def notes(self) -> list[str]:
@@ -75,6 +82,9 @@ class Checkpoint(NamedTuple):
             notes.append(f"The keys were taken without their prefix {self.prefix[:-1]!r}.")
         if self.others:
             notes.append(f"Other prefixes that fit: {listed(self.others)}. Choose with --key or key={self.others[0]!r}.")
+        if outside := sorted(self.outside):
+            found = listed(_grouped(outside), 5)
+            notes.append(f"{len(outside)} entries are in no module of the network and were skipped: {found}.")
         if self.convention.caution:
             notes.append(self.convention.caution)
         return notes
@@ -148,6 +158,14 @@ def _without_module(checkpoint: Checkpoint) -> Checkpoint | None:
     with contextlib.suppress(ConversionError):  # two entries have the same key then
         return _below(checkpoint.source, given, "")
     return None
+
+
+def _grouped(keys: Iterable[str]) -> list[str]:
+    """Return keys by their first component: `criterion.weight`, `ema_model.* (122)`."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.partition(".")[0], []).append(key)
+    return [f"{name}.* ({len(group)})" if len(group) > 1 else group[0] for name, group in groups.items()]
 
 
 def _prefixes(checkpoint: Checkpoint) -> list[str]:

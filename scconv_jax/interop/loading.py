@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -99,8 +99,7 @@ class LoadedWeights(NamedTuple):
     variables: Variables
     conversion: Conversion
     notes: list[str]
-    checkpoint: Checkpoint  # without the prefix that its keys had
-    beside: list[str]  # keys of the file's entries that are in none of the network's modules
+    checkpoint: Checkpoint  # without the prefix of its keys, and without entries beside the network
     name: str = ""
     options: Mapping[str, Any] = MappingProxyType({})
 
@@ -168,8 +167,10 @@ def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> L
     """Convert an open checkpoint to variables like `template`, as `load_weights` does."""
     checkpoint, complete = fitting(checkpoint, lambda variant: _covers(variant, template))
     expected = shapes(template)
-    others = beside(checkpoint.weights, expected) if complete else set()
-    arrays = {key: value for key, value in checkpoint.arrays.items() if key not in others}
+    if complete:
+        others = beside(checkpoint.weights, expected)
+        checkpoint = checkpoint.without({key for key in others if "." in key or not is_counter(key)})
+    arrays, notes = checkpoint.arrays, checkpoint.notes
     numbers = {key: value.dtype for key, value in arrays.items() if not is_counter(key) and not matches(key, checkpoint.ignore)}
     if wrong := [f"{key} ({dtype})" for key, dtype in numbers.items() if not jnp.issubdtype(dtype, jnp.floating)]:
         raise ConversionError(
@@ -180,10 +181,6 @@ def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> L
         raise ConversionError(
             f"Weights must be dense floating-point tensors; these are not: {listed(unreadable, 3)}. Save them as dense ones."
         )
-    outside = sorted([*checkpoint.outside, *(key for key in others if not is_counter(key))])
-    notes = checkpoint.notes
-    if outside:
-        notes.append(f"{len(outside)} entries are in no module of the network and were skipped: {listed(_grouped(outside), 5)}.")
     arrays, note = fit_input(arrays, template)
     notes += [note] if note else []
     ignore = list(checkpoint.ignore)
@@ -202,23 +199,15 @@ def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> L
     changes: dict[str, int] = {}
     variables = jax.tree.map(lambda value, like: _cast(value, like.dtype, changes), conversion.variables, dict(template))
     notes += [f"{count} entries were converted from {change}." for change, count in changes.items()]
-    if not_finite := checkpoint.source.not_finite:
+    if not_finite := {key: n for key, n in checkpoint.source.not_finite.items() if key not in checkpoint.outside}:
         notes.append(f"{sum(not_finite.values())} values are NaN or infinite, in {listed(list(not_finite), 3)}. They are kept.")
-    return LoadedWeights(variables, conversion, notes, checkpoint, outside)
+    return LoadedWeights(variables, conversion, notes, checkpoint)
 
 
 def _covers(checkpoint: Checkpoint, template: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint has every entry of a template but perhaps the head's, whatever their shapes."""
     name = head(template)
     return covers(checkpoint.arrays, template, [*checkpoint.ignore, *([f"{name}.*"] if name else [])])
-
-
-def _grouped(keys: Iterable[str]) -> list[str]:
-    """Return keys by their first component: `criterion.weight`, `ema_model.* (122)`."""
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(key.partition(".")[0], []).append(key)
-    return [f"{name}.* ({len(group)})" if len(group) > 1 else group[0] for name, group in groups.items()]
 
 
 def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> str:

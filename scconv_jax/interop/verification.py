@@ -96,8 +96,10 @@ def compare(
         sizes: Heights and widths of the images, in pixels.
         tolerance: Limit in float32, however much the network amplifies rounding. If None, the limit depends on the network.
     """
+    # The user's renames make foreign keys known to PyTorch's side too, but renames that only exchange keys must show.
+    foreign = reference is None and checkpoint.original.keys() != checkpoint.named.keys()
+    own = checkpoint.named if foreign else checkpoint.original
     # In float32, the dtype of parameters here.
-    own = checkpoint.named if reference is None else checkpoint.original
     entries = {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in own.items()}
     run_torch = _torch_side(checkpoint, loaded, reference, entries)
     stem = model_info(loaded.name).counterpart is not None

@@ -109,9 +109,14 @@ def verify(capsys, folder, name, *arguments, code=0):
     return capsys.readouterr()
 
 
-def test_equal(capsys, folder):
-    out = verify(capsys, folder, "scnet20_small.pth", "--sizes", "32", "21x27").out
-    assert "scnet20_small.pth as scnet20_small: JAX and PyTorch" in out
+def test_equal(capsys, folder, tmp_path):
+    """Also for a file with a prefix, names of its own and another module beside the network."""
+    entries = torch.load(folder / "scnet20_small.pth")
+    theirs = {f"net.{key.replace('conv1_a', 'first')}": value for key, value in entries.items()}
+    torch.save({**theirs, "criterion.center": torch.ones(3)}, tmp_path / "theirs.pth")
+    out = verify(capsys, tmp_path, "theirs.pth", "--sizes", "32", "21x27", "--rename", "first", "conv1_a").out
+    assert "theirs.pth as scnet20_small: JAX and PyTorch" in out
+    assert "note: The keys were taken without their prefix 'net'." in out
     rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert rows == ["stem", "layer1", "layer2", "layer3", "logits"]
     assert "Equal within tolerance at every stage" in out
@@ -150,7 +155,7 @@ def test_the_reference_has_the_files_number_of_classes(capsys, folder, tmp_path)
     """Though only `**kwargs` of the reference takes it, as in SCNet's own code; and though another head was asked for."""
     entries = randomise(build("scnet20_small", num_classes=7), 0).state_dict()
     wrapped = {"n_averaged": torch.tensor(5), **{f"module.{key}": value for key, value in entries.items()}}
-    torch.save(wrapped, tmp_path / "seven.pth")
+    torch.save({**wrapped, "criterion.center": torch.ones(3)}, tmp_path / "seven.pth")
     arguments = ["--reference", f"{folder}/mine.py:keywords", "--sizes", "24"]
     assert "logits" in verify(capsys, tmp_path, "seven.pth", *arguments).out
     assert "logits" not in verify(capsys, tmp_path, "seven.pth", *arguments, "--num-classes", "3").out
