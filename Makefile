@@ -12,6 +12,8 @@ NEWEST_VENV := .venv-newest
 TORCH ?= torch==2.13.0
 # XLA allocates its CPU buffers anew at every step. Huge pages, where the system has them, make a step a fifth faster.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+# An environment without JAX's plug-in for GPUs or TPUs trains on the CPU, also on a machine that has one.
+PLUGINS = $(wildcard $(VENV)/lib/python3*/site-packages/jax_plugins $(VENV)/lib/python3*/site-packages/libtpu)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-newest lint bench docs clean
@@ -38,7 +40,7 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.train
 
 train: $(VENV)/.train
-	$(HUGE_PAGES) $(BIN)/python -m train.main $(ARGS)
+	$(HUGE_PAGES) $(BIN)/python -m train.main $(if $(PLUGINS),,--no-accel) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -13,6 +13,7 @@ from optax.tree_utils import tree_size
 
 from train.config import Config, ConfigError, make_plan
 from train.data.batches import DevicePrefetcher, StoppedError, train_batches
+from train.devices import check_memory
 from train.distributed import Signals
 from train.initial_state import InitialState
 from train.optim import make_optimizer, make_schedule
@@ -75,10 +76,6 @@ def train(config: Config, workdir: Path) -> int:
             state, notes = start.create()
         state = from_host_0(state)
         first_step, step, completed = int(state.step), int(state.step), False
-        trackers = ()
-        if is_host_0:
-            trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
-            save_config(workdir, config)
         print(
             f"{config.model.name} ({tree_size(state.params):,} parameters) on {describe_devices()}; {config.data.name}, "
             f"{setup.dataset.num_classes} classes: {config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images."
@@ -88,6 +85,11 @@ def train(config: Config, workdir: Path) -> int:
             flush=True,
         )
         state = setup.parallel.put_state(state)
+        check_memory(config, setup, optimizer, state, next_state)
+        trackers = ()
+        if is_host_0:
+            trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
+            save_config(workdir, config)
         batches = train_batches(
             setup.dataset.train,
             batch_size,

@@ -114,12 +114,13 @@ def run(flags: Flags, link: HostLink) -> int:
     else:
         silence("stdout")
     text, folder = link.share(plan)
-    link.check_name()
     # Imported late, so that mistakes in the command are reported before these slow imports.
-    from train import loop
+    from train import devices, loop
 
     logging.basicConfig(format="warning: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and Grain log what they also raise
+    devices.check_accelerator()
+    link.check_name()
     experiment, workdir = from_json(text, "the config of host 0"), folder and Path(folder)
     if flags.evaluate or workdir is None:
         loop.evaluate(experiment, workdir, flags.latest)
@@ -189,6 +190,10 @@ def explain(error: BaseException) -> tuple[str, int]:
             return f"error: {error}; the checkpoints written before are kept", 1
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"error: {error.strerror}: {error.filename or 'the workdir'}; the checkpoints written before are kept", 1
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
+            reason = str(error).splitlines()[0].rstrip(".")
+            cures = "fewer images (--data.batch-size), --optim.accumulate and --model.rematerialise need less"
+            return f"error: a device has too little memory: {reason}; {cures}; the checkpoints written before are kept", 1
         case KeyboardInterrupt():
             return "Stopped at once; nothing was saved since the last checkpoint.", 130
         case BrokenPipeError():
