@@ -142,7 +142,10 @@ def decode(data: bytes, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> 
     from PIL import Image
 
     try:
-        with _image_errors():
+        brand = ascii(data[8:12].decode("latin-1"))[1:-1]  # of AVIF and HEIC files, whatever their suffix
+        with _image_errors(
+            f"an image of type {brand}, which this Pillow cannot read" if data[4:8] == b"ftyp" else "not an image"
+        ):
             image = Image.open(io.BytesIO(data))
         if image.width * image.height > max_pixels:
             raise ImageError(f"{image.width} × {image.height} pixels, more than max_pixels {max_pixels:,}")
@@ -190,8 +193,8 @@ def _without_text(data: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def _image_errors() -> Iterator[None]:
-    """Turn PIL's errors, which differ by image format, into `ImageError`."""
+def _image_errors(unknown: str = "not an image") -> Iterator[None]:
+    """Turn PIL's errors, which differ by image format, into `ImageError`; `unknown` is the message about an unknown format."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -199,7 +202,7 @@ def _image_errors() -> Iterator[None]:
     except (MemoryError, ImageError):
         raise
     except UnidentifiedImageError as error:  # PIL's text is the address of our buffer
-        raise ImageError("not an image") from error
+        raise ImageError(unknown) from error
     except Exception as error:  # OSError, SyntaxError, struct.error and others
         raise ImageError(str(error) or type(error).__name__) from error
 

@@ -86,6 +86,7 @@ def broken():
     """Yield (name, file, reason) of files that cannot be read."""
     jpeg, png = encoded(photo(60, 80)), encoded(photo(60, 80), "PNG")
     yield "empty", b"", "not an image"
+    yield "HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "an image of type heic, which this Pillow cannot read"
     yield "text", b"<html>404</html>", "not an image"
     yield "half a JPEG", jpeg[: len(jpeg) // 2], "truncated"
     yield "most of a JPEG", jpeg[:-200], "truncated"
