@@ -13,7 +13,11 @@ from scconv_jax.shapes import Array
 
 
 def by_platform(
-    cpu: Callable[..., Any], accelerator: Callable[..., Any], *arrays: Array, gpu: Callable[..., Any] | None = None, **options: Any
+    cpu: Callable[..., Any],
+    accelerator: Callable[..., Any],
+    *arrays: Array,
+    gpu: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Any:
     """Apply `cpu` in programs compiled for CPU and `accelerator` in all others, whichever platform traces them.
 

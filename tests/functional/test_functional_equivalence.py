@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as T
 
 from scconv_jax import functional as F
+from scconv_jax.functional.resizing import source_pixels
 from tests.equivalence import jit, torch_dtype
 from tests.reference.scnet import SelfCalibratedConv, SelfCalibration
 from tests.reference.state import nchw, nhwc, random_images, randomise
@@ -155,18 +156,24 @@ def assert_copies_as_pytorch(pairs: list[tuple[int, int]]) -> None:
         np.testing.assert_array_equal(found, expected, err_msg=f"{h} → {p}, {w} → {q}")
 
 
-@pytest.mark.usefixtures("x64")  # compiles faster
-@pytest.mark.parametrize("outputs", [range(low, low + 16) for low in range(1, 65, 16)])
-def test_resize_nearest_copies_what_pytorch_copies(outputs):
-    # Each size with a seventh of the outputs, and each output with a seventh of the sizes.
-    assert_copies_as_pytorch([(size, n) for n in outputs for size in range(1, 65) if (size + n) % 7 == 0])
+def assert_sources_of_pytorch(pairs: list[tuple[int, int]]) -> None:
+    for size, output in pairs:
+        np.testing.assert_array_equal(source_pixels(size, output), nearest_source(size, output), err_msg=f"{size} → {output}")
 
 
-@pytest.mark.usefixtures("x64")
+def test_resize_nearest_has_the_sources_of_pytorch():
+    assert_sources_of_pytorch([(size, output) for size in range(1, 65) for output in range(1, 65)])
+
+
 @pytest.mark.parametrize("pooling", [2, 3, 4, 8])
 def test_resize_nearest_undoes_each_pooling_as_pytorch_does(pooling):
-    outputs = [*range(pooling, 64 * pooling, pooling - 1), 193, 224, 299, 350]
-    assert_copies_as_pytorch([(n // pooling, n) for n in outputs])
+    assert_sources_of_pytorch([(n // pooling, n) for n in [*range(pooling, 64 * pooling), 193, 224, 299, 350]])
+
+
+@pytest.mark.usefixtures("x64")  # compiles faster
+def test_resize_nearest_copies_from_its_sources():
+    sizes = (1, 2, 5, 7, 14, 30)
+    assert_copies_as_pytorch([(size, output) for size in sizes for output in (1, 2, 7, 11, 29, 56)])
 
 
 # Where float32 falls short of a whole number, in multiples of the size, in other sizes, and beyond the sizes above.
