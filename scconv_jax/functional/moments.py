@@ -1,8 +1,8 @@
 """Mean and variance of each channel, in the form that is fastest on each platform.
 
-On CPU, two passes over the maps: the mean, then the squares of the differences from it. On accelerators a pass costs more than its
-arithmetic, so both sums are computed in one, often by the kernel that writes the maps. To keep the digits of the variance, which
-E[x²] - E[x]² loses if the mean is large, the sums are those of differences from a shift near the mean.
+CPU takes two passes over the maps: the mean, then the squares of the differences from it. On accelerators a pass costs more than
+its arithmetic, so both sums are computed in one, often by the kernel that writes the maps. E[x²] - E[x]² would lose digits if the
+mean is large, so the sums are those of differences from a shift near the mean.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def moments(
 
     Args:
         x: Values, `(..., c)`.
-        shift: An estimate of the mean, such as a running mean. It may be any constant: with a shift that differs from the mean by k
-            standard deviations, the rounding error of the variance on accelerators grows with k².
+        shift: An estimate of the mean, such as a running mean. If it is k standard deviations from the mean, the rounding error
+            of the variance on accelerators grows with k².
         axis_name: Mapped axis or axes whose devices share the moments. If None, each device has its own.
     """
     mean, var = by_platform(two_pass_moments, one_pass_moments, x, lax.stop_gradient(shift))

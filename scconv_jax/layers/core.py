@@ -21,7 +21,7 @@ from jax import lax
 from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_divides, check_positive_int
 from scconv_jax.functional.moments import moments, over_channels
-from scconv_jax.functional.symbolic import Size, check_multiple, is_below, value
+from scconv_jax.functional.symbolic import check_multiple, is_below, value
 from scconv_jax.shapes import Array, Float
 
 Factory = Callable[..., nn.Module]  # a module class, or a functools.partial of one
@@ -121,7 +121,7 @@ class BatchNorm(nn.Module):
         if train:
             axis_name = None if self.is_initializing() else self.axis_name
             count = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
-            if count < 2:
+            if is_below(count, 2):
                 raise ValueError(
                     f"BatchNorm in training needs more than one value per channel; got input of shape {x.shape}. "
                     "Use a larger batch or larger images."
