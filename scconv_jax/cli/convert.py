@@ -15,7 +15,7 @@ from rich.text import Text
 from scconv_jax import __version__
 from scconv_jax.cli.console import show
 from scconv_jax.interop.conventions import CONVENTIONS, OWN
-from scconv_jax.interop.conversion import Conversion, is_counter
+from scconv_jax.interop.conversion import Conversion, is_counter, rename_variables
 from scconv_jax.interop.loading import Checkpoint, LoadedWeights, build_model, convert_checkpoint, open_checkpoint
 from scconv_jax.interop.recognition import template_from_entries
 from scconv_jax.interop.variables import save
@@ -108,7 +108,10 @@ def _convert(options: argparse.Namespace) -> None:
     metadata: dict[str, Any] = {}
     if options.model == ANY:
         source = checkpoint.source
-        template = source.variables if source.is_flax else template_from_entries(checkpoint.arrays, checkpoint.ignore)
+        if source.is_flax:
+            template = rename_variables(source.variables, checkpoint.given.rename)
+        else:
+            template = template_from_entries(checkpoint.arrays, checkpoint.ignore)
         loaded = convert_checkpoint(checkpoint, template)
     else:
         loaded = build_model(checkpoint, options.model, model_options(options))

@@ -19,7 +19,7 @@ import numpy as np
 
 from scconv_jax.interop import conventions
 from scconv_jax.interop.conversion import to_torch
-from scconv_jax.interop.keys import ConversionError, Rename, matches, rename_key, rename_keys, wrapper_renames
+from scconv_jax.interop.keys import ConversionError, Rename, is_counter, matches, rename_key, rename_keys, wrapper_renames
 from scconv_jax.messages import listed
 from scconv_jax.models.registry import PUBLISHED
 from scconv_jax.weights import Source, WeightsError, read, runs
@@ -190,6 +190,8 @@ def _below(source: Source, given: Given, prefix: str) -> Checkpoint:
     else:
         convention = conventions.identify(named) if given.convention is None else conventions.by_name(given.convention)
     arrays = rename_keys(named, convention.rename)
+    if source.is_flax:  # `to_torch` adds counters, which the file does not have
+        arrays = {key: value for key, value in arrays.items() if not is_counter(key)}
     for key in convention.linear:
         if key in arrays and arrays[key].shape[2:] == (1, 1):
             arrays[key] = arrays[key][:, :, 0, 0]

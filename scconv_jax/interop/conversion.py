@@ -15,6 +15,7 @@ and one error lists all of them.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,17 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from scconv_jax.interop.keys import BATCH_COUNTER, ConversionError, Rename, is_counter, matches, rename_keys, wrapper_renames
+from scconv_jax.interop.keys import (
+    BATCH_COUNTER,
+    ConversionError,
+    Rename,
+    is_counter,
+    matches,
+    mending_rename,
+    rename_key,
+    rename_keys,
+    wrapper_renames,
+)
 from scconv_jax.messages import listed, nearest
 from scconv_jax.weights.files import WeightsError
 from scconv_jax.weights.selection import select
@@ -32,6 +43,7 @@ from scconv_jax.weights.selection import select
 Variables = dict[str, Any]
 
 _MAX_LISTED = 1000
+_ADVICE = "Give the matching model and options, new keys (rename), or patterns of entries to skip (ignore)"
 
 
 class _Rule(NamedTuple):
@@ -102,21 +114,23 @@ def from_torch(
         ConversionError: The sides differ. The message lists every entry without a leaf, every leaf without an entry, and every
             shape that differs.
     """
-    return convert(rename_keys(to_arrays(state_dict), rename), template, strict=strict, ignore=ignore).variables
+    arrays = rename_keys(to_arrays(state_dict), rename)
+    return convert(arrays, template, strict=strict, ignore=ignore, advice=f"{_ADVICE}, or skip all (strict=False)").variables
 
 
-def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_torch(variables: Mapping[str, Any], *, rename: Sequence[Rename] = ()) -> dict[str, np.ndarray]:
     """Return the PyTorch state dict for the variables of a network or layer: the inverse of `from_torch`.
 
     Args:
         variables: `{"params": ..., "batch_stats": ...}`; `batch_stats` may be absent.
+        rename: As for `from_torch`, applied to the keys that the paths of the variables give.
 
     Returns:
-        Key to NumPy array, with the keys and shapes of the reference's `state_dict()`. Flax has no `num_batches_tracked`; it
-        is 0, and PyTorch reads it only in a norm without momentum.
+        Key to NumPy array, before renaming with the keys and shapes of the reference's `state_dict()`. Flax has no
+        `num_batches_tracked`; it is 0, and PyTorch reads it only in a norm without momentum.
 
     Raises:
-        ConversionError: No rule covers a leaf.
+        ConversionError: No rule covers a leaf, or two keys are equal after renaming.
     """
     modules: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     for leaf in _leaves(variables):
@@ -124,11 +138,29 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         entries[leaf.rule.names[0]] = _copy(np.asarray(leaf.value), leaf.rule.axes_back)
         if leaf.path[0] == "batch_stats":
             entries[BATCH_COUNTER] = np.zeros((), np.int64)
-    return {
+    arrays = {
         ".".join((*module, name)): entries[name]
         for module, entries in modules.items()
         for name in sorted(entries, key=_ORDER.index)
     }
+    return rename_keys(arrays, rename)
+
+
+def rename_variables(variables: Mapping[str, Any], rename: Sequence[Rename]) -> Variables:
+    """Return variables under the paths that renaming the keys of their state dict gives.
+
+    Raises:
+        ConversionError: The last part of a key, such as `weight`, changes, or two keys are equal after renaming.
+    """
+    result: dict[tuple[str, ...], Any] = {}
+    for leaf in _leaves(variables):
+        *modules, kind = rename_key(leaf.keys[0], rename).split(".")
+        path = (leaf.path[0], *modules, leaf.path[-1])
+        if kind != leaf.rule.names[0] or path in result:
+            new = ".".join([*modules, kind])
+            raise ConversionError(f"rename may change only the names of modules, each to another; {leaf.keys[0]} becomes {new}.")
+        result[path] = leaf.value
+    return {collection: {} for collection in variables} | traverse_util.unflatten_dict(result)
 
 
 def shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -152,9 +184,17 @@ class Conversion(NamedTuple):
 
 
 def convert(
-    arrays: Mapping[str, np.ndarray], template: Mapping[str, Any], *, strict: bool = True, ignore: Sequence[str] = ()
+    arrays: Mapping[str, np.ndarray],
+    template: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    ignore: Sequence[str] = (),
+    advice: str = _ADVICE,
 ) -> Conversion:
-    """Convert NumPy arrays under their final keys, as `from_torch` does, and report what happened to each entry."""
+    """Convert NumPy arrays under their final keys, as `from_torch` does, and report what happened to each entry.
+
+    `advice` ends the list of differences.
+    """
     if isinstance(ignore, str):  # each letter would be a pattern, and `*` would match everything
         raise ConversionError(f"ignore is a sequence of patterns: give [{ignore!r}].")
     leaves = list(_leaves(template))
@@ -180,7 +220,7 @@ def convert(
     unused = [key for key in available if key not in used]
     required = [leaf for leaf in missing if not matches(leaf.keys[0], ignore)]
     if strict and (unused or required or mismatched):
-        raise ConversionError(_differences(available, leaves, unused, required, mismatched))
+        raise ConversionError(_differences(available, leaves, unused, required, mismatched, advice))
     kept = [*missing, *(leaf for _, leaf in mismatched)]
     if without_value := [leaf.keys[0] for leaf in kept if isinstance(leaf.value, jax.ShapeDtypeStruct)]:
         raise ConversionError(
@@ -257,28 +297,33 @@ def _differences(
     unused: Sequence[str],
     missing: Sequence[_Leaf],
     mismatched: Sequence[tuple[str, _Leaf]],
+    advice: str,
 ) -> str:
     lines = ["The state dict does not fit the template."]
+    wanted = {leaf.keys[0]: leaf.shape for leaf in leaves}
+    if rule := mending_rename({key: value.shape for key, value in arrays.items()}, wanted):
+        lines.append(f"All keys differ alike: rename=[{rule!r}], or --rename {shlex.join(rule)}, would mend it.")
+    named: set[str] = set()
     if unused:
-        hint = _nearest_among([leaf.keys[0] for leaf in leaves])
+        hint = _nearest_among(list(wanted), named)
         lines.append(f"{len(unused)} of its entries have no leaf:")
         lines += [f"  {key} {arrays[key].shape}{hint(key)}" for key in unused[:_MAX_LISTED]]
         lines += [f"  and {len(unused) - _MAX_LISTED} more"] if len(unused) > _MAX_LISTED else []
     if missing:
+        rest = [leaf for leaf in missing if leaf.keys[0] not in named]
+        above = f", {len(missing) - len(rest)} of them named above" if len(rest) < len(missing) else ""
         hint = _nearest_among(list(arrays)[: 10 * _MAX_LISTED])
-        lines.append(f"{len(missing)} entries are missing:")
-        lines += [f"  {leaf.keys[0]} {leaf.shape}{hint(leaf.keys[0])}" for leaf in missing]
+        lines.append(f"{len(missing)} entries are missing{above}{':' if rest else '.'}")
+        lines += [f"  {leaf.keys[0]} {leaf.shape}{hint(leaf.keys[0])}" for leaf in rest]
     if mismatched:
         lines.append(f"{len(mismatched)} entries have another shape:")
         lines += [f"  {key}: {arrays[key].shape} in the state dict, {leaf.shape} expected" for key, leaf in mismatched]
-    lines.append(
-        "Give the matching model and options, or patterns of entries to skip (ignore), or skip all of them (strict=False)."
-    )
+    lines.append(f"{advice}.")
     return "\n".join(lines)
 
 
-def _nearest_among(keys: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that names the nearest of `keys` to a key.
+def _nearest_among(keys: Iterable[str], named: set[str] | None = None) -> Callable[[str], str]:
+    """Return a function that names the nearest of `keys` to a key, and adds it to `named`.
 
     Comparing all pairs letter by letter would take a minute for two networks of 600 entries. So only the keys with the most
     components in common are compared. If there are none, the first few calls compare all keys.
@@ -295,6 +340,8 @@ def _nearest_among(keys: Iterable[str]) -> Callable[[str], str]:
         if not candidates and next(full_searches, None) is not None:
             candidates = [other for others in by_component.values() for other in others]
         found = nearest(key, candidates, most=1, cutoff=0.6)
+        if named is not None:
+            named.update(found)
         return f" (nearest: {found[0]})" if found and found[0] != key else ""
 
     return hint

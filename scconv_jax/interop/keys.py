@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ BATCH_COUNTER = "num_batches_tracked"  # of a norm
 _AVERAGE_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 # What torch.compile, FSDP, activation checkpointing and Lightning's strategies put into keys, anywhere.
 _WRAPPERS = r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_fpw_module)\."
+
+_MAX_TRIED = 50  # keys
 
 
 class ConversionError(ValueError):
@@ -60,3 +63,25 @@ def rename_key(key: str, rename: Sequence[Rename]) -> str:
 def matches(key: str, patterns: Iterable[str]) -> bool:
     """Return whether a key matches one of the patterns, which have the syntax of file names (`fc.*`)."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def mending_rename(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> tuple[str, str] | None:
+    """Return one `(regular expression, replacement)` that gives all entries the keys and shapes that are wanted, or None."""
+    differing = [key for key in found if key not in wanted]
+    missing = [key for key in wanted if key not in found]
+    if not differing or len(found) != len(wanted):
+        return None
+    first = differing[0]
+    for other in [key for key in missing if wanted[key] == found[first]][:_MAX_TRIED]:
+        end = len(os.path.commonprefix([first[::-1], other[::-1]]))  # noqa: RUF071 letters, not folders
+        old, new = first[: len(first) - end], other[: len(other) - end]
+        start = len(os.path.commonprefix([old, new]))  # noqa: RUF071
+        # What differs may be a prefix, a part anywhere, or one at the beginning of a module's name.
+        rules = [(f"^{re.escape(old)}", new)] if start == 0 else []
+        if part := re.escape(old[start:]):
+            rules += [(part, new[start:]), (rf"(?<![^.]){part}", new[start:])]
+        for rule in rules:
+            renamed = {re.sub(*rule, key): shape for key, shape in found.items()}
+            if renamed == dict(wanted):
+                return rule
+    return None

@@ -304,3 +304,17 @@ def test_as_a_program(variables):
     assert "scnet20_small" in run.stdout
     header = safetensors.safe_open("ours.safetensors", "np").metadata()
     assert json.loads(header["arguments"]) == {"num_classes": 10}
+
+
+def test_back_to_pytorch_under_other_names(capsys, variables):
+    """A network of one's own: the names change on the way in and on the way back. Counts are those of the file."""
+    save("theirs.pth", variables)
+    convert(capsys, "theirs.pth", "--model", "any", "--rename", "^", "net.", "--out", "ours.safetensors")
+    assert list(load("ours.safetensors").variables["params"]) == ["net"]
+    count = len(safetensors.numpy.load_file("ours.safetensors"))
+    printed = convert(capsys, "ours.safetensors", "--model", "any", "--rename", r"^net\.", "", "--out", "back.pth")
+    assert f"{count} read, {count} converted, 0 ignored" in printed
+    convert(capsys, "back.pth", "--out", "again.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load("again.safetensors").variables, variables)
+    assert main(["convert", "ours.safetensors", "--model", "any", "--rename", "weight$", "w", "--out", "bad.pth"]) == 2
+    assert "rename may change only the names of modules" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """The converter alone, on state dicts of NumPy arrays: nothing is lost, nothing is guessed."""
 
+import ast
+import re
+import shlex
 import time
 from functools import partial
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from scconv_jax import ConversionError, SelfCalibratedConv, create_model, from_torch, to_torch
+from scconv_jax.interop.conversion import convert
 
 X = jnp.zeros((1, 8, 8, 8))
 
@@ -88,7 +92,8 @@ def test_every_difference_is_listed_at_once(variables, state_dict):
         from_torch(state_dict, variables)
     message = str(error.value)
     assert "k1.0.wieght (4, 4, 3, 3) (nearest: k1.0.weight)" in message
-    assert "1 entries are missing:\n  k1.0.weight (4, 4, 3, 3)" in message
+    assert "1 entries are missing, 1 of them named above.\n" in message, "each difference is listed once"
+    assert message.count("k1.0.weight") == 1
     assert "scconv.k4.1.running_var: (5,) in the state dict, (4,) expected" in message
 
 
@@ -188,3 +193,40 @@ def test_prefixes_of_wrappers_are_removed(variables, state_dict, outer):
 def test_a_leaf_of_no_known_kind():
     with pytest.raises(ConversionError, match=r"params/layer/wait"):
         to_torch({"params": {"layer": {"wait": np.zeros(3)}}})
+
+
+@pytest.mark.parametrize(("old", "new"), [("^", "net."), (r"^k1\.", "first."), ("scconv", "branch"), (r"\bk", "conv")])
+def test_one_rename_that_would_mend_all_differences_is_proposed(variables, state_dict, old, new):
+    """And it does: for a prefix, another name at the beginning or in the middle of keys."""
+    renamed = {re.sub(old, new, key): value for key, value in state_dict.items()}
+    with pytest.raises(ConversionError, match="All keys differ alike: rename=") as error:
+        from_torch(renamed, variables)
+    rule = re.search(r"rename=\[(\(.*\))\], or --rename (.*), would mend it\.", str(error.value))
+    assert rule is not None
+    pair = ast.literal_eval(rule[1])
+    assert shlex.split(rule[2]) == list(pair)
+    assert_same(from_torch(renamed, variables, rename=[pair]), variables)
+
+
+def test_no_rename_is_proposed_that_does_not_mend_all(variables, state_dict):
+    renamed = {f"net.{key}": value for key, value in state_dict.items()}
+    renamed["net.k1.1.bias"] = np.zeros(7, np.float32)
+    with pytest.raises(ConversionError) as error:
+        from_torch(renamed, variables)
+    assert "differ alike" not in str(error.value)
+
+
+def test_to_torch_renames(variables):
+    named = to_torch(variables, rename=[("^", "net."), ("scconv", "branch")])
+    assert named.keys() == {f"net.{key.replace('scconv', 'branch')}" for key in to_torch(variables)}
+    assert_same(from_torch(named, variables, rename=[(r"^net\.", ""), ("branch", "scconv")]), variables)
+    with pytest.raises(ConversionError, match="Two entries have the key x after renaming"):
+        to_torch(variables, rename=[("^.*$", "x")])
+
+
+def test_advice_names_only_options_that_exist(variables):
+    with pytest.raises(ConversionError) as error:
+        convert({}, variables)
+    assert "strict" not in str(error.value)
+    with pytest.raises(ConversionError, match=r"\(ignore\), or skip all \(strict=False\)\."):
+        from_torch({}, variables)
