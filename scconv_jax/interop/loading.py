@@ -166,10 +166,11 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> LoadedWeights:
     """Convert an open checkpoint to variables like `template`, as `load_weights` does."""
     checkpoint, complete = fitting(checkpoint, lambda variant: _covers(variant, template))
-    expected = shapes(template)
+    expected, others = shapes(template), {}
     if complete:
-        others = beside(checkpoint.weights, expected)
-        checkpoint = checkpoint.without({key for key in others if "." in key or not is_counter(key)})
+        keys = beside(checkpoint.weights, expected)
+        others = {key: value for key, value in checkpoint.arrays.items() if key in keys and ("." in key or not is_counter(key))}
+        checkpoint = checkpoint.without(others)
     arrays, notes = checkpoint.arrays, checkpoint.notes
     numbers = {key: value.dtype for key, value in arrays.items() if not is_counter(key) and not matches(key, checkpoint.ignore)}
     if wrong := [f"{key} ({dtype})" for key, dtype in numbers.items() if not jnp.issubdtype(dtype, jnp.floating)]:
@@ -186,7 +187,7 @@ def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> L
     ignore = list(checkpoint.ignore)
     if name := head(template):
         kernel = template["params"][name]["kernel"]
-        if note := _head_difference(arrays, name, kernel.shape[::-1]):
+        if note := _head_difference(arrays, others, name, kernel.shape[::-1]):
             ignore.append(f"{name}.*")
             notes.append(note)
             if isinstance(kernel, jax.ShapeDtypeStruct):
@@ -210,11 +211,13 @@ def _covers(checkpoint: Checkpoint, template: Mapping[str, Any]) -> bool:
     return covers(checkpoint.arrays, template, [*checkpoint.ignore, *([f"{name}.*"] if name else [])])
 
 
-def _head_difference(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, int]) -> str:
-    """Return a note if the file has another number of classes or no head; else an empty string."""
+def _head_difference(arrays: Mapping[str, Any], others: Mapping[str, Any], name: str, shape: tuple[int, int]) -> str:
+    """Return a note if the file has another number of classes or no head, perhaps one among the others; else an empty string."""
     weight = arrays.get(f"{name}.weight")
     if weight is None and f"{name}.bias" not in arrays:
-        return f"The file has no head: {name}, of {shape[0]} classes, keeps its initial values."
+        like = [key for key, shaped in others.items() if key.endswith(".weight") and shaped.shape[1:] == shape[1:]]
+        hint = f" If it is {like[0]}, rename that to {name}.weight." if like else ""
+        return f"The file has no head: {name}, of {shape[0]} classes, keeps its initial values.{hint}"
     if weight is not None and weight.shape != shape and weight.shape[1:] == shape[1:]:
         return f"The file's head has {weight.shape[0]} classes, the network {shape[0]}: {name} keeps its initial values."
     return ""

@@ -122,6 +122,16 @@ def test_entries_beside_a_whole_network(write, entries, variables):
     assert load(path, variables) == ["2 entries are in no module of the network and were skipped: criterion.center, labels."]
 
 
+def test_a_head_of_another_name(write, entries, variables):
+    path = write({f"net.{key.replace('fc.', 'cls.')}": value for key, value in entries.items()})
+    _, notes = load_weights(path, variables)
+    assert notes[1:] == [
+        "2 entries are in no module of the network and were skipped: cls.* (2).",
+        "The file has no head: fc, of 10 classes, keeps its initial values. If it is cls.weight, rename that to fc.weight.",
+    ]
+    assert len(load(path, variables, rename=[("cls", "fc")])) == 1
+
+
 def test_entries_within_a_module_make_another_network(write, entries, variables):
     path = write({**entries, "layer1.0.se.weight": np.ones(3, np.float32)})
     with pytest.raises(ConversionError, match="No model here"):
