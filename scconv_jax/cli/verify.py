@@ -12,7 +12,8 @@ from rich.text import Text
 from scconv_jax.cli.console import show
 from scconv_jax.cli.convert import ANY, add_source, model_options, open_source
 from scconv_jax.interop.conversion import ConversionError
-from scconv_jax.interop.loading import build_model
+from scconv_jax.interop.loading import build_model, convert_checkpoint
+from scconv_jax.interop.references import FlaxNetwork
 from scconv_jax.interop.verification import LIMITS, SIZES, Difference, compare
 from scconv_jax.models.registry import model_info
 
@@ -32,6 +33,12 @@ def add(commands: Any) -> None:
         metavar="FILE.py:NAME",
         help="compare with the PyTorch network in a file, e.g. scnet.py:scnet50; the file is run (default: the network is "
         "rebuilt with PyTorch's operators from the source's entries)",
+    )
+    parser.add_argument(
+        "--flax",
+        metavar="FILE.py:NAME",
+        help="verify a network of your own, a Flax module in a file, with --reference for its PyTorch counterpart; both files "
+        "are run, and modules of the same name are compared (--rename maps PyTorch's names to Flax's)",
     )
     parser.add_argument(
         "--tolerance",
@@ -57,16 +64,27 @@ def _verify(options: argparse.Namespace) -> int:
     if options.model == ANY:
         raise ConversionError(f"verify needs a network to run; --model {ANY} names none.")
     started = time.perf_counter()
-    loaded = build_model(open_source(options), options.model, model_options(options))
+    checkpoint, flax = open_source(options), None
+    if options.flax is None:
+        loaded = build_model(checkpoint, options.model, model_options(options))
+        sizes = sizes or SIZES[model_info(loaded.name).image_size]
+    elif options.reference is None:
+        raise ConversionError("--flax needs --reference FILE.py:NAME, the same network in PyTorch.")
+    else:
+        sizes = sizes or SIZES[224]
+        channels = next((value.shape[1] for value in checkpoint.arrays.values() if value.ndim == 4), 3)
+        flax = FlaxNetwork(options.flax, (*sizes[0], channels))
+        loaded = convert_checkpoint(checkpoint, flax.template)
     checkpoint = loaded.checkpoint
-    sizes = sizes or SIZES[model_info(loaded.name).image_size]
     worst: dict[tuple[str, str], Difference] = {}
-    for difference in compare(checkpoint, loaded, reference=options.reference, sizes=sizes, tolerance=options.tolerance):
+    for difference in compare(
+        checkpoint, loaded, reference=options.reference, flax=flax, sizes=sizes, tolerance=options.tolerance
+    ):
         key = difference.stage, difference.dtype
         if key not in worst or _severity(difference) > _severity(worst[key]):
             worst[key] = difference
     judged = ["float64"] if any(".SRU." in f".{key}" for key in checkpoint.arrays) else list(LIMITS)
-    title = f"{checkpoint.source.path.name} as {loaded.name}: JAX and {options.reference or 'PyTorch'}"
+    title = f"{checkpoint.source.path.name} as {loaded.name or options.flax}: JAX and {options.reference or 'PyTorch'}"
     show(_table(title, worst, judged))
     for note in loaded.notes:
         print(f"note: {note}")

@@ -13,6 +13,7 @@ JAX computes on the CPU, as PyTorch does: by default, GPUs and TPUs round the fa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import numpy as np
 from scconv_jax.interop.conversion import ConversionError, Variables
 from scconv_jax.interop.loading import Checkpoint, LoadedWeights
 from scconv_jax.interop.recognition import options_from_entries
-from scconv_jax.interop.references import TorchReference
+from scconv_jax.interop.references import FlaxNetwork, TorchReference
 from scconv_jax.interop.torch_ghostnet import TorchGhostNet
 from scconv_jax.interop.torch_networks import TorchResNet
 from scconv_jax.models.registry import create_model, model_info
@@ -83,6 +84,7 @@ def compare(
     loaded: LoadedWeights,
     *,
     reference: str | None = None,
+    flax: FlaxNetwork | None = None,
     sizes: Sequence[tuple[int, int]] = SIZES[224],
     tolerance: float | None = None,
 ) -> Iterator[Difference]:
@@ -93,17 +95,21 @@ def compare(
         loaded: The network and variables made from them.
         reference: `FILE.py:NAME`, a function or class that builds the network in PyTorch. The file is run. If None, PyTorch's
             operators compute the network from the checkpoint's own entries.
+        flax: The network of the user's own that has the variables; `reference` is then its PyTorch counterpart. If None, the
+            network is ours.
         sizes: Heights and widths of the images, in pixels.
         tolerance: Limit in float32, however much the network amplifies rounding. If None, the limit depends on the network.
     """
     # The user's renames make foreign keys known to PyTorch's side too, but renames that only exchange keys must show.
     foreign = reference is None and checkpoint.original.keys() != checkpoint.named.keys()
     own = checkpoint.named if foreign else checkpoint.original
+    if flax is not None:  # the user's network has the prefix in its own names
+        own = {checkpoint.prefix + key: value for key, value in own.items()}
     # In float32, the dtype of parameters here.
     entries = {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in own.items()}
-    run_torch = _torch_side(checkpoint, loaded, reference, entries)
-    stem = model_info(loaded.name).counterpart is not None
-    images_of = partial(sample_images, channels=create_model(loaded.name, **loaded.options).in_channels)
+    run_torch, stages = _torch_side(checkpoint, loaded, reference, flax, entries)
+    channels = flax.channels if flax else create_model(loaded.name, **loaded.options).in_channels
+    images_of = partial(sample_images, channels=channels)
 
     @cache
     def amplification(size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -124,8 +130,7 @@ def compare(
         fixed = tolerance is not None and dtype == "float32"
         limit = tolerance if tolerance is not None and fixed else limit
         with jax.enable_x64(dtype == "float64"), jax.default_device(_cpu()):
-            model: Any = create_model(loaded.name, **{**loaded.options, "dtype": jnp.dtype(dtype)})
-            run_jax = _compiled(model, dtype, stem=stem)
+            run_jax = _compiled(_of_ours(loaded, dtype) if flax is None else flax.runner(dtype, stages), dtype)
             variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), loaded.variables)  # noqa: B023 (used at once)
             for size in sizes:
                 images = images_of(size)
@@ -149,21 +154,30 @@ def compare(
 
 
 def _torch_side(
-    checkpoint: Checkpoint, loaded: LoadedWeights, reference: str | None, entries: Mapping[str, np.ndarray]
-) -> Callable[[str, Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]:
-    """Return a function of dtype, entries and images `(n, h, w, 3)` that returns PyTorch's maps `(n, h, w, c)` and logits."""
+    checkpoint: Checkpoint,
+    loaded: LoadedWeights,
+    reference: str | None,
+    flax: FlaxNetwork | None,
+    entries: Mapping[str, np.ndarray],
+) -> tuple[Callable[[str, Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]], list[str]]:
+    """Return a function of dtype, entries and images `(n, h, w, c)` that returns PyTorch's maps, and stages for `flax`."""
     try:
         import torch
     except ImportError as error:
         raise ConversionError("verify compares with PyTorch, which is not installed: pip install torch") from error
-    convention, counterpart = checkpoint.convention.name, model_info(loaded.name).counterpart
-    if reference is not None:
+    convention, stages = checkpoint.convention.name, []
+    counterpart = None if flax else model_info(loaded.name).counterpart
+    if flax is not None and reference is not None:
+        network = TorchReference(reference, entries, {})
+        prefix = (f"^{re.escape(checkpoint.prefix)}", "")
+        stages = network.compare_at(flax.stages, (*checkpoint.given.rename, prefix, *checkpoint.convention.rename))
+    elif reference is not None:
         network = TorchReference(reference, entries, options_from_entries(loaded.name, checkpoint.arrays))
     elif counterpart is None:
         raise ConversionError(f"{loaded.name} has no PyTorch counterpart here; give one by --reference FILE.py:NAME.")
     else:
         network = None
-    stride = getattr(create_model(loaded.name, **loaded.options), "output_stride", 1)
+    stride = 1 if flax else getattr(create_model(loaded.name, **loaded.options), "output_stride", 1)
 
     def run(dtype: str, entries: Mapping[str, np.ndarray], batch: np.ndarray) -> dict[str, np.ndarray]:
         images = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
@@ -178,7 +192,7 @@ def _torch_side(
                 name: value.numpy().transpose(0, 2, 3, 1) if value.ndim == 4 else value.numpy() for name, value in maps.items()
             }
 
-    return run
+    return run, stages
 
 
 def _cpu() -> Any:
@@ -188,9 +202,15 @@ def _cpu() -> Any:
         return None
 
 
-def _compiled(model: Any, dtype: str, *, stem: bool) -> Callable[[Variables, jax.Array], Mapping[str, jax.Array]]:
+def _compiled(run: Callable[..., Any], dtype: str) -> Callable[[Variables, jax.Array], Mapping[str, jax.Array]]:
     # LLVM's optimisation takes seconds for each float64 convolution and saves less than that.
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0} if dtype == "float64" else None)
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0} if dtype == "float64" else None)
+
+
+def _of_ours(loaded: LoadedWeights, dtype: str) -> Callable[[Variables, jax.Array], dict[str, jax.Array]]:
+    """Return a function from variables and images to the maps and logits of one of our networks."""
+    model: Any = create_model(loaded.name, **{**loaded.options, "dtype": jnp.dtype(dtype)})
+
     def run(variables: Variables, batch: jax.Array) -> dict[str, jax.Array]:
         maps: dict[str, Any] = dict(model.apply(variables, batch, train=False, method="features"))
         logits, state = model.apply(
@@ -200,7 +220,7 @@ def _compiled(model: Any, dtype: str, *, stem: bool) -> Callable[[Variables, jax
             capture_intermediates=lambda module, _: module.path == ("bn1",),
             mutable=["intermediates"],
         )
-        if stem:  # in other networks, bn1 comes later
+        if model_info(loaded.name).counterpart is not None:  # in other networks, bn1 comes later
             maps["stem"] = state["intermediates"]["bn1"]["__call__"][0]
         return {**maps, "logits": logits}
 
