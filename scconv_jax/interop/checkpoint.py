@@ -61,8 +61,10 @@ class Checkpoint(NamedTuple):
 
     def without(self, keys: Container[str]) -> Checkpoint:
         """Return the checkpoint without the entries with these of our keys."""
-        rows = [row for row in zip(self.arrays, self.original, self.named, strict=True) if row[0] not in keys]
-        arrays, original, named = ({row[i]: self.arrays[row[0]] for row in rows} for i in range(3))
+        ours = rename_keys(self.named, self.convention.rename)
+        rows = [row for row in zip(ours, self.original, self.named, strict=True) if row[0] not in keys]
+        original, named = ({row[i]: self.named[row[2]] for row in rows} for i in (1, 2))
+        arrays = {key: value for key, value in self.arrays.items() if key not in keys}
         outside = (*self.outside, *(key for key in self.arrays if key in keys))
         return self._replace(arrays=arrays, original=original, named=named, outside=outside)
 
