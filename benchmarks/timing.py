@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import flax
 import jax
-import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,10 +58,12 @@ def environment() -> str:
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     where = f"{processor}, {cores} cores" if device.platform == "cpu" else device.device_kind
-    return (
-        f"{where}; Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, "
-        f"torch {torch.__version__}; {datetime.date.today().isoformat()}"
-    )
+    try:
+        torch = f"torch {importlib.metadata.version('torch')}"
+    except importlib.metadata.PackageNotFoundError:
+        torch = "no torch"
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, {torch}"
+    return f"{where}; {versions}; {datetime.date.today().isoformat()}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

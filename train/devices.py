@@ -33,7 +33,7 @@ def check_accelerator() -> None:
     """
     said, reason, platform = _Messages(), "", ""
     settings: Any = jax.config  # jax declares no types for its fields
-    logger = logging.getLogger()
+    logger: Any = logging.getLogger()
     handlers, logger.handlers = logger.handlers, [said]
     try:
         platform = jax.default_backend()
