@@ -25,7 +25,7 @@ import scconv_jax
 from benchmarks.timing import environment
 from train.config import Config, Data, Model, make_plan
 from train.data.batches import train_batches
-from train.devices import memory_limit
+from train.devices import check_accelerator, memory_limit
 from train.initial_state import InitialState
 from train.optim import make_optimizer
 from train.run.metrics import read_metrics
@@ -67,6 +67,7 @@ SMALL = Form(
 
 def device(_form: Form) -> dict[str, Any]:
     """Return what JAX runs on."""
+    check_accelerator()
     found = jax.devices()[0]
     memory = f"{memory_limit() / 1e9:.1f} GB" if memory_limit() else "unknown"
     return {"platform": found.platform, "environment": environment(), "devices": jax.device_count(), "memory for JAX": memory}
@@ -201,6 +202,8 @@ def torch_speed(form: Form, name: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for work, run in (("training", train), ("inference", infer)):
         model.train(work == "training")
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         result[f"{work}, images/s"] = form.batch * calls_per_second(run, wait, form.seconds)
         result[f"{work}, peak memory"] = torch.cuda.max_memory_allocated() if gpu else None
     return result
