@@ -120,6 +120,7 @@ def run(flags: Flags, link: HostLink) -> int:
     logging.basicConfig(format="warning: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and Grain log what they also raise
     devices.check_accelerator()
+    devices.keep_programs()
     link.check_name()
     experiment, workdir = from_json(text, "the config of host 0"), folder and Path(folder)
     if flags.evaluate or workdir is None:
