@@ -2,12 +2,14 @@
 #   make train   train the embedded default (real handwritten digits)       make test    the whole test suite
 #   make setup   the environment alone                                      make lint    ruff and pyright
 #   make bench   side-by-side timings against PyTorch                       make docs    the documentation as a site
+#   make accelerators   what XLA compiles for GPUs and TPUs, without one; ARGS=--check compares it with the record
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NEWEST_VENV := .venv-newest
+ACCELERATORS_VENV := .venv-accelerators
 # The equivalence tests need PyTorch. Every build of it will do: pip takes the one that its own settings name.
 TORCH ?= torch==2.13.0
 # XLA allocates its CPU buffers anew at every step. Huge pages, where the system has them, make a step a fifth faster.
@@ -16,7 +18,7 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 PLUGINS = $(wildcard $(VENV)/lib/python3*/site-packages/jax_plugins $(VENV)/lib/python3*/site-packages/libtpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-newest lint bench docs clean
+.PHONY: help setup train test test-newest accelerators lint bench docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -64,5 +66,14 @@ $(VENV)/.docs: pyproject.toml | $(BIN)/python
 test-newest:
 	@PYTHON_NEWEST="$(PYTHON_NEWEST)" TESTED="$(BIN)/python" VENV="$(NEWEST_VENV)" sh .ci/test-newest
 
+# XLA's compilers for GPUs and TPUs, in an environment of their own (about 6 GB). No device is needed.
+accelerators: $(ACCELERATORS_VENV)/.made
+	$(ACCELERATORS_VENV)/bin/python -m benchmarks.compiled $(ARGS)
+
+$(ACCELERATORS_VENV)/.made: pyproject.toml
+	@$(PYTHON) -m venv $(ACCELERATORS_VENV)
+	@$(ACCELERATORS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train,cuda,tpu]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) build dist
+	rm -rf $(VENV) $(NEWEST_VENV) $(ACCELERATORS_VENV) build dist
