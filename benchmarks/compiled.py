@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -212,6 +213,7 @@ def measure(program: Program, top: int = 8, hlo: str | None = None) -> dict[str,
     return {
         **dataclasses.asdict(program),
         "jax": jax.__version__,
+        "compiler": compiler(TARGETS[program.target].platform),
         "seconds_to_compile": round(time.perf_counter() - began, 1),
         **hlo_text.figures(text, top),
         "model_flops": model_flops(program),
@@ -220,6 +222,12 @@ def measure(program: Program, top: int = 8, hlo: str | None = None) -> dict[str,
         "arguments": memory.argument_size_in_bytes,
         "reduced_bytes": reduced_bytes(program),
     }
+
+
+def compiler(platform: str) -> str:
+    """Return the package that holds XLA's compiler for a platform, with its version."""
+    package = "libtpu" if platform == "tpu" else "jax-cuda12-plugin"
+    return f"{package} {importlib.metadata.version(package)}"
 
 
 def reduced_bytes(program: Program) -> int:
@@ -262,7 +270,11 @@ def check() -> int:
         found, known = in_a_process(program), recorded.get(program)
         fault = judge(found, known)
         faults += [fault] if fault else []
-        print(f"{program.label()}: {fault or summary(found)}", flush=True)
+        same = known is not None and found.get("compiler") == known["compiler"]
+        print(
+            f"{program.label()}: {fault or summary(found)}{'' if same or fault else ' (recorded with another compiler)'}",
+            flush=True,
+        )
     print(
         "\n".join(
             ["", f"{len(faults)} of {len(SHORT)} programs failed."]
@@ -285,7 +297,8 @@ def judge(found: dict[str, Any], known: dict[str, Any] | None) -> str | None:
         return f"does not compile: {found['error']}"
     if known is None:
         return "is not in the record; run with --record-short"
-    if found["jax"] == known["jax"] and traffic(found) > known["bytes"] * BYTES_MARGIN:
+    # Another version of the compiler makes another program.
+    if found["compiler"] == known["compiler"] and traffic(found) > known["bytes"] * BYTES_MARGIN:
         return f"reads and writes {traffic(found) / 1e6:.1f} MB, recorded {known['bytes'] / 1e6:.1f} MB"
     if found["collectives"]["count"] > known["collectives"]:
         return f"has {found['collectives']['count']} collectives, recorded {known['collectives']}"
@@ -304,7 +317,7 @@ def record_short() -> int:
         found = in_a_process(program)
         print(f"{program.label()}: {found.get('error') or summary(found)}", flush=True)
         if "error" not in found:
-            figures = {"jax": found["jax"], "bytes": traffic(found), "collectives": found["collectives"]["count"]}
+            figures = {"compiler": found["compiler"], "bytes": traffic(found), "collectives": found["collectives"]["count"]}
             entries.append({"program": dataclasses.asdict(program), **figures})
         SHORT_RECORD.write_text(json.dumps({"programs": entries}, indent=1) + "\n")
     return 1 if len(entries) < len(SHORT) else 0

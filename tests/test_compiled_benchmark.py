@@ -1,0 +1,76 @@
+"""The reading and judging of compiled programs (`benchmarks.compiled`), without XLA's compilers for GPUs and TPUs."""
+
+import pytest
+
+from benchmarks import compiled, hlo_text
+
+TEXT = """HloModule jit_step
+
+%region (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+ENTRY %main (p0: bf16[4,8], p1: f32[8]) -> f32[8] {
+  %p0 = bf16[4,8]{1,0} parameter(0)
+  %p1 = f32[8]{0} parameter(1)
+  %fusion.1 = (f32[8]{0}, bf16[4,8]{1,0}) fusion(%p0, %p1), kind=kLoop, calls=%f, metadata={op_name="jit(step)/layer1/mul"}
+  %get-tuple-element.1 = f32[8]{0} get-tuple-element(%fusion.1), index=0
+  %all-reduce-start = f32[8]{0} all-reduce-start(%get-tuple-element.1), to_apply=%region
+  %all-reduce-done = f32[8]{0} all-reduce-done(%all-reduce-start)
+  %copy.3 = f32[8]{0} copy(%all-reduce-done)
+  ROOT %cudnn = f32[8]{0} custom-call(%copy.3), custom_call_target="__cudnn$conv"
+}
+"""
+
+
+def test_the_figures_of_a_programs_text():
+    figures = hlo_text.figures(TEXT, top=1)
+    assert figures["kernels"] == 4
+    assert figures["largest"] == [
+        {"bytes": 64 + 32 + 32 + 64, "kind": "fusion", "result": "(f32[8]{0}, bf16[4,8]{1,0})", "source": "jit(step)/layer1/mul"}
+    ]
+    assert figures["kernel_bytes"] == 192 + 3 * 64
+    assert (figures["moved_kernels"], figures["moved_bytes"]) == (1, 64)
+    assert figures["bytes_by_kind"]["custom-call:__cudnn$conv"] == 64
+    assert figures["collectives"] == {"count": 1, "bytes": 32}
+
+
+KNOWN = {"compiler": "jax-cuda12-plugin 1", "bytes": 1000, "collectives": 1}
+
+
+def found(**changes):
+    figures = {"target": "h100", "compiler": "jax-cuda12-plugin 1", "kernel_bytes": 1030, "collectives": {"count": 1}}
+    return figures | changes
+
+
+def test_a_program_as_recorded_passes():
+    assert compiled.judge(found(), KNOWN) is None
+    assert compiled.judge(found(kernel_bytes=5000, compiler="jax-cuda12-plugin 2"), KNOWN) is None, "another compiler"
+
+
+@pytest.mark.parametrize(
+    ("changes", "known", "message"),
+    [
+        ({"kernel_bytes": 1031}, KNOWN, "reads and writes 0.0 MB, recorded 0.0 MB"),
+        ({"collectives": {"count": 2}}, KNOWN, "has 2 collectives, recorded 1"),
+        ({"error": "exit code -6: Check failed"}, KNOWN, "does not compile: exit code -6: Check failed"),
+        ({}, None, "is not in the record; run with --record-short"),
+    ],
+)
+def test_a_program_that_differs_is_a_fault(changes, known, message):
+    assert compiled.judge(found(**changes), known) == message
+
+
+def test_an_abort_of_the_compiler_is_an_error_of_its_program_alone(monkeypatch):
+    monkeypatch.setattr(compiled.sys, "executable", "/bin/sh")
+    monkeypatch.setattr(compiled.json, "dumps", lambda _value: "x")
+    result = compiled.in_a_process(compiled.Program("h100", "scnet50"))
+    assert result["error"].startswith("exit code ")
+    assert result["network"] == "scnet50"
+
+
+def test_every_short_program_is_recorded_once():
+    recorded = [
+        compiled.Program(**entry["program"]) for entry in compiled.json.loads(compiled.SHORT_RECORD.read_text())["programs"]
+    ]
+    assert sorted(recorded, key=repr) == sorted(compiled.SHORT, key=repr)
