@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from scconv_jax.files import cache_folder
+import scconv_jax
 from train.config import Config, ConfigError
 from train.config.files import override
 from train.parallel import Step, all_gather_ints
@@ -60,7 +60,7 @@ def keep_programs() -> None:
     """
     settings: Any = jax.config
     if jax.default_backend() != "cpu" and settings.jax_enable_compilation_cache and not settings.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(scconv_jax.files.cache_folder() / "programs"))
 
 
 def visible_accelerator(root: Path = Path("/")) -> str | None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -65,7 +66,7 @@ def conv(
             f"conv: the input has {channels} channels, but a kernel of shape {kernel.shape} with groups={groups} takes "
             f"{per_group * groups}."
         )
-    options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+    options: dict[str, Any] = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
     form = form_on_cpu(kernel.shape, padding, groups)
     if form is native_conv:
         return native_conv(kernel, x, **options)
@@ -172,7 +173,7 @@ def reconstruction_conv(
     # The dense form reads the maps once, but also multiplies the zeros between groups.
     on_cpu = joined_conv if dense_blocks(conv_groups, x.shape[-1]) == 1 else separate_convs
     on_accelerators = joined_conv if conv_groups <= 8 else on_cpu
-    options = {"conv_groups": conv_groups, "dilation": dilation}
+    options: dict[str, Any] = {"conv_groups": conv_groups, "dilation": dilation}
     if on_cpu is on_accelerators:
         return on_cpu(x, gwc, pwc1, **options)
     return by_platform(on_cpu, on_accelerators, x, gwc, pwc1, **options)
