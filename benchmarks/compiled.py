@@ -102,17 +102,12 @@ FAMILIES = (
 _short = functools.partial(Program, short=True, size=64, batch=16)
 SHORT: list[Program] = [
     *(_short("h100", name) for name in FAMILIES),
-    *(
-        _short("h100", "scnet50", **options)
-        for options in (
-            {"mode": "infer"},
-            {"dtype": "float32"},
-            {"engine": "pmap"},
-            {"parts": 4},
-            {"rematerialise": True},
-            {"topology": "1x1x8"},
-        )
-    ),
+    _short("h100", "scnet50", mode="infer"),
+    _short("h100", "scnet50", dtype="float32"),
+    _short("h100", "scnet50", engine="pmap"),
+    _short("h100", "scnet50", parts=4),
+    _short("h100", "scnet50", rematerialise=True),
+    _short("h100", "scnet50", topology="1x1x8"),
     *(_short("v5e", name) for name in FAMILIES[:3]),
     _short("v5e", "scnet50", mode="infer"),
 ]
@@ -186,7 +181,7 @@ def network(program: Program) -> Any:
 
     dtype = jnp.dtype(program.dtype)
     if program.network == PLAIN:
-        return PlainResNet(dtype=dtype, **({"stage_sizes": (1, 1)} if program.short else {}))
+        return PlainResNet(stage_sizes=(1, 1) if program.short else (3, 4, 6, 3), dtype=dtype)
     model: Any = scconv_jax.create_model(program.network, dtype=dtype)
     if not program.short:
         return model

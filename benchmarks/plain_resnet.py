@@ -25,7 +25,8 @@ class PlainResNet(nn.Module):
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         x = conv(64, (7, 7), (2, 2), padding=3)(images)
-        x = nn.max_pool(nn.relu(norm()(x)), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        pads: Any = ((1, 1), (1, 1))  # Flax types it as text only
+        x = nn.max_pool(nn.relu(norm()(x)), (3, 3), (2, 2), padding=pads)
         for stage, size in enumerate(self.stage_sizes):
             for block in range(size):
                 width, strides = 64 << stage, 2 if stage and not block else 1
