@@ -215,7 +215,7 @@ def test_hosts_with_other_images_are_refused(monkeypatch):
     for host in range(2):
         monkeypatch.chdir(str(host) if host == 0 else f"../{host}")
         numbers = ["--hosts.count", "2", "--hosts.index", str(host), "--hosts.address", address]
-        both.append(start("data", "--workdir", "run", *numbers, devices=2))
+        both.append(start("/proc/self/cwd/data", "--workdir", "run", *numbers, devices=2))
     reason = "host 1 found 16 training and 5 test images of 2 classes, host 0 16 training and 4 test images of 2 classes"
     for code, _, err in map(finish, both):
         assert code == 2
