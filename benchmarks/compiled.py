@@ -21,6 +21,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -257,12 +259,18 @@ def in_a_process(program: Program) -> dict[str, Any]:
     return {**dataclasses.asdict(program), "error": f"exit code {run.returncode}: {reason.strip()[-300:]}"}
 
 
+def side_by_side(programs: list[Program]) -> Iterator[tuple[Program, dict[str, Any]]]:
+    """Compile as many programs at a time as there are cores, and yield them in order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from zip(programs, pool.map(in_a_process, programs), strict=True)
+
+
 def check() -> int:
     """Compile the short programs and compare them with the record. Return the exit code."""
     recorded = {Program(**entry["program"]): entry for entry in json.loads(SHORT_RECORD.read_text())["programs"]}
     faults = []
-    for program in SHORT:
-        found, known = in_a_process(program), recorded.get(program)
+    for program, found in side_by_side(SHORT):
+        known = recorded.get(program)
         fault = judge(found, known)
         faults += [fault] if fault else []
         same = known is not None and found.get("compiler") == known["compiler"]
@@ -308,8 +316,7 @@ def traffic(found: dict[str, Any]) -> float:
 def record_short() -> int:
     """Compile the short programs and write their record, after each. Return the exit code."""
     entries: list[dict[str, Any]] = []
-    for program in SHORT:
-        found = in_a_process(program)
+    for program, found in side_by_side(SHORT):
         print(f"{program.label()}: {found.get('error') or summary(found)}", flush=True)
         if "error" not in found:
             figures = {"compiler": found["compiler"], "bytes": traffic(found), "collectives": found["collectives"]["count"]}
