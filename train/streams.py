@@ -1,4 +1,8 @@
-"""Standard streams that are closed, or whose encoding lacks some characters."""
+"""Standard streams that are closed, or whose encoding lacks some characters.
+
+The library's commands have the same `mend_streams` in `scconv_jax/cli/console.py`. The trainer cannot import it from there: its
+streams must be mended before JAX and Flax are imported, and importing any part of the library imports them.
+"""
 
 import io
 import os

@@ -41,7 +41,7 @@ def is_below(size: Size, least: int) -> bool:
     """
     try:
         return bool(size < least)
-    except Exception as error:
+    except Exception as error:  # JAX's error for an inconclusive comparison has no public name
         if not _is_inconclusive(error):
             raise
         factor, name = _product(size)
@@ -55,7 +55,7 @@ def is_multiple(size: Size, of: int) -> bool:
     """Return whether a size is a multiple of `of`; for a symbolic size, whether that is certain."""
     try:
         return bool(size % of == 0)
-    except Exception as error:
+    except Exception as error:  # JAX's error for an inconclusive comparison has no public name
         if not _is_inconclusive(error):
             raise
         return False

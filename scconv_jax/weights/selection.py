@@ -70,7 +70,7 @@ def select(checkpoint: Mapping[Any, Any], key: str = "") -> Selection | None:
 
 
 def _below_prefix(sets: Mapping[str, tuple[Mapping[Any, Any], ...]], key: str) -> Selection:
-    """Return the entries whose names begin with `key`, without this prefix."""
+    """Return the entries under the prefix `key`, with the prefix removed."""
     found: list[Selection] = []
     for place, chain in sets.items():
         prefix = key.removeprefix(f"{place}.") + "."
