@@ -6,8 +6,8 @@
     make accelerators ARGS=--scale             the collectives for up to 256 devices
     python -m benchmarks.compiled --one '{"target": "h100", "network": "scnet50"}' --top 20 [--hlo FILE]      one program
 
-The figures describe programs; nothing is run or timed. A program's bytes divided by the device's bandwidth give a lower limit of its
-time.
+The figures describe programs; nothing is run or timed. A program's bytes divided by the device's bandwidth give a lower limit
+of its time.
 Every program is compiled in a process of its own, because a fault of XLA's compiler aborts the process.
 """
 
