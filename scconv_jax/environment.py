@@ -18,17 +18,40 @@ import jax
 
 from scconv_jax import __version__
 
-PACKAGES = (
-    "jax jaxlib flax numpy ml_dtypes safetensors rich optax orbax-checkpoint grain tyro pillow tensorflow-datasets equinox torch"
-).split()
+PACKAGES = [
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "rich",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tyro",
+    "pillow",
+    "tensorflow-datasets",
+    "equinox",
+    "torch",
+]
 # The plug-ins of JAX for accelerators and the libraries that they load.
 PLUGINS = re.compile(r"jax[-_].*(plugin|pjrt).*|libtpu.*|nvidia[-_](cudnn|cublas|nccl|cuda[-_]runtime).*")
 # Variables that change what JAX computes or where, and that hold no address, path or name by themselves.
-VARIABLES = (
-    "XLA_FLAGS LIBTPU_INIT_ARGS XLA_PYTHON_CLIENT_PREALLOCATE XLA_PYTHON_CLIENT_MEM_FRACTION XLA_PYTHON_CLIENT_ALLOCATOR "
-    "TF_GPU_ALLOCATOR TF_CPP_MIN_LOG_LEVEL CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES NVIDIA_TF32_OVERRIDE "
-    "OMP_NUM_THREADS GLIBC_TUNABLES"
-).split()
+VARIABLES = [
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+    "TF_GPU_ALLOCATOR",
+    "TF_CPP_MIN_LOG_LEVEL",
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "GLIBC_TUNABLES",
+]
 HIDDEN = "(not shown)"
 DEVICES_SECONDS = 60.0  # a TPU needs up to half a minute to start
 
@@ -64,8 +87,8 @@ def environment(*, seconds: float = DEVICES_SECONDS) -> dict[str, Any]:
             plug-in is a line of the report, not the end of this process.
 
     Returns:
-        A dict that `json.dumps` accepts: `scconv_jax` (version), `python`, `system`, `packages` (version by name), `jax` (`backend`,
-        `x64`, `devices`; `problem` if they could not be started or JAX warned), `variables` (value by name), `processor` and
+        A dict that `json.dumps` accepts: `scconv_jax` (version), `python`, `system`, `packages` (version by name), `jax`
+        (`backend`, `x64`, `devices`; `problem` if they could not be started or JAX warned), `variables` (value by name), `processor` and
         `memory_gib`.
     """
     return {

@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
     env = commands.add_parser(
         "env",
         help="versions, devices and settings of this machine, for a bug report",
-        description="Print what a bug report needs: versions, JAX's devices and settings, processor and memory. Paths, addresses, "
-        "your name and secrets are left out. Devices are started in another process; after a minute the report goes on without them.",
+        description="Print what a bug report needs: versions, JAX's devices and settings, processor, memory. Paths, addresses, "
+        "names and secrets are left out. JAX starts its devices in another process; if that takes a minute, the report goes on.",
     )
     env.add_argument("--json", action="store_true", help="print JSON instead of lines")
     env.set_defaults(run=_env)
