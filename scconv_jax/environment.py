@@ -88,8 +88,8 @@ def environment(*, seconds: float = DEVICES_SECONDS) -> dict[str, Any]:
 
     Returns:
         A dict that `json.dumps` accepts: `scconv_jax` (version), `python`, `system`, `packages` (version by name), `jax`
-        (`backend`, `x64`, `devices`; `problem` if they could not be started or JAX warned), `variables` (value by name), `processor` and
-        `memory_gib`.
+        (`backend`, `x64`, `devices`, and `problem` if they could not be started or JAX warned), `variables` (value by name),
+        `processor` and `memory_gib`.
     """
     return {
         "scconv_jax": __version__,
