@@ -35,6 +35,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.browser import open_page  # noqa: E402, F401 a fixture for every test
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 if importlib.util.find_spec("torch") is not None:
