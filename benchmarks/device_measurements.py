@@ -152,7 +152,10 @@ def speed(form: Form, name: str) -> dict[str, Any]:
         }
 
     variables = jax.tree.map(jnp.copy, {"params": state.params, "batch_stats": state.batch_stats})
-    infer = jax.jit(lambda variables, images: setup.model.apply(variables, setup.normalize(images), train=False))
+    infer = jax.jit(
+        lambda variables, images: setup.model.apply(variables, setup.normalize(images), train=False),
+        compiler_options=scconv_jax.inference_options(),
+    )
     inference = rates("inference", lambda: infer(variables, batch["image"]), multiply_adds / 3)
 
     def train() -> Any:

@@ -75,7 +75,9 @@ def jax_functions(name: str, *, step: bool = True) -> dict[str, Callable[[], obj
         updates, state = optimiser.update(gradients, state, params)
         return optax.apply_updates(params, updates), batch_stats, state
 
-    infer = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
+    infer = jax.jit(
+        lambda variables, images: model.apply(variables, images, train=False), compiler_options=scconv_jax.inference_options()
+    )
     compiled_step = jax.jit(train_step, donate_argnums=(0, 1, 2))
     trained = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
     state = (*trained, optimiser.init(trained[0]))

@@ -18,6 +18,7 @@ LIBRARY = {
     "models": {"functional", "layers"},
     "weights": set(),
     "interop": {"functional", "layers", "models", "weights"},
+    "inference": {"functional", "layers", "models", "weights", "interop"},
     "cli": {"", "layers", "models", "weights", "interop"},
 }
 TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}}

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import scconv_jax
 from train.config import DivergedError
 from train.step import AXIS
 
@@ -21,7 +22,7 @@ class Parallel:
     """Functions that run a step (state, batch) → results on several devices. State and results are replicated."""
 
     over_devices: Callable[..., Step]
-    """(step, donate_state=False) → the step for the global batch."""
+    """(step, donate_state=False, inference=False) → the step for the global batch; `inference`: it computes no gradient."""
     put_batch: Callable[[Any], Any]
     """Arrays (n, ...) of each host → global arrays (hosts * n, ...), sharded evenly over the devices."""
     put_state: Callable[[Any], Any]
@@ -36,12 +37,13 @@ def make_parallel(engine: str, devices: Sequence[Any]) -> Parallel:
     mesh = Mesh(np.asarray(devices), (AXIS,))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
 
-    def over_devices(step: Step, donate_state: bool = False) -> Step:
+    def over_devices(step: Step, donate_state: bool = False, inference: bool = False) -> Step:
         donate = (0,) if donate_state else ()
-        if engine == "pmap":
+        if engine == "pmap":  # takes no options
             return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=donate)
         mapped = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere)
-        return jax.jit(mapped, donate_argnums=donate)
+        options = scconv_jax.inference_options(devices[0].platform) if inference else {}
+        return jax.jit(mapped, donate_argnums=donate, compiler_options=options)
 
     def put_batch(batch: Any) -> Any:
         sharding, hosts = NamedSharding(mesh, split), len({device.process_index for device in devices})

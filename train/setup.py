@@ -118,7 +118,8 @@ def make_test(setup: TrainingSetup, config: Config) -> Callable[..., dict[str, f
     Every test image counts once. `eval/images` is the number of test images that could be read. Once `stopping()`, the test
     raises a `StoppedError`.
     """
-    sums_of = setup.parallel.over_devices(functools.partial(eval_step, model=setup.model, normalize=setup.normalize))
+    step = functools.partial(eval_step, model=setup.model, normalize=setup.normalize)
+    sums_of = setup.parallel.over_devices(step, inference=True)
 
     def test(state: TrainState, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
         batches = eval_batches(
