@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from typing import Any
-from unittest import mock
 
 # By default XLA on a CPU schedules for speed and recomputes too early. An accelerator's compiler schedules for memory too.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -49,10 +48,7 @@ def main() -> None:
             **options,
         )
         mapped: Any = parallel.over_devices(step, donate_state=True)
-        with mock.patch.object(
-            jax, "default_backend", return_value="accelerator"
-        ):  # keeps the loop over parts, which a CPU unrolls
-            compiled = mapped.lower(state, batch).compile()
+        compiled = mapped.lower(state, batch).compile()
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
         rows.append([name, f"{memory.temp_size_in_bytes / 1e6:.0f}", f"{cost['flops'] / 2e9:.0f}"])
         print(*rows[-1], flush=True)

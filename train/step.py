@@ -63,6 +63,7 @@ def train_step(
     seed: int,
     mix: Callable[[Array, int, int], Array] | None = None,
     parts: int = 1,
+    unroll: bool = False,
     rematerialise: bool = False,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -81,6 +82,7 @@ def train_step(
             blended in pairs; n must be even.
         parts: Number of parts, n / parts images each, computed one after the other to save memory. Their gradients
             and BatchNorm statistics are averaged, as over devices.
+        unroll: Write the parts out instead of looping over them, which is faster on CPU.
         rematerialise: Recompute the blocks of the network in the backward pass instead of storing their activations.
         ema_decay: Upper limit of the moving average's decay, if the state has a moving average.
 
@@ -112,7 +114,7 @@ def train_step(
         return grads, batch_stats, metrics
 
     share = (batch["image"], batch["label"], image_keys(seed, state.step, len(batch["label"])))
-    results = gradient_of(*share) if parts == 1 else _mean_over_parts(gradient_of, share, parts)
+    results = gradient_of(*share) if parts == 1 else _mean_over_parts(gradient_of, share, parts, unroll)
     grads, batch_stats, metrics = jax.lax.pmean(results, AXIS)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -125,7 +127,7 @@ def train_step(
     return TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema), metrics
 
 
-def _mean_over_parts(function: Callable[..., Any], share: tuple[Array, ...], parts: int) -> Any:
+def _mean_over_parts(function: Callable[..., Any], share: tuple[Array, ...], parts: int, unroll: bool) -> Any:
     """Return the mean of `function` over the parts of a device's share, computed one after the other."""
     pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), share)
 
@@ -134,8 +136,7 @@ def _mean_over_parts(function: Callable[..., Any], share: tuple[Array, ...], par
 
     shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jax.lax.pcast(jnp.zeros(x.shape, x.dtype), AXIS, to="varying"), shapes)
-    # Unrolled on the CPU, where XLA's convolutions are five times slower inside a loop.
-    total, _ = jax.lax.scan(add, zeros, pieces, unroll=jax.default_backend() == "cpu")
+    total, _ = jax.lax.scan(add, zeros, pieces, unroll=unroll)
     return jax.tree.map(lambda x: x / parts, total)
 
 

@@ -59,6 +59,7 @@ def run(model, batches, devices, engine, *, optim=OPTIM, augment=AUGMENT, mixing
             seed=3,
             mix=make_mix(mixing),
             parts=optim.accumulate,
+            unroll=True,
             ema_decay=optim.ema,
             **options,
         )
