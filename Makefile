@@ -2,6 +2,7 @@
 #   make train   train the embedded default (real handwritten digits)       make test    the whole test suite
 #   make setup   the environment alone                                      make lint    ruff and pyright
 #   make bench   side-by-side timings against PyTorch                       make docs    the documentation as a site
+#   make dist    wheel and sdist, into dist/
 #   make accelerators   what XLA compiles for GPUs and TPUs, without one; ARGS=--check compares it with the record
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 PLUGINS = $(wildcard $(VENV)/lib/python3*/site-packages/jax_plugins $(VENV)/lib/python3*/site-packages/libtpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-newest accelerators lint bench docs clean
+.PHONY: help setup train test test-newest accelerators lint bench docs dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,6 +61,14 @@ docs: $(VENV)/.docs
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
+$(VENV)/.dist: pyproject.toml | $(BIN)/python
+	@$(PIP) 'hatchling>=1.26'
 	@touch $@
 
 # The tests that need no PyTorch, on a newer Python with the newest jax and flax.
