@@ -11,7 +11,7 @@ Folders:
     models/       networks by name: create_model, list_models, model_info, feature_info
     weights/      reading, writing and downloading files of weights
     interop/      PyTorch's keys and layouts: from_torch, to_torch, load_model, load_weights, save, load
-    inference/    after training: inference_options
+    inference/    trained networks in use: load_run (class names, preparation of images), inference_options
     cli/          the commands of `python -m scconv_jax`
     images.py     image files to a network's input
 
@@ -20,6 +20,7 @@ Folders:
 
 from scconv_jax import files, functional, images, layers, messages, models
 from scconv_jax.inference.options import inference_options
+from scconv_jax.inference.run import TrainedModel, load_run
 from scconv_jax.interop.conversion import ConversionError, from_torch, to_torch
 from scconv_jax.interop.loading import load_model, load_weights
 from scconv_jax.interop.variables import load, save
@@ -47,6 +48,7 @@ __all__ = [
     "ScConv",
     "SelfCalibratedConv",
     "SelfCalibration",
+    "TrainedModel",
     "WeightsError",
     "create_model",
     "feature_info",
@@ -60,6 +62,7 @@ __all__ = [
     "list_pretrained",
     "load",
     "load_model",
+    "load_run",
     "load_weights",
     "messages",
     "model_info",

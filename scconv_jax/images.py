@@ -13,7 +13,7 @@ import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -45,18 +45,27 @@ class Preparation:
     Attributes:
         size: Height and width of the central crop, in pixels.
         resize: Length of the shorter side before the crop, in pixels; at least `size`.
-        mean: Mean of each channel, subtracted from images in 0..1.
+        mean: Mean of each channel, subtracted from images in 0..1. A single one is that of grey images.
         std: Standard deviation of each channel; the result is divided by it.
+        exif: Whether to rotate files and PIL images by their EXIF orientation.
     """
 
     size: int
     resize: int
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    exif: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.size <= self.resize:
             raise ValueError(f"resize={self.resize} must be at least size={self.size}, and both must be positive.")
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise ValueError(f"mean={self.mean} and std={self.std} must have one value per channel, and std must be positive.")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 3 for RGB, 1 for grey ones."""
+        return len(self.mean)
 
 
 def resize_for(size: int) -> int:
@@ -66,21 +75,27 @@ def resize_for(size: int) -> int:
 
 def prepare(images: OneImage | Iterable[OneImage], preparation: Preparation, *, exif: bool = False) -> np.ndarray:
     """Return the batch that a network expects; see `scconv_jax.prepare_images`, which also takes a network's name."""
-    one = isinstance(images, str | os.PathLike | bytes | bytearray) or getattr(images, "ndim", 4) != 4
-    batch = images if isinstance(images, Iterable) and not one else [images]
-    pixels = [_cropped(image, f"images[{number}]", preparation, exif) for number, image in enumerate(batch)]
-    if not pixels:
+    batch: Any = [images] if is_single(images) else images
+    preparation = replace(preparation, exif=preparation.exif or exif)
+    crops = [pixels(image, preparation, f"images[{number}]") for number, image in enumerate(batch)]
+    if not crops:
         raise ValueError("images is empty: there is nothing to prepare.")
     # Compiled code rounds differently (XLA multiplies by reciprocals), so the trainer's function, compiled, makes the 256 values
     # of each channel.
     mean, std = (tuple(map(float, values)) for values in (preparation.mean, preparation.std))
-    levels = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+    levels = np.arange(256, dtype=np.uint8)[:, None].repeat(preparation.channels, axis=1)
     table = np.asarray(_compiled_normalize(levels, mean=mean, std=std))
-    return table[np.stack(pixels), np.arange(3)]
+    return table[np.stack(crops), np.arange(preparation.channels)]
+
+
+def is_single(images: object) -> bool:
+    """Return whether this is one image: no array (n, h, w, 3), and nothing else that can be iterated over."""
+    one = isinstance(images, str | os.PathLike | bytes | bytearray) or getattr(images, "ndim", 4) != 4
+    return one or not isinstance(images, Iterable)
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Return uint8 images (..., 3) as float32: scaled to 0..1, minus `mean`, divided by `std` (torchvision's `Normalize`)."""
+    """Return uint8 images (..., c) as float32: scaled to 0..1, minus `mean`, divided by `std` (torchvision's `Normalize`)."""
     scaled = images.astype(jnp.float32) / 255
     shape = (1,) * (images.ndim - 1) + (-1,)
     return (scaled - jnp.asarray(mean, jnp.float32).reshape(shape)) / jnp.asarray(std, jnp.float32).reshape(shape)
@@ -207,8 +222,27 @@ def _image_errors(unknown: str = "not an image") -> Iterator[None]:
         raise ImageError(str(error) or type(error).__name__) from error
 
 
-def _cropped(image: Any, name: str, preparation: Preparation, exif: bool) -> np.ndarray:
-    """Return the pixels of one image, uint8 (size, size, 3); errors call the image by its path or by `name`."""
+def pixels(image: OneImage, preparation: Preparation, name: str = "the image") -> np.ndarray:
+    """Return the pixels of one image before they are normalised: resized and cropped.
+
+    Args:
+        image: The image.
+        preparation: How to prepare it.
+        name: What errors call an image that is no path.
+
+    Returns:
+        uint8 (size, size, channels).
+
+    Raises:
+        ImageError: The image cannot be decoded.
+        OSError: The file cannot be opened.
+        TypeError: The image has another type.
+        ValueError: An array has another shape, or the preparation has neither 3 channels nor 1.
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    if preparation.channels not in (1, 3):
+        raise ValueError(f"The network takes images of {preparation.channels} channels; image files give 3 (RGB) or 1 (grey).")
+    exif = preparation.exif
     try:
         from PIL import Image
     except ImportError as error:
@@ -228,9 +262,17 @@ def _cropped(image: Any, name: str, preparation: Preparation, exif: bool) -> np.
         else:
             found = type(image).__name__
             raise TypeError(f"{name} is of type {found}; expected a path, bytes, a PIL image or a uint8 array (h, w, 3).")
-        return center_crop(image, preparation.size, preparation.resize)
+        crop = center_crop(image, preparation.size, preparation.resize)
     except ImageError as error:
         raise ImageError(f"{name} cannot be read: {error}") from error
+    return crop if preparation.channels == 3 else to_grey(crop)
+
+
+def to_grey(crop: np.ndarray) -> np.ndarray:
+    """Return RGB pixels, uint8 (h, w, 3), as grey ones, uint8 (h, w, 1): PIL's mode L, 0.299 R + 0.587 G + 0.114 B."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(crop).convert("L"))[..., None]
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:

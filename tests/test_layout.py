@@ -19,7 +19,7 @@ LIBRARY = {
     "weights": set(),
     "interop": {"functional", "layers", "models", "weights"},
     "inference": {"functional", "layers", "models", "weights", "interop"},
-    "cli": {"", "layers", "models", "weights", "interop"},
+    "cli": {"", "layers", "models", "weights", "interop", "inference"},
 }
 TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}}
 

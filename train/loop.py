@@ -25,7 +25,7 @@ from train.run.profiler import Profiler, peak_multiply_adds, training_multiply_a
 from train.run.progress import Progress
 from train.run.trackers import check_trackers, open_trackers
 from train.run.workdir import holds_run, locked_folder, save_config
-from train.setup import make_setup, make_step, make_test
+from train.setup import make_setup, make_step, make_test, save_record
 
 SLOW_INPUT_WARNING = (
     "warning: the devices wait for data (see waiting_for_data in metrics.jsonl); more --data.threads or a faster disk may help"
@@ -90,6 +90,7 @@ def train(config: Config, workdir: Path) -> int:
         if is_host_0:
             trackers = open_trackers(config.log, workdir, first_step, dataclasses.asdict(config))
             save_config(workdir, config)
+            save_record(workdir, config, setup)
         batches = train_batches(
             setup.dataset.train,
             batch_size,

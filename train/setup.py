@@ -4,6 +4,7 @@ import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -61,6 +62,18 @@ def make_setup(config: Config, *, testing: bool = False, begins: bool = False) -
         check_statistics(config, create(), variables, images)
     normalizer = functools.partial(scconv_jax.images.normalize, mean=dataset.mean, std=dataset.std)
     return TrainingSetup(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
+
+
+def save_record(workdir: Path, config: Config, setup: TrainingSetup) -> None:
+    """Write `model.json`, which says what answers about images need, to the run's folder."""
+    dataset, size = setup.dataset, setup.dataset.image_shape[0]
+    scconv_jax.runs.write_record(
+        workdir,
+        model=config.model.name,
+        arguments={"num_classes": dataset.num_classes, "in_channels": dataset.image_shape[-1]},
+        class_names=dataset.classes,
+        preparation=scconv_jax.images.Preparation(size, dataset.resize, dataset.mean, dataset.std, config.data.exif),
+    )
 
 
 def check_same_images(dataset: Dataset) -> None:

@@ -60,6 +60,7 @@ def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
         help="which weights to take from a source that has several sets, e.g. state_dict_ema, or the prefix of their keys, e.g. "
         "ema_model (default: the only ones, or the moving average if there is one)",
     )
+    add_checkpoint(parser)
     parser.add_argument("--model", metavar="NAME", help=f"the network (default: recognised){more_models}")
     parser.add_argument(
         "--output-stride",
@@ -88,10 +89,27 @@ def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
     )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for the checkpoint of a run."""
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="WHICH",
+        help="which checkpoint of a run's folder: best (highest test accuracy; the latest if none was tested), latest, or a step "
+        "(default: best)",
+    )
+
+
 def open_source(options: argparse.Namespace) -> Checkpoint:
     """Read the source on the command line."""
-    rename = [tuple(pair) for pair in options.rename]
-    return open_checkpoint(options.source, key=options.key, convention=options.naming, rename=rename, ignore=options.ignore)
+    return open_checkpoint(
+        options.source,
+        key=options.key,
+        checkpoint=options.checkpoint,
+        convention=options.naming,
+        rename=[tuple(pair) for pair in options.rename],
+        ignore=options.ignore,
+    )
 
 
 def model_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -117,6 +135,8 @@ def _convert(options: argparse.Namespace) -> None:
         loaded = build_model(checkpoint, options.model, model_options(options))
         metadata = {"model": loaded.name, "arguments": loaded.options}
     checkpoint = loaded.checkpoint
+    kept = ("class_names", "preparation") if not loaded.conversion.kept else ("preparation",)  # a new head has other classes
+    metadata |= {name: checkpoint.source.metadata[name] for name in kept if name in checkpoint.source.metadata}
     path = checkpoint.source.path
     name = path.name.encode(errors="surrogateescape").decode(errors="replace")  # may not be UTF-8
     digest = sha256(path) if path.is_file() else ""

@@ -1,1 +1,1 @@
-"""What a network needs after training: compiler options and the fused form for inference."""
+"""Trained networks in use: class names and preparation of images (`run.py`), compiler options, the fused form."""

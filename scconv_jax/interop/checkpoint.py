@@ -78,7 +78,7 @@ class Checkpoint(NamedTuple):
                 f"The weights are {average}{source.key or 'those at the top level'}; the file also has "
                 f"{listed(source.others)}. Choose with --key or key={source.others[0]!r}."
             )
-        if source.format == "orbax" and (choice := runs.describe_choice(source.path)):
+        if source.format == "orbax" and (choice := runs.describe_choice(source.path, int(source.metadata["step"]))):
             notes.append(choice)
         if self.prefix:
             notes.append(f"The keys were taken without their prefix {self.prefix[:-1]!r}.")
@@ -96,6 +96,7 @@ def open_checkpoint(
     source: str | os.PathLike[str],
     *,
     key: str = "",
+    checkpoint: str | int = "best",
     convention: str | None = None,
     rename: Sequence[Rename] = (),
     ignore: Sequence[str] = (),
@@ -105,14 +106,14 @@ def open_checkpoint(
     if "://" in text or (re.fullmatch(r"\w[\w-]*", text) and not os.path.lexists(path)):  # a name, perhaps misspelt
         path = fetch(text, published=PUBLISHED)
         try:
-            contents = read(path, key)
+            contents = read(path, key, checkpoint)
         except SelectionError:
             raise
         except WeightsError:
             path.unlink(missing_ok=True)  # perhaps a server's error page: the next call downloads again
             raise
     else:
-        contents = read(path, key)
+        contents = read(path, key, checkpoint)
     if isinstance(ignore, str):  # each letter would be a pattern, and `*` would match everything
         raise ConversionError(f"ignore is a sequence of patterns: give [{ignore!r}].")
     return _below(contents, Given(convention, tuple(rename), tuple(ignore)), "")

@@ -32,7 +32,7 @@ _log = logging.getLogger("scconv_jax")
 
 
 def load_model(
-    source: str | os.PathLike[str], model: str | None = None, *, key: str = "", **options: Any
+    source: str | os.PathLike[str], model: str | None = None, *, key: str = "", checkpoint: str | int = "best", **options: Any
 ) -> tuple[nn.Module, Variables]:
     """Make a network with the weights of a file.
 
@@ -43,6 +43,8 @@ def load_model(
         model: Name of the network. If None, it is recognised from the file.
         key: Which weights to take from a file that has several sets: `state_dict_ema`, or the prefix of their keys, `ema_model`.
             If empty, the only ones, or the moving average if there is one.
+        checkpoint: Which checkpoint of a run's folder to take: "best" (highest test accuracy; the latest if none was tested),
+            "latest", or a step.
         **options: Options of `create_model`. By default they come from the file. If `num_classes` differs from the
             file's, the head is initialised; for other `in_channels` than 3, the first kernels are summed or repeated. The paper's
             ScConv has the same entries as the public code of 2023-10, which is assumed: give `variant="paper"` for the paper's.
@@ -56,7 +58,7 @@ def load_model(
         ConversionError: The file fits no network here, or a network other than `model`.
         ValueError: There is no such network or option.
     """
-    loaded = build_model(open_checkpoint(source, key=key), model, options)
+    loaded = build_model(open_checkpoint(source, key=key, checkpoint=checkpoint), model, options)
     for note in loaded.notes:
         _log.warning("%s: %s", loaded.checkpoint.source.path.name, note)
     return create_model(loaded.name, **loaded.options), loaded.variables
@@ -67,6 +69,7 @@ def load_weights(
     template: Mapping[str, Any],
     *,
     key: str = "",
+    checkpoint: str | int = "best",
     ignore: Sequence[str] = (),
     rename: Sequence[Rename] = (),
 ) -> tuple[Variables, list[str]]:
@@ -76,6 +79,7 @@ def load_weights(
         source: As for `load_model`.
         template: Initial variables of a network or a layer, or only their shapes.
         key: As for `load_model`.
+        checkpoint: As for `load_model`.
         ignore: As for `from_torch`; leaves with such keys keep the template's values.
         rename: As for `from_torch`, applied to the file's keys before their prefix and key convention are recognised.
 
@@ -89,7 +93,8 @@ def load_weights(
         WeightsError: The file cannot be read or downloaded.
         ConversionError: Any other difference between file and template; the message lists all.
     """
-    loaded = convert_checkpoint(open_checkpoint(source, key=key, rename=rename, ignore=ignore), template)
+    opened = open_checkpoint(source, key=key, checkpoint=checkpoint, rename=rename, ignore=ignore)
+    loaded = convert_checkpoint(opened, template)
     return loaded.variables, loaded.notes
 
 

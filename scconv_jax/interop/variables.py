@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -25,29 +26,34 @@ class Loaded(NamedTuple):
     metadata: dict[str, Any]
 
 
-def load(path: str | os.PathLike[str]) -> Loaded:
+def load(path: str | os.PathLike[str], *, checkpoint: str | int = "best") -> Loaded:
     """Read Flax variables that `save` wrote, or those of a training run.
 
     Args:
         path: A `.safetensors` file with Flax keys, a run's folder, or one of its `checkpoints/STEP`.
+        checkpoint: Which checkpoint of a run's folder to take: "best" (highest test accuracy; the latest if none was tested),
+            "latest", or a step.
 
     Returns:
         `(variables, metadata)`: variables are NumPy arrays; metadata has, if the file contains them, `model` and `arguments`
-        (for `create_model(metadata["model"], **metadata["arguments"])`), `source`, `source_sha256` and `version`.
+        (for `create_model(metadata["model"], **metadata["arguments"])`), `class_names` (a list), `preparation` (of images, a
+        dict), `source`, `source_sha256` and `version`.
         Values that are not finite are kept, and logged as a warning under `scconv_jax`.
 
     Raises:
         WeightsError: The file cannot be read, or has PyTorch's keys: convert it first.
     """
-    source = read(path)
+    source = read(path, checkpoint=checkpoint)
     if not source.is_flax:
         raise WeightsError(
             f"{path} has PyTorch's keys and layout. Convert it (`python -m scconv_jax convert {path} --out FILE.safetensors`), "
             "or give its entries to `scconv_jax.from_torch`."
         )
     metadata: dict[str, Any] = dict(source.metadata)
-    if "arguments" in metadata:
-        metadata["arguments"] = json.loads(metadata["arguments"])
+    for name in ("arguments", "class_names", "preparation"):
+        if name in metadata:
+            with contextlib.suppress(ValueError):  # by another hand: left as the text that it is
+                metadata[name] = json.loads(metadata[name])
     if source.not_finite:
         count = sum(source.not_finite.values())
         _log.warning("%s: %d values are NaN or infinite, in %s.", path, count, listed(list(source.not_finite), 3))
@@ -61,8 +67,8 @@ def save(path: str | os.PathLike[str], variables: Mapping[str, Any], metadata: M
         path: `.safetensors` for Flax keys and layout (`params/layer1/0/conv1/kernel`), or `.pth` or `.pt` for a PyTorch state
             dict (`layer1.0.conv1.weight`), which PyTorch loads with `weights_only=True`.
         variables: `{"params": ..., "batch_stats": ...}`, JAX or NumPy arrays.
-        metadata: `model`, `arguments` and the like, stored in a `.safetensors` file only. Values other than strings are stored
-            as JSON.
+        metadata: `model`, `arguments`, `class_names`, `preparation` and the like, stored in a `.safetensors` file only. Values
+            other than strings are stored as JSON.
 
     Raises:
         WeightsError: The suffix is unknown, there are no variables, JSON cannot express the metadata, or writing fails.

@@ -43,7 +43,7 @@ class Source(NamedTuple):
         return traverse_util.unflatten_dict(self.tensors, sep="/")
 
 
-def read(path: str | os.PathLike[str], key: str = "") -> Source:
+def read(path: str | os.PathLike[str], key: str = "", checkpoint: str | int = "best") -> Source:
     """Read weights.
 
     Args:
@@ -51,13 +51,16 @@ def read(path: str | os.PathLike[str], key: str = "") -> Source:
             Hugging Face hub, a run's folder or one of its `checkpoints/STEP`.
         key: Which set of weights to take from a file that has several (`state_dict_ema`), or the prefix of their keys. If
             empty, the rules of `scconv_jax.weights.selection` choose.
+        checkpoint: Which checkpoint of a run's folder to take: "best", "latest" or a step; see `runs.choose_step`.
     """
     path = Path(path)
     try:
         if path.is_dir():
             found = None if (path / "checkpoints").is_dir() else hub.find(path)
-            return _read_run(path, key) if found is None else _read_file(found, key)
-        return _read_file(path, key)
+            if found is None:
+                return _read_run(path, key, checkpoint)
+            return _read_file(found, key, checkpoint)
+        return _read_file(path, key, checkpoint)
     except WeightsError as error:
         # Quoted parts of the file may be long or contain control sequences of a terminal.
         reason = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:600])
@@ -68,15 +71,18 @@ def read(path: str | os.PathLike[str], key: str = "") -> Source:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _read_run(path: Path, key: str) -> Source:
-    variables, metadata, skipped, size = runs.read(path, key)
+def _read_run(path: Path, key: str, checkpoint: str | int) -> Source:
+    variables, metadata, skipped, size = runs.read(path, key, checkpoint)
+    _check_arguments(metadata)
     tensors: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
     return Source(tensors, True, metadata, "orbax", path, size, skipped, _count_not_finite(tensors))
 
 
-def _read_file(path: Path, key: str) -> Source:
+def _read_file(path: Path, key: str, checkpoint: str | int) -> Source:
     if path.exists() and not path.is_file():
         raise WeightsError("it is neither a file nor a folder")
+    if path.exists() and checkpoint != "best":
+        raise WeightsError(f"it is not the folder of a training run, so there is no checkpoint {checkpoint!r} to choose")
     if path.name.endswith(hub.INDEX):
         kind, size, contents = _read_shards(path)
     else:
@@ -86,8 +92,7 @@ def _read_file(path: Path, key: str) -> Source:
         skipped = contents.skipped | dict.fromkeys(selected.skipped, "an array")
         contents = contents._replace(tensors=selected.entries, skipped=skipped, key=key)
     is_flax = _check_keys(contents.tensors, contents.skipped)
-    if not _is_plain(contents.metadata.get("arguments", "{}")):
-        raise WeightsError("the arguments in its metadata are not a JSON object of numbers and printable strings")
+    _check_arguments(contents.metadata)
     not_finite = _count_not_finite(contents.tensors)
     tensors, skipped, metadata, key, others = contents
     return Source(tensors, is_flax, metadata, kind, path, size, skipped, not_finite, key, others)
@@ -143,6 +148,11 @@ def _check_keys(tensors: Mapping[str, np.ndarray], skipped: Mapping[str, str]) -
         if not all(parts) or any("/".join(parts[:length]) in tensors for length in range(1, len(parts))):
             raise WeightsError(f"the path {key:.200} has an empty part, or leads through an array")
     return True
+
+
+def _check_arguments(metadata: Mapping[str, str]) -> None:
+    if not _is_plain(metadata.get("arguments", "{}")):
+        raise WeightsError("the arguments in its metadata are not a JSON object of numbers and printable strings")
 
 
 def _is_plain(arguments: str) -> bool:

@@ -1,6 +1,7 @@
 """Layout of a training run's folder, and reading its checkpoints. Public as `scconv_jax.runs`.
 
     WORKDIR/config.json                         the run's config; `model.name` names the network
+    WORKDIR/model.json                          what an answer needs: network, options, names of classes, preparation of images
     WORKDIR/checkpoints/STEP/state              the training state, an Orbax PyTree: `params`, `batch_stats`, perhaps `ema`, ...
     WORKDIR/checkpoints/STEP/metrics/metrics    JSON with `eval/top1`, if the step was tested
 
@@ -9,15 +10,21 @@ An argument called `folder` is `WORKDIR` or `WORKDIR/checkpoints`. Only `restore
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from scconv_jax import files
+from scconv_jax.images import Preparation, resize_for
+from scconv_jax.messages import listed
 from scconv_jax.weights.files import WeightsError
 
+RECORD = "model.json"
 COLLECTIONS = ("params", "batch_stats")
 PREFIXES = tuple(f"{collection}/" for collection in COLLECTIONS)
 _INCOMPLETE = (
@@ -41,16 +48,62 @@ def latest_step(folder: Path) -> int | None:
 
 def best_step(folder: Path) -> int | None:
     """Return the step with the highest `eval/top1`, the latest if several are equal. None if no step was tested."""
-    tested = [(top1, step) for step in steps(folder) if (top1 := eval_top1(folder, step)) is not None]
-    return max(tested)[1] if tested else None
+    tested = {step: top1 for step in steps(folder) if (top1 := eval_top1(folder, step)) is not None}
+    return best_of(tested) if tested else None
 
 
-def describe_choice(folder: Path) -> str:
-    """Return a sentence about the step that `read` takes of a run; empty if the best step is the latest or no step was tested."""
+def best_of(top1: Mapping[int, float]) -> int:
+    """Return the step with the highest accuracy, the latest if several are equal, given the accuracy of each step."""
+    return max(top1, key=lambda step: (top1[step], step))
+
+
+def choose_step(folder: Path, checkpoint: str | int = "best") -> int | None:
+    """Return the step of a checkpoint: "best" (the latest if no step was tested), "latest" or a step. None if there is none.
+
+    Raises:
+        WeightsError: There is no such step, or `checkpoint` is something else.
+    """
+    saved, latest = steps(folder), latest_step(folder)
+    if checkpoint == "best":
+        best = best_step(folder)
+        return latest if best is None else best
+    if checkpoint == "latest":
+        return latest
+    if not str(checkpoint).isdecimal():
+        raise WeightsError(f"checkpoint {checkpoint!r} is neither best, nor latest, nor a step")
+    if int(checkpoint) not in saved:
+        found = f"of step {listed(list(map(str, saved)))}" if saved else "none"
+        raise WeightsError(f"it has no checkpoint of step {checkpoint}, but {found}")
+    return int(checkpoint)
+
+
+def describe_choice(folder: Path, taken: int) -> str:
+    """Return a sentence about the step that was taken of a run; empty if there was no choice or the best step is the latest."""
     best, latest = best_step(folder), latest_step(folder)
-    if best in (None, latest):
+    if taken == latest and best is None and len(steps(folder)) > 1:
+        return f"No checkpoint was tested; the latest, of step {taken}, was taken."
+    if latest is None or (best in (None, taken) and taken == latest):
         return ""
-    return f"The best checkpoint, of step {best}, was taken. The latest is {_checkpoints(folder) / str(latest)}."
+    kind = "best " if taken == best else "latest " if taken == latest else ""
+    other, step = ("latest", latest) if taken == best or best is None else ("best", best)
+    return f"The {kind}checkpoint, of step {taken}, was taken. The {other} is {_checkpoints(folder) / str(step)}."
+
+
+def write_record(
+    folder: Path, *, model: str, arguments: Mapping[str, Any], class_names: Sequence[str], preparation: Preparation
+) -> None:
+    """Write `model.json` to a run's folder atomically.
+
+    Args:
+        folder: The run's folder.
+        model: Name of the network.
+        arguments: Its options, which JSON must be able to express.
+        class_names: Name of each class, in the order of the logits.
+        preparation: Preparation of the images that the network is tested on.
+    """
+    record = {"model": model, "arguments": dict(arguments), "class_names": list(class_names), "preparation": asdict(preparation)}
+    with files.replacing(folder / RECORD) as file:
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def eval_top1(folder: Path, step: int) -> float | None:
@@ -109,15 +162,15 @@ def complete(state: Path) -> bool:
     return True
 
 
-def read(path: Path, key: str = "") -> tuple[dict[str, Any], dict[str, str], dict[str, str], int]:
-    """Read a checkpoint. For a run's folder, read the best step, or the latest if no step was tested.
+def read(path: Path, key: str = "", checkpoint: str | int = "best") -> tuple[dict[str, Any], dict[str, str], dict[str, str], int]:
+    """Read a checkpoint. For a run's folder, `choose_step` says which.
 
     Returns:
         The variables as NumPy arrays (from the moving average, if the run has one, unless `key` is "params"); metadata: `step`
-        and, if the config gives them, `model` and `arguments` (JSON); the other items of the training state, name to type; the
-        size in bytes.
+        and, if the run's folder gives them, `model`, `arguments`, `class_names` and `preparation` (JSON); the other items of the
+        training state, name to type; the size in bytes.
     """
-    state = _state_folder(path)
+    state = _state_folder(path, checkpoint)
     if not _is_complete(state):
         raise WeightsError(f"its checkpoint {state.parent.name} cannot be read: {_INCOMPLETE}")
     try:
@@ -125,7 +178,7 @@ def read(path: Path, key: str = "") -> tuple[dict[str, Any], dict[str, str], dic
     except ImportError as error:
         raise WeightsError("Orbax is needed to read a run's checkpoints: pip install 'scconv-jax[train]'") from error
     try:
-        saved = handler.metadata(state).tree
+        saved = handler.metadata(state.resolve()).tree
         averaged = isinstance(saved.get("ema"), Mapping) and "params" in saved["ema"]  # the run was tested with its average
         if key not in ("", "params", "ema" if averaged else "params"):
             raise WeightsError(f"it has no weights under the key {key!r}, but params{' and ema' if averaged else ''}")
@@ -169,32 +222,62 @@ def this_process_alone() -> Any:
     return ocp.options.MultiprocessingOptions(process, active_processes={process})
 
 
-def _state_folder(path: Path) -> Path:
-    """Return the `state` folder of the given step. For a run's folder, take the best step, or the latest if none was tested."""
-    if (path / "manifest.ocdbt").exists() or (path / "_METADATA").exists():
-        return path.resolve()
-    if (path / "state").is_dir():
-        return (path / "state").resolve()
-    step = best_step(path)
-    step = latest_step(path) if step is None else step
+def _state_folder(path: Path, checkpoint: str | int) -> Path:
+    """Return the `state` folder of the given step or, for a run's folder, of the step that `choose_step` returns."""
+    if (path / "manifest.ocdbt").exists() or (path / "_METADATA").exists() or (path / "state").is_dir():
+        if checkpoint != "best":
+            raise WeightsError(f"it is one checkpoint, so there is no checkpoint {checkpoint!r} to choose; give the run's folder")
+        return (path / "state" if (path / "state").is_dir() else path).absolute()
+    step = choose_step(path, checkpoint)
     state = _checkpoints(path) / str(step) / "state"
     if not state.is_dir():
         raise WeightsError(
             f"the folder is not a training run: it has no checkpoints/{'STEP' if step is None else step}/state. Nor has it a "
             "file of weights, such as model.safetensors"
         )
-    return state.resolve()
+    return state.absolute()
 
 
 def _metadata(state: Path, variables: dict[str, Any]) -> dict[str, str]:
-    """Return the step and, if known, the network's name from the run's config.json and its number of classes."""
-    metadata = {"step": state.parent.name}
+    """Return the step and what `model.json` says. In older runs, config.json, the checkpoint and the head say a part of it."""
+    metadata: dict[str, Any] = {}
+    run = state.parents[2]  # not resolved: `checkpoints` may be a link to another disk
+    config, record, about = (_json(path) for path in (run / "config.json", run / RECORD, state.parent / "about" / "metadata"))
+    with contextlib.suppress(KeyError, TypeError):
+        metadata["model"] = str(config["model"]["name"])
+        kernels = [module["kernel"] for module in variables["params"].values() if "kernel" in module]
+        classes = [kernel.shape[1] for kernel in kernels if kernel.ndim == 2]
+        if len(classes) == 1:
+            metadata["arguments"] = {"num_classes": int(classes[0])}
+    if names := about.get("classes"):
+        metadata["class_names"] = names
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        metadata["preparation"] = _preparation(config["data"])
+    known = {key: record[key] for key in ("model", "arguments", "class_names", "preparation") if key in record}
+    texts = {key: value if key == "model" else json.dumps(value) for key, value in (metadata | known).items()}
+    return texts | {"step": state.parent.name}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one if the file is absent or damaged."""
     try:
-        metadata["model"] = str(json.loads((state.parents[2] / "config.json").read_bytes())["model"]["name"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return metadata
-    kernels = [module["kernel"] for module in variables["params"].values() if "kernel" in module]
-    classes = [kernel.shape[1] for kernel in kernels if kernel.ndim == 2]
-    if len(classes) == 1:
-        metadata["arguments"] = json.dumps({"num_classes": int(classes[0])})
-    return metadata
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _preparation(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the preparation of images in a run without `model.json`, given the `data` of its config.
+
+    Data sets that the trainer makes itself have the mean and standard deviation of their training images, which the config does
+    not say: they are then None.
+    """
+    size, is_file = data["image_size"], data["name"] in ("folder", "tfds")
+    mean, std = data["mean"] or None, data["std"] or None
+    if is_file and data.get("channels") == 1:
+        mean, std = mean or [sum(Preparation.mean) / 3], std or [sum(Preparation.std) / 3]
+    elif is_file:
+        mean, std = mean or Preparation.mean, std or Preparation.std
+    resize = data["resize"] or resize_for(size) if is_file else size
+    return {"size": size, "resize": resize, "mean": mean, "std": std, "exif": data.get("exif", False)}

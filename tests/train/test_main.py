@@ -57,7 +57,8 @@ def evaluations(workdir):
 def test_a_run_leaves_what_it_promises(small, capsys):
     assert main(["--config", small]) == 0
     run = Path("runs/small")
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl"]
+    left = [".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl", "model.json"]
+    assert sorted(path.name for path in run.iterdir()) == left
     assert folders.load_run(run) == load_config(Path(small))
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 5, 5, 6, 9, 10, 10, 12, 15, 15]
@@ -109,6 +110,18 @@ def test_evaluate_repeats_the_best_or_the_last_result_and_writes_nothing(small, 
         assert f"loss {line['eval/loss']:.4f}" in out
     assert scconv_jax.load(Path("runs/small")).metadata["step"] == str(best["step"]), "one rule for all who read a run"
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_resuming_an_old_run_adds_what_answers_need(small):
+    assert main(["--config", small, "--epochs", "1"]) == 0
+    record = Path("runs/small/model.json")
+    written = record.read_text()
+    found = json.loads(written)
+    assert found["class_names"] == [str(label) for label in range(10)]
+    assert (found["preparation"]["size"], found["preparation"]["resize"]) == (8, 8)
+    record.unlink()
+    assert main(["--config", small, "--epochs", "2", "--resume"]) == 0
+    assert record.read_text() == written
 
 
 @pytest.mark.parametrize("engine", ["shard_map", "pmap"])

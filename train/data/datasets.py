@@ -46,6 +46,8 @@ class Dataset:
     """Mean of each channel, for pixels in 0..1."""
     std: tuple[float, ...]
     """Standard deviation of each channel, for pixels in 0..1."""
+    resize: int
+    """Shorter side of a test image before its middle is cut out, in pixels."""
     notes: tuple[str, ...] = ()
     """What was left out, divided or assumed: lines for the user."""
 
@@ -153,7 +155,8 @@ def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
 def _from_arrays(train: ArraySource, test: ArraySource, num_classes: int) -> Dataset:
     pixels = train.images.reshape(-1, train.image_shape[-1]) / 255
     classes = tuple(map(str, range(num_classes)))
-    return Dataset(train, test, classes, mean=tuple(pixels.mean(0).tolist()), std=tuple(pixels.std(0).tolist()))
+    mean, std = (tuple(values.tolist()) for values in (pixels.mean(0), pixels.std(0)))
+    return Dataset(train, test, classes, mean, std, resize=train.image_shape[0])  # which leaves such an image as it is
 
 
 def _from_files(data: Data, train: FolderRecords | TfdsRecords, test: FolderRecords | TfdsRecords) -> Dataset:
@@ -168,4 +171,5 @@ def _from_files(data: Data, train: FolderRecords | TfdsRecords, test: FolderReco
     mean, std = imagenet.mean, imagenet.std
     if data.channels == 1:  # as timm does
         mean, std = ((sum(values) / 3,) for values in (mean, std))
-    return Dataset(*make_sources(data, train, test), train.classes, mean, std)
+    resize = data.resize or scconv_jax.images.resize_for(data.image_size)
+    return Dataset(*make_sources(data, resize, train, test), train.classes, mean, std, resize)

@@ -70,15 +70,14 @@ class EncodedSource:
             raise UnreadableImageError(str(error)) from error
 
 
-def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSource, EncodedSource]:
-    """Make sources of training and test images of `data.image_size`, cropped as the config says.
+def make_sources(data: Data, resize: int, train: Records, test: Records) -> tuple[EncodedSource, EncodedSource]:
+    """Make sources of training and test images of `data.image_size`, cropped as the config says; test images after a `resize`.
 
     PIL's limit on pixels and its warnings are switched off for the rest of the process.
     """
     Image.MAX_IMAGE_PIXELS = None  # `data.max_pixels` is the only limit
     warnings.filterwarnings("ignore", module="PIL")  # of images that it can read
     size, exif, max_pixels = data.image_size, data.exif, data.max_pixels
-    resize = data.resize or scconv_jax.images.resize_for(size)
     unreadable = Unreadable(data.max_bad_images)
 
     def random_crop(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
@@ -94,7 +93,7 @@ def make_sources(data: Data, train: Records, test: Records) -> tuple[EncodedSour
         def write_grey(image: bytes, key: tuple[int, ...], out: np.ndarray) -> None:
             colours = np.empty((size, size, 3), np.uint8)
             write(image, key, colours)
-            out[..., 0] = Image.fromarray(colours).convert("L")
+            out[...] = scconv_jax.images.to_grey(colours)
 
         return write_grey
 

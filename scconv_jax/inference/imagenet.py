@@ -1,0 +1,24 @@
+"""The 1,000 classes of ImageNet (ILSVRC 2012): WordNet synsets and readable names. `imagenet.txt` names its source."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@functools.cache
+def synsets() -> Mapping[str, str]:
+    """Return the name of each class by its synset, in the order of the labels: `{"n01440764": "tench", ...}`."""
+    text = Path(__file__).with_name("imagenet.txt").read_text(encoding="utf-8")
+    rows = (line.partition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return MappingProxyType({synset: name for synset, _, name in rows})
+
+
+def readable(name: str) -> str:
+    """Return the name of the class of ImageNet if `name` is its synset, as folders are called; else `name`."""
+    return synsets().get(name, name)
