@@ -36,6 +36,9 @@ config = Config(
 )
 """
 
+LEFT = {".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl", "model.json"}
+"""What a run leaves in its folder."""
+
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
@@ -57,8 +60,7 @@ def evaluations(workdir):
 def test_a_run_leaves_what_it_promises(small, capsys):
     assert main(["--config", small]) == 0
     run = Path("runs/small")
-    left = [".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl", "model.json"]
-    assert sorted(path.name for path in run.iterdir()) == left
+    assert {path.name for path in run.iterdir()} == LEFT
     assert folders.load_run(run) == load_config(Path(small))
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 5, 5, 6, 9, 10, 10, 12, 15, 15]
@@ -262,7 +264,7 @@ def test_a_run_in_a_folder_with_pattern_characters_that_is_renamed_while_it_runs
         patch.setattr(Checkpoints, "save", save)
         assert main(["--config", small, "--workdir", "run[1]"]) == 0
     assert not Path("run[1]").exists()
-    assert {path.name for path in Path("a?b").iterdir()} == {".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl"}
+    assert {path.name for path in Path("a?b").iterdir()} == LEFT
     assert f"Curves: {Path('a?b').resolve() / 'curves.png'}" in capsys.readouterr().out
     assert main(["--config", small, "--workdir", "whole"]) == 0
     assert final_state("a?b") == final_state("whole")
