@@ -39,8 +39,8 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@$(PIP) $(TORCH)
-	@$(PIP) --editable '.[train,tfds,test]'
-	@touch $@ $(VENV)/.train
+	@$(PIP) --editable '.[train,tfds,test,docs]'
+	@touch $@ $(VENV)/.train $(VENV)/.docs
 
 train: $(VENV)/.train
 	$(HUGE_PAGES) $(BIN)/python -m train.main $(if $(PLUGINS),,--no-accel) $(ARGS)
@@ -57,7 +57,8 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d site/.doctrees docs site
+	@echo "Documentation: open site/index.html"
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@$(PIP) --editable '.[docs]'

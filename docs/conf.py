@@ -15,9 +15,8 @@ author = "the authors of scconv_jax"
 copyright = "2026, the authors of scconv_jax. MIT licence"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.napoleon", "sphinx_copybutton", "reference", "sources", "figures"]
+extensions = ["myst_parser", "sphinx.ext.napoleon", "sphinx_copybutton", "reference", "sources", "figures", "narrow"]
 exclude_patterns = ["extensions", "figures", "static"]
-nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures, such as jax.Array, have no page here
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
@@ -47,3 +46,8 @@ html_theme_options = {
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 copybutton_exclude = ".linenos, .gp"
+html_math_renderer = "none"  # Sphinx's own loads a script from another site
+
+
+def setup(app):
+    app.add_html_math_renderer("none", (lambda *_: None, None), (lambda *_: None, None))

@@ -71,7 +71,7 @@ def test_the_sdist_is_a_checkout_from_which_the_same_wheel_is_built(folder, monk
     found = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     for package in PACKAGES:
         assert {name for name in found if name.startswith(f"{package}/")} == sources(package)
-    for name in ("Makefile", "mkdocs.yml", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", ".ci/run"):
+    for name in ("Makefile", "docs/conf.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", ".ci/run"):
         assert name in found
         assert os.access(unpacked / name, os.X_OK) == os.access(ROOT / name, os.X_OK), name
     again = folder / "again"

@@ -41,7 +41,9 @@ class Name(NamedTuple):
 
 def public_names(module: str) -> list[Name]:
     """Return the public names of a module: those in `__all__` that are no modules, or else all that the module defines."""
-    package = importlib.import_module(module) if module != "scconv_jax.runs" else importlib.import_module("scconv_jax.weights.runs")
+    package = (
+        importlib.import_module(module) if module != "scconv_jax.runs" else importlib.import_module("scconv_jax.weights.runs")
+    )
     names = getattr(package, "__all__", None)
     if names is None:
         names = [name for name, value in vars(package).items() if _is_own(name, value, package)]
@@ -154,15 +156,13 @@ def restructured(docstring: str) -> list[str]:
     lines: list[str] = []
     in_section = in_code = False
     for line in docstring.splitlines():
-        in_section = in_section and (not line or line.startswith(" ")) or bool(re.fullmatch(r"[A-Z]\w+:", line))
+        in_section = (in_section and (not line or line.startswith(" "))) or bool(re.fullmatch(r"[A-Z]\w+:", line))
         indented = line.startswith("    ") and not in_section
         if indented and not in_code and (not lines or not lines[-1]):
             lines += ["::", ""]
         in_code = indented or (in_code and not line)
         lines.append(line)
-    config = Config(
-        napoleon_custom_sections=[("Attributes", "params_style")], napoleon_use_rtype=False, napoleon_use_param=True
-    )
+    config = Config(napoleon_custom_sections=[("Attributes", "params_style")], napoleon_use_rtype=False, napoleon_use_param=True)
     return GoogleDocstring(lines, config).lines()
 
 
@@ -184,7 +184,7 @@ def _entry(name: Name, prefix: str) -> Iterator[str]:
         yield f"   {line}"
     yield ""
     path = name.file.relative_to(ROOT)
-    yield f"   Source: `{path} <{prefix}sources/{path}.html#L-{name.line}>`__"
+    yield f"   Code: `{path} <{prefix}sources/{path}.html#L-{name.line}>`__"
     yield ""
     for method, value in methods(name.value).items() if kind == "class" else ():
         is_property = isinstance(value, property)
@@ -311,9 +311,7 @@ MARKERS: dict[str, Callable[[str | None, str], Iterator[str]]] = {
 def expand(text: str, page: str) -> str:
     """Return the text of a page with its markers replaced. `page` is its name, such as `reference/functional`."""
     prefix = "../" * page.count("/")
-    return MARKER.sub(
-        lambda found: "\n".join(MARKERS[found[1]](found[2], prefix)) if found[1] in MARKERS else found[0], text
-    )
+    return MARKER.sub(lambda found: "\n".join(MARKERS[found[1]](found[2], prefix)) if found[1] in MARKERS else found[0], text)
 
 
 def setup(app: Any) -> dict[str, bool]:

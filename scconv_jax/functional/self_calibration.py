@@ -80,6 +80,8 @@ def self_calibrated_conv(
 def halves(x: Float[Array, "n h w c"]) -> tuple[Float[Array, "n h w d"], Float[Array, "n h w d"]]:
     """Split the channels in the middle: `(n, h, w, c)` to two arrays `(n, h, w, c / 2)`.
 
+    Source: the split [X1; X2] = X of Liu et al., CVPR 2020.
+
     Raises:
         ValueError: If c is odd.
     """

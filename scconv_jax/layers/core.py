@@ -24,8 +24,10 @@ from scconv_jax.functional.moments import moments, over_channels
 from scconv_jax.functional.symbolic import check_multiple, is_below, value
 from scconv_jax.shapes import Array, Float
 
-Factory = Callable[..., nn.Module]  # a module class, or a functools.partial of one
+Factory = Callable[..., nn.Module]
+"""A module class, or a `functools.partial` of one."""
 Dtype = Any
+"""What JAX takes as a dtype: `jnp.bfloat16`, `"float32"`, `np.dtype(...)`."""
 
 # `torch.nn.init.kaiming_normal_(mode="fan_out")`: He et al., ICCV 2015, with ReLU gain, not truncated.
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -85,7 +87,7 @@ def conv3x3(features: int, *, strides: int = 1, dilation: int = 1, groups: int =
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, with the results of `torch.nn.BatchNorm2d`.
+    """Batch normalisation of `(..., c)` over all axes but the last, with the shape and the results of `torch.nn.BatchNorm2d`.
 
     Statistics are computed in float32 (float64 for float64 input). As in PyTorch, training normalises by the biased variance and
     stores the unbiased one.

@@ -24,6 +24,8 @@ from scconv_jax.shapes import Array, Float
 class GhostConv(nn.Module):
     """Ghost module, a replacement for a convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, features)`.
 
+    Source: Han et al., CVPR 2020, Eqs. 3-4.
+
     Attributes:
         features: Channels of the output. If odd, the ordinary convolution makes one more than the cheap one.
         kernel_size: Kernel size of the ordinary convolution, odd.

@@ -66,6 +66,8 @@ class Norm(nn.Module):
 class SRU(nn.Module):
     """Spatial reconstruction unit: `(n, h, w, c)` to the same shape; see `functional.spatial_reconstruction`.
 
+    Source: Li et al., CVPR 2023, Eqs. 1-4.
+
     Attributes:
         variant: "paper", "2023-07", "2023-09" or "2023-10". It sets every attribute below that is None.
         groups: Groups of the group norm; must divide c, which must be even.
@@ -117,6 +119,8 @@ class SRU(nn.Module):
 
 class CRU(nn.Module):
     """Channel reconstruction unit: `(n, h, w, c)` to `(n, h, w, features)`; see `functional.channel_reconstruction`.
+
+    Source: Li et al., CVPR 2023, Eqs. 5-9.
 
     Attributes:
         features: Channels of the output. If None, c.
@@ -194,6 +198,8 @@ class _Kernel(nn.Module):
 
 class ScConv(nn.Module):
     """The whole operator, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, ⌈h / s⌉, ⌈w / s⌉, features)`.
+
+    Source: Li et al., CVPR 2023, Eqs. 1-9.
 
     Call it as `layer(x)`. It has no batch norm, so it ignores `train`.
 

@@ -25,6 +25,8 @@ from scconv_jax.shapes import Array, Float
 class SelfCalibration(nn.Module):
     """The calibrated branch, X1 to Y1: `(n, h, w, c)` to `(n, h / strides, w / strides, c)`.
 
+    Source: Liu et al., CVPR 2020, Eqs. 3-6.
+
     Attributes:
         features: c, channels of input and output.
         strides: Strides of K4.
@@ -62,6 +64,8 @@ class SelfCalibration(nn.Module):
 
 class SelfCalibratedConv(nn.Module):
     """The whole operator, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, c)`.
+
+    Source: Liu et al., CVPR 2020, Fig. 2.
 
     Attributes:
         features: c, channels of input and output, even.

@@ -22,6 +22,8 @@ from scconv_jax.shapes import Array, Float
 class SqueezeExcitation(nn.Module):
     """Rescale the channels: `(n, h, w, c)` to the same shape.
 
+    Source: Hu et al., CVPR 2018, Eqs. 2-4.
+
     Attributes:
         hidden: Width of the hidden layer.
         gate: Function from the last layer's output to the factors.

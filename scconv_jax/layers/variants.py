@@ -43,8 +43,10 @@ VARIANTS = {
     "2023-09": _HARD._replace(gated="norm"),
     "2023-10": Variant(fuse="all"),
 }
+"""The forms of ScConv by name: that of the paper (Li et al., CVPR 2023), and those of the public code's three versions."""
 
 ARRANGEMENTS = ("S+C", "C+S", "S&C", "S", "C")
+"""The units of ScConv and their order: SRU then CRU, CRU then SRU, both in parallel, the SRU alone, the CRU alone."""
 
 
 class CRUSplit(NamedTuple):

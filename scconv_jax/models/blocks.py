@@ -70,6 +70,8 @@ class ResidualBlock(nn.Module):
 class Bottleneck(ResidualBlock, kw_only=True):
     """Block of a 1×1, a 3×3 and a 1×1 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, expansion planes)`.
 
+    Source: He et al., CVPR 2016, Fig. 5, right.
+
     Attributes:
         expansion: Ratio of the output's channels to `planes`, the channels of the 3×3 convolution.
         conv: Factory of the 3×3 convolution, which has the strides, or of its replacement.
@@ -96,6 +98,8 @@ class Bottleneck(ResidualBlock, kw_only=True):
 
 class BasicBlock(ResidualBlock, kw_only=True):
     """Block of two 3×3 convolutions: `(n, h, w, c)` to `(n, h / strides, w / strides, planes)`.
+
+    Source: He et al., CVPR 2016, Fig. 5, left.
 
     Attributes:
         conv: Factory of the second convolution or its replacement.

@@ -68,6 +68,8 @@ class Transition(nn.Module):
 class DenseNet(SmallNetwork):
     """A densely connected network: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
 
+    Source: Huang et al., CVPR 2017.
+
     Attributes:
         block_sizes: Number of layers of each block.
         growth: Channels that each layer adds.

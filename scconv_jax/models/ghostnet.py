@@ -183,6 +183,8 @@ class _Trunk(nn.Module):
 class GhostNet(Network, kw_only=True):
     """GhostNet 1.0×: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
 
+    Source: Han et al., CVPR 2020, Table 1.
+
     Attributes:
         version: `REFERENCE` or `PYTORCHCV`.
     """

@@ -55,6 +55,8 @@ def stem(features: int, kernel_size: int, strides: int, *, norm: Factory, **opti
 class ResNet(Network):
     """A residual network of any block: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
 
+    Source: He et al., CVPR 2016.
+
     Attributes:
         block: Factory of the blocks; see `blocks.py`.
         stage_sizes: Number of blocks of each stage.
@@ -150,8 +152,8 @@ class ResNet(Network):
 
 # For images of about 32×32: a 3×3 stem and no pool.
 SMALL = {"stem_pool": False, "stem_stride": 1, "num_classes": 10, "image_size": 32}
-# He et al. 2016, section 4.2: three stages with widths 16, 32 and 64.
 NARROW = {**SMALL, "planes": (16, 32, 64), "stem": partial(stem, 16, 3, 1), "output_stride": 4}
+"""Arguments of `ResNet` for three stages with widths 16, 32 and 64 (He et al., CVPR 2016, section 4.2)."""
 # An ImageNet network with this stem: four stages.
 WIDE = {**SMALL, "stem": partial(stem, 64, 3, 1), "output_stride": 8}
 # Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017: 4 groups of 64 channels in stage 1.

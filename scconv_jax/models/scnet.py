@@ -35,6 +35,8 @@ POOLING = 4  # r of every published network
 class SCBottleneck(ResidualBlock):
     """The block of SCNet: `(n, h, w, c)` to `(n, h / s, w / s, 4 planes)`, where s is `strides`.
 
+    Source: Liu et al., CVPR 2020.
+
     Attributes:
         groups: Groups of K1 to K4.
         bottleneck_width: Channels per group of a branch with 64 planes: each of the two branches has
@@ -85,6 +87,7 @@ class SCBottleneck(ResidualBlock):
 
 
 SCNet = partial(ResNet, smallest_map=POOLING)
+"""A `ResNet` for `SCBottleneck` (Liu et al., CVPR 2020): it refuses images whose last map is smaller than the pooling window."""
 _V1D = partial(SCBottleneck, avd=True, avg_down=True)
 _NEXT = partial(SCBottleneck, groups=32, bottleneck_width=2)
 _SE = partial(SCBottleneck, se_reduction=16)

@@ -59,6 +59,8 @@ class PreActivationBlock(nn.Module):
 class WideResNet(SmallNetwork):
     """A wide residual network: images `(n, h, w, in_channels)` to logits `(n, num_classes)`.
 
+    Source: Zagoruyko, Komodakis, BMVC 2016.
+
     Attributes:
         depth: Number of layers, 6 k + 4.
         width: Factor on the channels of the plain network (16, 32, 64).
