@@ -78,11 +78,6 @@ def prepare(images: OneImage | Iterable[OneImage], preparation: Preparation, *, 
 
     `scconv_jax.prepare_images` also takes a network's name, and describes the arguments and errors.
     """
-    one = isinstance(images, str | os.PathLike | bytes | bytearray) or getattr(images, "ndim", 4) != 4
-    batch = images if isinstance(images, Iterable) and not one else [images]
-    pixels = [_cropped(image, f"images[{number}]", preparation, exif) for number, image in enumerate(batch)]
-    if not pixels:
-    """Return the batch that a network expects; see `scconv_jax.prepare_images`, which also takes a network's name."""
     batch: Any = [images] if is_single(images) else images
     preparation = replace(preparation, exif=preparation.exif or exif)
     crops = [pixels(image, preparation, f"images[{number}]") for number, image in enumerate(batch)]
@@ -103,7 +98,6 @@ def is_single(images: object) -> bool:
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Return uint8 images (n, h, w, 3) as float32: scaled to 0..1, minus `mean`, divided by `std` (torchvision's `Normalize`)."""
     """Return uint8 images (..., c) as float32: scaled to 0..1, minus `mean`, divided by `std` (torchvision's `Normalize`)."""
     scaled = images.astype(jnp.float32) / 255
     shape = (1,) * (images.ndim - 1) + (-1,)

@@ -25,7 +25,7 @@ def _extension(name):
 reference = _extension("reference")
 NAMES = [name for module in reference.public_modules() for name in reference.public_names(module)]
 CODE = [name for name in NAMES if inspect.isroutine(name.value) or (isinstance(name.value, type) and name.docstring)]
-SHAPE = re.compile(r"\((n|h|w|c|k|kh|o|1|2|size|features|rows|\*)\b[^()]*\)|\bshapes?\b|\bscalar\b")
+SHAPE = re.compile(r"\((n|h|w|c|k|kh|o|1|2|size|features|rows|\*|\.\.\.)[ ,][^()]*\)|\bshapes?\b|\bscalar\b")
 PAPER = re.compile(r"\b(CVPR|ICCV|ECCV|BMVC|NeurIPS|ICLR)\b[ ,]*(20\d\d)")
 
 
