@@ -11,7 +11,7 @@ Folders:
     models/       networks by name: create_model, list_models, model_info, feature_info
     weights/      reading, writing and downloading files of weights
     interop/      PyTorch's keys and layouts: from_torch, to_torch, load_model, load_weights, save, load
-    inference/    trained networks in use: load_run (class names, preparation of images), inference_options
+    inference/    trained networks in use: load_run, predict (class names, preparation of images), inference_options
     cli/          the commands of `python -m scconv_jax`
     images.py     image files to a network's input
 
@@ -19,7 +19,9 @@ Folders:
 """
 
 from scconv_jax import files, functional, images, layers, messages, models
+from scconv_jax.inference.imagenet import imagenet_name
 from scconv_jax.inference.options import inference_options
+from scconv_jax.inference.predict import predict
 from scconv_jax.inference.run import TrainedModel, load_run
 from scconv_jax.interop.conversion import ConversionError, from_torch, to_torch
 from scconv_jax.interop.loading import load_model, load_weights
@@ -55,6 +57,7 @@ __all__ = [
     "files",
     "from_torch",
     "functional",
+    "imagenet_name",
     "images",
     "inference_options",
     "layers",
@@ -68,6 +71,7 @@ __all__ = [
     "model_info",
     "models",
     "multiply_adds",
+    "predict",
     "prepare_images",
     "runs",
     "save",

@@ -28,6 +28,13 @@ OneImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 MAX_PIXELS = 2**28
 """Default limit on the pixels of an image file: PIL needs a gigabyte for so many."""
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".avifs", ".jp2", ".j2k",
+    ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".icb", ".vda", ".vst", ".apng", ".bw",
+    ".cur", ".dcx", ".dds", ".dib", ".icns", ".ico", ".mpo", ".msp", ".pcx", ".psd", ".qoi", ".ras", ".rgb", ".rgba",
+    ".sgi", ".xbm", ".xpm",
+)  # fmt: skip
+"""Suffixes of image files, in lower case: the formats that PIL decodes by itself, to 8 or 16 bits. The trainer has the same."""
 PNG = b"\x89PNG\r\n\x1a\n"
 """First bytes of every PNG file."""
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")

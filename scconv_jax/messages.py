@@ -21,3 +21,8 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     """Return "a, b, c and 7 more": the first `most` names and how many follow."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def printable(text: object) -> str:
+    """Return text with `?` for what cannot be printed, such as a terminal's control sequences in the name of a file."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))

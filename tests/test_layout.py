@@ -21,10 +21,11 @@ LIBRARY = {
     "inference": {"functional", "layers", "models", "weights", "interop"},
     "cli": {"", "layers", "models", "weights", "interop", "inference"},
 }
-TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}}
+TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}, "report": {"", "config", "data", "run"}}
 
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors"}  # ml_dtypes is jax's, rich flax's
 LATE_OF = {  # optional packages that a file may import inside a function
+    "cli/predict.py": {"PIL"},
     "images.py": {"PIL"},
     "interop/references.py": {"torch"},
     "interop/torch_networks.py": {"torch"},

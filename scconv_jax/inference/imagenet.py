@@ -19,6 +19,9 @@ def synsets() -> Mapping[str, str]:
     return MappingProxyType({synset: name for synset, _, name in rows})
 
 
-def readable(name: str) -> str:
-    """Return the name of the class of ImageNet if `name` is its synset, as folders are called; else `name`."""
+def imagenet_name(name: str) -> str:
+    """Return the readable name of a class of ImageNet if `name` is its synset, as its folders are called; else `name`.
+
+    `imagenet_name("n01440764")` is "tench". The names are the first lemmas of WordNet 3.0.
+    """
     return synsets().get(name, name)

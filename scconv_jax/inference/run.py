@@ -24,7 +24,8 @@ from flax import linen as nn
 
 from scconv_jax import images as image_files
 from scconv_jax.images import OneImage, Preparation
-from scconv_jax.inference.imagenet import readable, synsets
+from scconv_jax.inference.imagenet import imagenet_name, synsets
+from scconv_jax.inference.options import inference_options
 from scconv_jax.interop.conversion import Variables
 from scconv_jax.interop.loading import LoadedWeights, build_model, open_checkpoint
 from scconv_jax.models.registry import create_model, model_info, prepare_images
@@ -74,7 +75,7 @@ class TrainedModel:
         """Name of each class, with synsets of ImageNet replaced by their names; the label as text if no names are known."""
         if self.class_names is None:
             return tuple(map(str, range(_num_classes(self.model, self.variables))))
-        return tuple(map(readable, self.class_names))
+        return tuple(map(imagenet_name, self.class_names))
 
     def prepare(self, images: OneImage | Iterable[OneImage]) -> np.ndarray:
         """Return the network's input for one image or several: float32 (n, size, size, channels), as `prepare_images` does."""
@@ -140,7 +141,7 @@ class TrainedModel:
             logits = self.model.apply(variables, images, train=False)
             return jax.lax.top_k(jax.nn.softmax(jnp.asarray(logits)), top)
 
-        return jax.jit(network, static_argnums=2)
+        return jax.jit(network, static_argnums=2, compiler_options=inference_options())
 
 
 def load_run(source: str | os.PathLike[str], *, checkpoint: str | int = "best", key: str = "") -> TrainedModel:

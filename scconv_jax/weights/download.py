@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from scconv_jax.files import cache_folder
-from scconv_jax.messages import did_you_mean
+from scconv_jax.messages import did_you_mean, printable
 from scconv_jax.weights.files import WeightsError, sha256
 
 TIMEOUT = 30.0
@@ -234,5 +234,4 @@ def _delete_part(part: Path) -> None:
 
 def _one_line(reason: object) -> str:
     """Return a reason from a server or the system as one printable line."""
-    text = " ".join(str(reason).split())[:200]
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return printable(" ".join(str(reason).split())[:200])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from scconv_jax.messages import listed
+from scconv_jax.messages import listed, printable
 from scconv_jax.weights import hub, runs, safetensors_files, torch_files
 from scconv_jax.weights.files import Contents, WeightsError, describe_unknown
 from scconv_jax.weights.selection import select
@@ -63,7 +63,7 @@ def read(path: str | os.PathLike[str], key: str = "", checkpoint: str | int = "b
         return _read_file(path, key, checkpoint)
     except WeightsError as error:
         # Quoted parts of the file may be long or contain control sequences of a terminal.
-        reason = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:600])
+        reason = printable(str(error)[:600])
         raise type(error)(f"{path} cannot be used: {reason}.") from error
     except MemoryError as error:
         raise WeightsError(f"{path} does not fit into this machine's memory.") from error
