@@ -47,8 +47,12 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=30, help="number of source lines to print")
     options = parser.parse_args()
     make = training_step if options.mode == "train" else inference
+    try:
+        program = make(options.model, options.batch, options.size)
+    except ValueError as error:  # an unknown network, images too small for it
+        parser.error(str(error))
     print(f"{options.model}, {options.mode}, batch {options.batch} at {options.size} px, float32; {environment()}\n")
-    print(report(make(options.model, options.batch, options.size), options.mode == "train", options.top))
+    print(report(program, options.mode == "train", options.top))
 
 
 def report(program: Program, keeps_state: bool, top: int) -> str:

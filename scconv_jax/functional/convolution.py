@@ -11,6 +11,7 @@ have other forms there. `by_platform` selects the form for the platform that the
     1×1, no padding                  `matmul_conv`: a matmul over pixels                      `native_conv`
     depthwise                        `product_conv`: a sum of shifted products                `native_conv`
     grouped                          `blocked_conv`: up to eight dense convolutions           `native_conv`
+    3×3, many channels, small maps   `winograd_conv`: sixteen matmuls (see `form_on_cpu`)     `native_conv`
     any other                        `native_conv`                                            `native_conv`
     GWC + PWC1 of a CRU              one dense convolution if `dense_blocks` is 1,            one if CPU has one or groups <= 8,
                                      else two convolutions                                    else two convolutions
@@ -25,12 +26,15 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from scconv_jax.functional.checks import check_maps
 from scconv_jax.functional.platforms import by_platform
+from scconv_jax.functional.symbolic import is_symbolic
 from scconv_jax.functional.windows import taps
+from scconv_jax.functional.winograd import winograd
 from scconv_jax.shapes import Array, Float
 
 
@@ -67,7 +71,8 @@ def conv(
             f"{per_group * groups}."
         )
     options: dict[str, Any] = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
-    form = form_on_cpu(kernel.shape, padding, groups)
+    fits = (strides, padding, dilation) == (1, 1, 1) and not is_symbolic(*x.shape) and x.dtype.itemsize >= 4
+    form = form_on_cpu(kernel.shape, padding, groups, maps=x.shape[:3] if fits else None)
     if form is native_conv:
         return native_conv(kernel, x, **options)
     # Split the channels before choosing the platform. Splitting them inside would change the order in which gradients of `x` are
@@ -77,9 +82,19 @@ def conv(
     return by_platform(form, native_conv, kernel, *parts, **options)
 
 
-def form_on_cpu(shape: tuple[int, ...], padding: int, groups: int) -> Callable[..., Array]:
-    """Return the fastest form on CPU of a convolution whose kernel has this shape (`python -m benchmarks.operators`)."""
+def form_on_cpu(
+    shape: tuple[int, ...], padding: int, groups: int, *, maps: tuple[int, ...] | None = None
+) -> Callable[..., Array]:
+    """Return the fastest form on CPU of a convolution whose kernel has this shape (`python -m benchmarks.operators`).
+
+    `maps` is (n, h, w); with None, Winograd's form does not fit. It wins with at least 128 channels on maps of up to 28 px, if the
+    batch has tiles enough to outweigh the transform of the kernel.
+    """
     kh, kw, per_group, features = shape
+    if (kh, kw, groups) == (3, 3, 1) and maps is not None:
+        channels, tiles = min(per_group, features), maps[0] * -(-maps[1] // 2) * -(-maps[2] // 2)
+        if max(maps[1:]) <= 28 and channels >= 128 and tiles >= max(128, channels // 4):
+            return winograd_conv
     if groups > 1:
         return product_conv if per_group == 1 and groups == features else blocked_conv
     return matmul_conv if (kh, kw, padding) == (1, 1, 0) else native_conv
@@ -115,6 +130,33 @@ def matmul_conv(
     del padding, dilation, groups
     x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, strides, strides, 1))
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def winograd_conv(
+    kernel: Float[Array, "3 3 i o"], x: Float[Array, "n h w i"], *, strides: int, padding: int, dilation: int, groups: int
+) -> Float[Array, "n h w o"]:
+    """Convolve 3×3 by `winograd` where it is faster: forward up to 14 px, the gradient to the kernel up to 28 px."""
+    del strides, padding, dilation, groups
+    return _winograd_conv(x, kernel)
+
+
+@jax.custom_jvp
+def _winograd_conv(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
+    return winograd(x, kernel) if max(x.shape[1:3]) <= 14 else _same_conv(x, kernel)
+
+
+@functools.partial(_winograd_conv.defjvp, symbolic_zeros=True)
+def _winograd_conv_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, kernel), zero = primals, jax.custom_derivatives.SymbolicZero
+    # Transposed, the first convolution gives the gradient to `x`, the second the gradient to the kernel.
+    forms = ((_same_conv, tangents[0], kernel), (winograd, x, tangents[1]))
+    parts = [form(a, b) for form, a, b in forms if not isinstance(a, zero) and not isinstance(b, zero)]
+    y = _winograd_conv(x, kernel)
+    return y, functools.reduce(operator.add, parts) if parts else jnp.zeros_like(y)
+
+
+def _same_conv(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
+    return native_conv(kernel, x, strides=1, padding=1, dilation=1, groups=1)
 
 
 def product_conv(
