@@ -87,7 +87,7 @@ def form_on_cpu(
 ) -> Callable[..., Array]:
     """Return the fastest form on CPU of a convolution whose kernel has this shape (`python -m benchmarks.operators`).
 
-    `maps` is (n, h, w); with None, Winograd's form does not fit. It wins with at least 128 channels on maps of up to 28 px, if the
+    `maps` is (n, h, w). Without it, Winograd's form does not fit. It wins from 128 channels, on maps of up to 28 px, if the
     batch has tiles enough to outweigh the transform of the kernel.
     """
     kh, kw, per_group, features = shape
