@@ -38,6 +38,7 @@ from scconv_jax.models.registry import (
     model_info,
     prepare_images,
 )
+from scconv_jax.programs import keep_programs
 from scconv_jax.weights import WeightsError, runs
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "imagenet_name",
     "images",
     "inference_options",
+    "keep_programs",
     "layers",
     "list_models",
     "list_pretrained",

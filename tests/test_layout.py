@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 OURS = {"scconv_jax", "train", "configs", "benchmarks", "tests"}
 
 # Files directly in scconv_jax/ that import nothing else of it; every folder may import them.
-SHARED = {"files", "images", "messages", "shapes"}
+SHARED = {"files", "images", "messages", "programs", "shapes"}
 # For each folder, the other folders of its package that it may import.
 LIBRARY = {
     "functional": set(),

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import optax
 
-import scconv_jax
 from train.config import Config, ConfigError
 from train.config.files import override
 from train.parallel import Step, all_gather_ints
@@ -50,17 +49,6 @@ def check_accelerator() -> None:
     reason = " ".join((reason or said.reason() or _quiet_reason(found)).split()).rstrip(".")
     what = f"this machine has {found}, but JAX cannot use it" if found else "JAX cannot start"
     raise ConfigError(f"{what}: {reason}." + (f" {INSTALL[found]}." if found else "") + " To compute on the CPU: --no-accel")
-
-
-def keep_programs() -> None:
-    """Keep compiled programs for GPUs and TPUs in the cache folder, so that later runs start faster.
-
-    A folder that the user names (`JAX_COMPILATION_CACHE_DIR`) takes precedence; `JAX_ENABLE_COMPILATION_CACHE=0` switches it off.
-    Programs for CPUs are not kept: they compile fast and fit only the kind of CPU that they were compiled on.
-    """
-    settings: Any = jax.config
-    if jax.default_backend() != "cpu" and settings.jax_enable_compilation_cache and not settings.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(scconv_jax.files.cache_folder() / "programs"))
 
 
 def visible_accelerator(root: Path = Path("/")) -> str | None:

@@ -115,12 +115,17 @@ def run(flags: Flags, link: HostLink) -> int:
         silence("stdout")
     text, folder = link.share(plan)
     # Imported late, so that mistakes in the command are reported before these slow imports.
+    import jax
+
+    import scconv_jax
     from train import devices, loop
 
     logging.basicConfig(format="warning: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and Grain log what they also raise
     devices.check_accelerator()
-    devices.keep_programs()
+    if flags.no_compile_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    scconv_jax.keep_programs()
     link.check_name()
     experiment, workdir = from_json(text, "the config of host 0"), folder and Path(folder)
     if flags.evaluate or workdir is None:

@@ -19,6 +19,7 @@ from scconv_jax.cli.convert import add_checkpoint
 from scconv_jax.inference.predict import Prediction, list_images, predict_each
 from scconv_jax.inference.run import BATCH_SIZE, TrainedModel, open_run
 from scconv_jax.messages import printable
+from scconv_jax.programs import keep_programs
 from scconv_jax.weights.files import WeightsError, check_writable, replacing
 
 SUFFIXES = (".csv", ".json")
@@ -58,6 +59,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 def open_weights(options: argparse.Namespace) -> TrainedModel:
     """Open the trained network on the command line, and say on stderr what it is and what was assumed."""
+    keep_programs()
     trained = open_run(options.weights, checkpoint=options.checkpoint)
     print(f"{printable(options.weights)}: {trained.name}, {len(trained.readable_names)} classes", file=sys.stderr)
     for note in trained.notes:

@@ -16,6 +16,7 @@ from scconv_jax.interop.loading import build_model, convert_checkpoint
 from scconv_jax.interop.references import FlaxNetwork
 from scconv_jax.interop.verification import LIMITS, SIZES, Difference, compare
 from scconv_jax.models.registry import model_info
+from scconv_jax.programs import keep_programs
 
 
 def add(commands: Any) -> None:
@@ -58,6 +59,7 @@ def add(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    keep_programs()
     if options.tolerance is not None and not options.tolerance > 0:
         raise ConversionError(f"--tolerance {options.tolerance:g}: expected a number above 0.")
     sizes = [_parse_size(text) for text in options.sizes or ()]

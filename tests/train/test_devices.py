@@ -280,22 +280,3 @@ def test_memory_that_runs_out_later_is_one_line():
         "(--data.batch-size), --optim.accumulate and --model.rematerialise need less; the checkpoints written before are kept"
     )
     assert code == 1
-
-
-@pytest.mark.parametrize(
-    ("backend", "enabled", "named", "kept"),
-    [("gpu", True, None, True), ("cpu", True, None, False), ("gpu", False, None, False), ("tpu", True, "mine", False)],
-)
-def test_programs_for_accelerators_are_kept(monkeypatch, tmp_path, backend, enabled, named, kept):
-    monkeypatch.setenv("SCCONV_JAX_CACHE", str(tmp_path))
-    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")}
-    try:
-        jax.config.update("jax_compilation_cache_dir", named)
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        with monkeypatch.context() as patch:
-            patch.setattr(jax, "default_backend", lambda: backend)
-            devices.keep_programs()
-        assert jax.config.jax_compilation_cache_dir == (str(tmp_path / "programs") if kept else named)
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)

@@ -75,6 +75,8 @@ class Flags:
     """Compute on the CPU even if there is an accelerator, as with JAX_PLATFORMS=cpu."""
     gpu: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Use only this GPU of the machine."""
+    no_compile_cache: Switch = False
+    """Do not keep compiled programs in ~/.cache/scconv_jax/programs, which later runs start faster with."""
     multiprocessing_distributed: Switch = False
     """Accepted without effect: one process drives all devices of a host."""
     dist_backend: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
