@@ -3,7 +3,8 @@
 Maps are `(n, h, w, c)`, convolution kernels `(h, w, c_in / groups, c_out)`. Every function computes in the dtype of its input.
 
     self_calibration.py   self_calibration, self_calibrated_conv            Liu et al., CVPR 2020, Eqs. 3-6
-    reconstruction.py     spatial_reconstruction, channel_reconstruction    Li, Wen, He, CVPR 2023, Eqs. 1-9
+    reconstruction.py     scconv, spatial_reconstruction,                   Li, Wen, He, CVPR 2023, Eqs. 1-9
+                          channel_reconstruction
     convolution.py        conv; chooses the form of each convolution: matmul, grouped, depthwise, dense
     pooling.py            avg_pool, max_pool, global_avg_pool
     resizing.py           resize_nearest
@@ -14,7 +15,7 @@ names differ in the padding of strided convolutions, the divisor of averages ove
 
 from scconv_jax.functional.convolution import conv
 from scconv_jax.functional.pooling import avg_pool, global_avg_pool, max_pool
-from scconv_jax.functional.reconstruction import channel_reconstruction, spatial_reconstruction
+from scconv_jax.functional.reconstruction import channel_reconstruction, scconv, spatial_reconstruction
 from scconv_jax.functional.resizing import resize_nearest
 from scconv_jax.functional.self_calibration import halves, self_calibrated_conv, self_calibration
 
@@ -26,6 +27,7 @@ __all__ = [
     "halves",
     "max_pool",
     "resize_nearest",
+    "scconv",
     "self_calibrated_conv",
     "self_calibration",
     "spatial_reconstruction",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
+
+import jax.numpy as jnp
 
 from scconv_jax.messages import did_you_mean
 from scconv_jax.shapes import Array
@@ -14,8 +16,8 @@ from scconv_jax.shapes import Array
 def check_positive_int(**values: Any) -> None:
     """Raise a ValueError unless each value is a positive integer or None."""
     for name, value in values.items():
-        if value is not None and (not isinstance(value, Integral) or value < 1):
-            hint = " It applies to both height and width." if isinstance(value, tuple) else ""
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            hint = " It applies to both height and width." if isinstance(value, (tuple, list)) else ""
             raise ValueError(f"{name}={value!r} must be one positive integer.{hint}")
 
 
@@ -33,6 +35,34 @@ def check_choice(name: str, value: str | None, choices: Iterable[str]) -> None:
     if value not in known:
         hint = did_you_mean(value, known, most=1, cutoff=0.3)
         raise ValueError(f"Unknown {name} {value!r}.{hint} Choose from {', '.join(map(repr, known))}.")
+
+
+def check_float_dtype(name: str, dtype: Any) -> None:
+    """Raise a ValueError unless `dtype` is a floating-point dtype, by whatever name."""
+    try:
+        possible = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        possible = False
+    if not possible:
+        raise ValueError(
+            f"{name}={dtype!r} is not a floating-point dtype. Use jnp.float32, jnp.bfloat16, jnp.float16 or, with 64-bit JAX, "
+            "jnp.float64."
+        )
+
+
+def check_fraction(**values: Any) -> None:
+    """Raise a ValueError unless each value is a number from 0 to below 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+            near = _nearest_fraction(value)
+            raise ValueError(f"{name}={value!r} must be a probability from 0 to below 1; 0 switches it off.{near}")
+
+
+def _nearest_fraction(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        return ""
+    percent = f", or {value / 100:g} if it is in percent" if 2 <= value < 100 else ""
+    return f" Nearest valid value: {0 if value < 0 else 0.99}{percent}."
 
 
 def check_maps(function: str, x: Array) -> None:

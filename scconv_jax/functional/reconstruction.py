@@ -1,4 +1,4 @@
-"""Spatial and channel reconstruction: the SRU and the CRU.
+"""Spatial and channel reconstruction: the SRU, the CRU, and both in turn.
 
 Paper: Li, Wen, He, "SCConv: Spatial and Channel Reconstruction Convolution for Feature Redundancy", CVPR 2023, pp. 6153-6162.
 https://doi.org/10.1109/CVPR52729.2023.00596
@@ -22,17 +22,104 @@ arguments, and so is each difference between the public versions and the paper.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from scconv_jax.functional.checks import check_divides, check_even, check_maps
+from scconv_jax.functional.checks import check_choice, check_divides, check_even, check_maps, check_positive_int
 from scconv_jax.functional.convolution import conv, reconstruction_conv
-from scconv_jax.functional.pooling import global_avg_pool
+from scconv_jax.functional.pooling import avg_pool, global_avg_pool
 from scconv_jax.functional.symbolic import value
 from scconv_jax.shapes import Array, Float
+
+
+def scconv(
+    x: Float[Array, "n h w c"],
+    gamma: Float[Array, " c"],
+    beta: Float[Array, " c"],
+    squeeze1: Float[Array, "1 1 u us"],
+    squeeze2: Float[Array, "1 1 l ls"],
+    gwc: Float[Array, "k k g o"],
+    gwc_bias: Float[Array, " o"],
+    pwc1: Float[Array, "1 1 us o"],
+    pwc2: Float[Array, "1 1 ls p"] | None = None,
+    projection: Float[Array, "1 1 o d"] | None = None,
+    *,
+    strides: int = 1,
+    arrangement: Literal["S+C", "C+S", "S&C"] = "S+C",
+    groups: int = 4,
+    threshold: float = 0.5,
+    epsilon: float = 1e-5,
+    unbiased: bool = False,
+    gate: Literal["soft", "hard"] = "soft",
+    inclusive: bool = False,
+    gated: Literal["input", "norm"] = "input",
+    floor: float = 1e-6,
+    conv_groups: int = 2,
+    dilation: int = 1,
+    fuse: Literal["pair", "all"] = "pair",
+) -> Float[Array, "n p q e"]:
+    """Apply the whole operator, SRU then CRU (Li et al., CVPR 2023, Fig. 1). The defaults are those of the layer `ScConv`.
+
+    Args:
+        x: X, `(n, h, w, c)`.
+        gamma: γ of the SRU, `(c,)`.
+        beta: β of the SRU, `(c,)`.
+        squeeze1: Kernel of the CRU; see `channel_reconstruction` for this and the next five.
+        squeeze2: Kernel of the CRU.
+        gwc: Kernel of the CRU.
+        gwc_bias: Bias of the CRU.
+        pwc1: Kernel of the CRU.
+        pwc2: Kernel of the CRU, or None.
+        projection: Kernel `(1, 1, o, d)` of a 1×1 convolution after the units, if the channels change.
+        strides: s, strides of an average pool before the units.
+        arrangement: "S+C" (SRU, then CRU), "C+S" (CRU, then SRU) or "S&C" (the sum of both).
+        groups: See `spatial_reconstruction` for this and the next seven.
+        threshold: Of the SRU.
+        epsilon: Of the SRU.
+        unbiased: Of the SRU.
+        gate: Of the SRU.
+        inclusive: Of the SRU.
+        gated: Of the SRU.
+        floor: Of the SRU.
+        conv_groups: See `channel_reconstruction` for this and the next two.
+        dilation: Of the CRU.
+        fuse: Of the CRU.
+
+    Returns:
+        Y, `(n, ⌈h / s⌉, ⌈w / s⌉, o)`, or d channels with a projection.
+
+    Raises:
+        ValueError: If `x` does not have four axes, the channels of two arrays do not fit, or the arrangement is unknown.
+    """
+    check_maps("scconv", x)
+    check_choice("arrangement", arrangement, ("S+C", "C+S", "S&C"))
+    check_positive_int(strides=strides)
+    if strides != 1:
+        x = avg_pool(x, strides, ceil_mode=True, count_include_pad=False)
+    sru = partial(
+        spatial_reconstruction,
+        gamma=gamma,
+        beta=beta,
+        groups=groups,
+        threshold=threshold,
+        epsilon=epsilon,
+        unbiased=unbiased,
+        gate=gate,
+        inclusive=inclusive,
+        gated=gated,
+        floor=floor,
+    )
+    kernels = (squeeze1, squeeze2, gwc, gwc_bias, pwc1, pwc2)
+
+    def cru(x: jax.Array) -> jax.Array:
+        return channel_reconstruction(x, *kernels, conv_groups=conv_groups, dilation=dilation, fuse=fuse)
+
+    y = cru(sru(x)) if arrangement == "S+C" else sru(cru(x)) if arrangement == "C+S" else sru(x) + cru(x)
+    return y if projection is None else conv(y, projection)
 
 
 def spatial_reconstruction(
@@ -40,14 +127,14 @@ def spatial_reconstruction(
     gamma: Float[Array, " c"],
     beta: Float[Array, " c"],
     *,
-    groups: int,
+    groups: int = 4,
     epsilon: float = 1e-5,
     unbiased: bool = False,
     threshold: float = 0.5,
     gate: Literal["soft", "hard"] = "soft",
     inclusive: bool = False,
     gated: Literal["input", "norm"] = "input",
-    floor: float = 0.0,
+    floor: float = 1e-6,
 ) -> Float[Array, "n h w c"]:
     """Separate informative from redundant parts of a map and recombine them: SRU (Li et al., CVPR 2023, Eqs. 1-4).
 
@@ -62,7 +149,7 @@ def spatial_reconstruction(
         gate: Weights W above t give W1 = 1 and W2 = 0. Other weights give W1 = W2 = W ("soft"), or W1 = 0 and W2 = 1 ("hard").
         inclusive: Treat a weight equal to t as above t.
         gated: The map that W1 and W2 multiply: X ("input") or GN(X) ("norm").
-        floor: Smallest magnitude of Σγ; a smaller sum is replaced by this value with the same sign.
+        floor: Smallest magnitude of Σγ; a smaller sum is replaced by this value with the same sign. The public code has 0.
 
     Returns:
         Y, of the shape and dtype of `x` (float32 for integer `x`). Statistics and gates are computed in float32, or in float64

@@ -1,7 +1,7 @@
 """The basic layers of all networks, with PyTorch's rules and initial values: `Conv`, `BatchNorm`, `ConvNorm`, `Dense`.
 
 Every layer is called as `layer(x, train=train)`, so that networks can exchange one for another. `Conv` and `Dense` ignore
-`train`, which is optional there. Parameters are float32; `dtype` is the computation dtype.
+`train`, which is optional there. Parameters are float32, or `param_dtype`; `dtype` is the computation dtype.
 
 Differences from Flax's layers of the same names: padding is a number, not "SAME"; `BatchNorm` stores the unbiased running
 variance, as PyTorch does; `functional.conv` chooses the form of each convolution.
@@ -10,6 +10,7 @@ variance, as PyTorch does; `functional.conv` chooses the form of each convolutio
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -22,18 +23,17 @@ from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_divides, check_positive_int
 from scconv_jax.functional.moments import moments, over_channels
 from scconv_jax.functional.symbolic import check_multiple, is_below, value
+from scconv_jax.layers.base import Dtype, Layer, inherited, one_number
 from scconv_jax.shapes import Array, Float
 
 Factory = Callable[..., nn.Module]
 """A module class, or a `functools.partial` of one."""
-Dtype = Any
-"""What JAX takes as a dtype: `jnp.bfloat16`, `"float32"`, `np.dtype(...)`."""
 
 # `torch.nn.init.kaiming_normal_(mode="fan_out")`: He et al., ICCV 2015, with ReLU gain, not truncated.
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class Conv(nn.Module):
+class Conv(Layer):
     """Convolution with the rules of `torch.nn.Conv2d`: `(n, h, w, c)` to `(n, p, q, features)` (see `functional.conv`).
 
     Attributes:
@@ -45,10 +45,11 @@ class Conv(nn.Module):
         groups: Number of groups of channels; each group is convolved separately.
         use_bias: Whether to add a bias, `(features,)`.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
-        kernel_init: Initialiser of the kernel.
+        param_dtype: See `Layer`.
+        kernel_init: See `Layer`.
 
     Raises:
-        ValueError: If `groups` does not divide the channels of input and output, or a value is not a positive integer.
+        ValueError: If `groups` does not divide the channels of input and output, or a value is out of range.
     """
 
     features: int
@@ -59,18 +60,30 @@ class Conv(nn.Module):
     groups: int = 1
     use_bias: bool = False
     dtype: Dtype | None = None
-    kernel_init: nn.initializers.Initializer = kaiming_normal
+
+    def __post_init__(self) -> None:
+        """Check the attributes."""
+        check_positive_int(features=self.features)
+        self.padding = one_number("padding", self.padding)
+        if isinstance(self.padding, bool) or not isinstance(self.padding, Integral) or self.padding < 0:
+            size = one_number("kernel_size", self.kernel_size)
+            same = self.dilation * (size // 2) if isinstance(size, int) and isinstance(self.dilation, int) else 1
+            raise ValueError(
+                f"padding={self.padding!r} must be one number, the zeros on each side, as in PyTorch: padding={same} keeps the "
+                'size at stride 1, padding=0 is "VALID".'
+            )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:
         """Convolve. `train` is ignored."""
         del train
-        check_positive_int(features=self.features, kernel_size=self.kernel_size, strides=self.strides, dilation=self.dilation)
         channels = x.shape[-1]
         check_divides("groups", self.groups, "the channels of input and output", channels, self.features)
         shape = (self.kernel_size, self.kernel_size, channels // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
+        dtype = inherited(self, "param_dtype", jnp.float32)
+        kernel = self.param("kernel", inherited(self, "kernel_init", kaiming_normal), shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x = F.conv(x, kernel, strides=self.strides, padding=self.padding, dilation=self.dilation, groups=self.groups)
         return x if bias is None else x + jnp.broadcast_to(bias, x.shape)
@@ -86,7 +99,7 @@ def conv3x3(features: int, *, strides: int = 1, dilation: int = 1, groups: int =
     return Conv(features, 3, strides=strides, padding=dilation, dilation=dilation, groups=groups, **options)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Layer, kw_only=True):
     """Batch normalisation of `(..., c)` over all axes but the last, with the shape and the results of `torch.nn.BatchNorm2d`.
 
     Statistics are computed in float32 (float64 for float64 input). As in PyTorch, training normalises by the biased variance and
@@ -98,6 +111,7 @@ class BatchNorm(nn.Module):
         dtype: Dtype of the result. If None, the dtype of `x`.
         axis_name: Mapped axis or axes to compute the statistics over, as PyTorch's `SyncBatchNorm` does. If None, each device
             computes its own.
+        param_dtype: See `Layer`.
 
     Raises:
         ValueError: In training, if a channel has only one value.
@@ -112,10 +126,12 @@ class BatchNorm(nn.Module):
     def __call__(self, x: Float[Array, "*batch c"], *, train: bool) -> Float[Array, "*batch c"]:
         """Normalise by the running statistics; if `train`, by the batch's statistics, which then update the running ones."""
         shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        param_dtype = inherited(self, "param_dtype", jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape, param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, param_dtype)
+        stats_dtype = jnp.promote_types(param_dtype, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
         dtype = self.dtype or x.dtype
         x = x.astype(jnp.promote_types(jnp.promote_types(x.dtype, dtype), jnp.float32))
         scale, bias = scale.astype(x.dtype), bias.astype(x.dtype)
@@ -147,7 +163,7 @@ class BatchNorm(nn.Module):
         running.value = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(Layer):
     """Same-size convolution followed by a norm (K1–K4 in the 2020 paper): `(n, h, w, c)` to `(n, h / s, w / s, features)`.
 
     Attributes:
@@ -191,12 +207,14 @@ class ConvNorm(nn.Module):
         return nn.relu(x) if self.relu else x
 
 
-class Dense(nn.Module):
+class Dense(Layer):
     """Linear layer with bias, initialised as `torch.nn.Linear`: `(n, c)` to `(n, features)`.
 
     Attributes:
         features: Length of the output.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        param_dtype: See `Layer`.
+        kernel_init: See `Layer`.
     """
 
     features: int
@@ -211,8 +229,9 @@ class Dense(nn.Module):
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, minval=-(channels**-0.5), maxval=channels**-0.5)
 
-        kernel = self.param("kernel", init, (channels, self.features), jnp.float32)
-        bias = self.param("bias", init, (self.features,), jnp.float32)
+        param_dtype = inherited(self, "param_dtype", jnp.float32)
+        kernel = self.param("kernel", inherited(self, "kernel_init", init), (channels, self.features), param_dtype)
+        bias = self.param("bias", init, (self.features,), param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return x @ kernel + jnp.broadcast_to(bias, (x.shape[0], self.features))
 

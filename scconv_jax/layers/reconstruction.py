@@ -32,9 +32,11 @@ table gives the number of groups and ε.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -42,9 +44,14 @@ from flax.linen.dtypes import promote_dtype
 
 from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_choice, check_odd, check_positive_int
+from scconv_jax.layers.base import Layer, inherited
 from scconv_jax.layers.core import Conv, Dtype, Factory, kaiming_normal
 from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS, CRUSplit, Variant, check_alpha
 from scconv_jax.shapes import Array, Float
+
+_KEEPS_SIZE: Mapping[str, str] = dict.fromkeys(
+    ("strides", "stride"), "The unit keeps the size of the map; ScConv(strides=...) pools before it."
+)
 
 
 class Norm(nn.Module):
@@ -57,13 +64,14 @@ class Norm(nn.Module):
         """Return γ and β, each `(channels,)`."""
         shape = (channels, *[1] * self.variant.norm_axes)
         gamma, beta = self.variant.norm_names
+        dtype = inherited(self, "param_dtype", jnp.float32)
         return (
-            self.param(gamma, self.variant.norm_init, shape, jnp.float32).reshape(channels),
-            self.param(beta, nn.initializers.zeros, shape, jnp.float32).reshape(channels),
+            self.param(gamma, self.variant.norm_init, shape, dtype).reshape(channels),
+            self.param(beta, nn.initializers.zeros, shape, dtype).reshape(channels),
         )
 
 
-class SRU(nn.Module):
+class SRU(Layer, kw_only=True):
     """Spatial reconstruction unit: `(n, h, w, c)` to the same shape; see `functional.spatial_reconstruction`.
 
     Source: Li et al., CVPR 2023, Eqs. 1-4.
@@ -78,10 +86,14 @@ class SRU(nn.Module):
         inclusive: Whether a weight equal to t counts as informative.
         gated: "input" or "norm".
         dtype: Dtype of the result. If None, the dtype of `x`. Statistics and gates are computed in float32 or float64.
+        param_dtype: See `Layer`.
 
     Raises:
+        TypeError: If an option is unknown or given by position.
         ValueError: If a value is not one of its choices, c is odd or `groups` does not divide c.
     """
+
+    advice: ClassVar[Mapping[str, str]] = _KEEPS_SIZE
 
     variant: str = "paper"
     groups: int | None = None
@@ -95,12 +107,7 @@ class SRU(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        check_choice("variant", self.variant, VARIANTS)
-        if self.gate is not None:
-            check_choice("gate", self.gate, ("soft", "hard"))
-        if self.gated is not None:
-            check_choice("gated", self.gated, ("input", "norm"))
-        check_positive_int(groups=self.groups)
+        _check_sru(self)
         super().__post_init__()
 
     @nn.compact
@@ -117,7 +124,7 @@ class SRU(nn.Module):
         return F.spatial_reconstruction(x, gamma, beta, threshold=self.threshold, floor=variant.floor, **options)
 
 
-class CRU(nn.Module):
+class CRU(Layer):
     """Channel reconstruction unit: `(n, h, w, c)` to `(n, h, w, features)`; see `functional.channel_reconstruction`.
 
     Source: Li et al., CVPR 2023, Eqs. 5-9.
@@ -132,12 +139,18 @@ class CRU(nn.Module):
         dilation: Dilation of the group-wise convolution.
         fuse: "pair" or "all".
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        param_dtype: See `Layer`.
+        kernel_init: See `Layer`.
 
     Raises:
+        TypeError: If an option is unknown, or another than `features` is given by position.
         ValueError: If a value is out of range, or the attributes do not fit the number of channels.
     """
 
+    advice: ClassVar[Mapping[str, str]] = _KEEPS_SIZE
+
     features: int | None = None
+    _: dataclasses.KW_ONLY
     variant: str = "paper"
     alpha: float = 0.5
     squeeze: int = 2
@@ -149,13 +162,9 @@ class CRU(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        check_choice("variant", self.variant, VARIANTS)
-        if self.fuse is not None:
-            check_choice("fuse", self.fuse, ("pair", "all"))
-        check_alpha(self.alpha)
-        check_odd(kernel_size=self.kernel_size)
-        check_positive_int(features=self.features, squeeze=self.squeeze, conv_groups=self.conv_groups, dilation=self.dilation)
+        _check_cru(self)
         super().__post_init__()
+        check_odd(kernel_size=self.kernel_size)
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n h w d"]:
@@ -184,6 +193,23 @@ class CRU(nn.Module):
         )
 
 
+def _check_sru(module: SRU | ScConv) -> None:
+    check_choice("variant", module.variant, VARIANTS)
+    if module.gate is not None:
+        check_choice("gate", module.gate, ("soft", "hard"))
+    if module.gated is not None:
+        check_choice("gated", module.gated, ("input", "norm"))
+    check_positive_int(groups=module.groups)
+
+
+def _check_cru(module: CRU | ScConv) -> None:
+    check_choice("variant", module.variant, VARIANTS)
+    if module.fuse is not None:
+        check_choice("fuse", module.fuse, ("pair", "all"))
+    check_alpha(module.alpha)
+    check_positive_int(features=module.features, squeeze=module.squeeze, conv_groups=module.conv_groups)
+
+
 class _Kernel(nn.Module):
     """The parameters of a convolution: kernel, and bias if `use_bias`."""
 
@@ -191,12 +217,13 @@ class _Kernel(nn.Module):
     use_bias: bool = False
 
     def setup(self) -> None:
-        self.kernel = self.param("kernel", kaiming_normal, self.shape, jnp.float32)
+        dtype = inherited(self, "param_dtype", jnp.float32)
+        self.kernel = self.param("kernel", inherited(self, "kernel_init", kaiming_normal), self.shape, dtype)
         if self.use_bias:
-            self.bias = self.param("bias", nn.initializers.zeros, self.shape[-1:], jnp.float32)
+            self.bias = self.param("bias", nn.initializers.zeros, self.shape[-1:], dtype)
 
 
-class ScConv(nn.Module):
+class ScConv(Layer):
     """The whole operator, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, ⌈h / s⌉, ⌈w / s⌉, features)`.
 
     Source: Li et al., CVPR 2023, Eqs. 1-9.
@@ -231,6 +258,7 @@ class ScConv(nn.Module):
     """
 
     features: int | None = None
+    _: dataclasses.KW_ONLY
     strides: int = 1
     variant: str = "paper"
     groups: int | None = None
@@ -252,12 +280,12 @@ class ScConv(nn.Module):
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        check_choice("variant", self.variant, VARIANTS)
         check_choice("widen", self.widen, ("projection", "cru"))
         check_choice("arrangement", self.arrangement, ARRANGEMENTS)
-        check_alpha(self.alpha)
-        check_positive_int(features=self.features, strides=self.strides)
+        _check_sru(self)
+        _check_cru(self)
         super().__post_init__()
+        check_odd(kernel_size=self.kernel_size)
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n p q d"]:

@@ -12,17 +12,23 @@ class and concatenate in the other order (see `scconv_jax/models/scnet.py`).
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_positive_int
+from scconv_jax.functional.checks import check_divides, check_even, check_positive_int
+from scconv_jax.layers.base import Layer
 from scconv_jax.layers.core import BatchNorm, ConvNorm, Dtype, Factory
 from scconv_jax.shapes import Array, Float
 
+_ADVICE = {"kernel_size": "K1 to K4 are 3×3 convolutions: leave kernel_size out."}
 
-class SelfCalibration(nn.Module):
+
+class SelfCalibration(Layer):
     """The calibrated branch, X1 to Y1: `(n, h, w, c)` to `(n, h / strides, w / strides, c)`.
 
     Source: Liu et al., CVPR 2020, Eqs. 3-6.
@@ -35,18 +41,30 @@ class SelfCalibration(nn.Module):
         pooling: r, window and step of the average pool, in pixels. The map must not be smaller.
         norm: Factory of the norm after each convolution.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        param_dtype: See `Layer`.
+        kernel_init: See `Layer`.
 
     Raises:
-        ValueError: If the input does not have `features` channels, or is smaller than `pooling`.
+        TypeError: If an option is unknown, or another than `features` is given by position.
+        ValueError: If a value is out of range, `groups` does not divide `features`, or the input does not have `features`
+            channels or is smaller than `pooling`.
     """
 
+    advice: ClassVar[Mapping[str, str]] = _ADVICE
+
     features: int
+    _: dataclasses.KW_ONLY
     strides: int = 1
     dilation: int = 1
     groups: int = 1
     pooling: int = 4
     norm: Factory = BatchNorm
     dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Check the attributes."""
+        _check(self, self.features)
+        super().__post_init__()
 
     def setup(self) -> None:
         """Create K2, K3 and K4."""
@@ -62,7 +80,7 @@ class SelfCalibration(nn.Module):
         return F.self_calibration(x, *branches, pooling=self.pooling)
 
 
-class SelfCalibratedConv(nn.Module):
+class SelfCalibratedConv(Layer):
     """The whole operator, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, c)`.
 
     Source: Liu et al., CVPR 2020, Fig. 2.
@@ -75,18 +93,32 @@ class SelfCalibratedConv(nn.Module):
         pooling: r, window and step of the average pool, in pixels. The map must not be smaller.
         norm: Factory of the norm after each convolution.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        param_dtype: See `Layer`.
+        kernel_init: See `Layer`.
 
     Raises:
-        ValueError: If `features` is odd, or the input does not have `features` channels or is smaller than `pooling`.
+        TypeError: If an option is unknown, or another than `features` is given by position.
+        ValueError: If a value is out of range, `features` is odd, `groups` does not divide its half, or the input does not have
+            `features` channels or is smaller than `pooling`.
     """
 
+    advice: ClassVar[Mapping[str, str]] = _ADVICE
+
     features: int
+    _: dataclasses.KW_ONLY
     strides: int = 1
     dilation: int = 1
     groups: int = 1
     pooling: int = 4
     norm: Factory = BatchNorm
     dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Check the attributes."""
+        check_positive_int(features=self.features)
+        check_even(self.features)
+        _check(self, self.features // 2)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q c"]:
@@ -105,8 +137,13 @@ class SelfCalibratedConv(nn.Module):
         return F.self_calibrated_conv(x, *branches, pooling=self.pooling)
 
 
+def _check(module: SelfCalibration | SelfCalibratedConv, channels: int) -> None:
+    """Check the features and the groups of each convolution, which has as many input as output `channels`."""
+    check_positive_int(features=module.features, groups=module.groups)
+    check_divides("groups", module.groups, "the channels of input and output", channels, channels)
+
+
 def _check_channels(module: SelfCalibration | SelfCalibratedConv, channels: int) -> None:
-    check_positive_int(pooling=module.pooling)
     if channels != module.features:
         raise ValueError(
             f"{type(module).__name__}: features={module.features} must equal the input's channels, {channels}, because the "

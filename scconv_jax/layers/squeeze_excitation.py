@@ -9,17 +9,19 @@ Differences: both layers have a bias, which Eq. 3 omits.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from scconv_jax.layers.base import Layer
 from scconv_jax.layers.core import Conv, Dtype
 from scconv_jax.shapes import Array, Float
 
 
-class SqueezeExcitation(nn.Module):
+class SqueezeExcitation(Layer):
     """Rescale the channels: `(n, h, w, c)` to the same shape.
 
     Source: Hu et al., CVPR 2018, Eqs. 2-4.
@@ -29,9 +31,12 @@ class SqueezeExcitation(nn.Module):
         gate: Function from the last layer's output to the factors.
         names: Names of the two layers, which are 1×1 convolutions with bias.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        param_dtype: See `Layer`.
+        kernel_init: See `Layer`.
     """
 
     hidden: int
+    _: dataclasses.KW_ONLY
     gate: Callable[[jax.Array], jax.Array] = nn.sigmoid
     names: tuple[str, str] = ("fc1", "fc2")
     dtype: Dtype | None = None
