@@ -14,11 +14,16 @@ Folders:
     inference/    trained networks in use: load_run, predict (class names, preparation of images), inference_options
     cli/          the commands of `python -m scconv_jax`
     images.py     image files to a network's input
+    finetuning.py another head, frozen parameters: reset_classifier, frozen_mask
+    reports.py    parameters and multiply-adds part by part, the papers' tables: summary, count_parameters
+    bridge.py     networks with their weights in NNX: to_nnx, from_nnx
 
 `scconv_jax.runs`, the folder of a training run, is `weights/runs.py`.
 """
 
 from scconv_jax import files, functional, images, layers, messages, models
+from scconv_jax.bridge import from_nnx, to_nnx
+from scconv_jax.finetuning import frozen_mask, reset_classifier
 from scconv_jax.inference.imagenet import imagenet_name
 from scconv_jax.inference.options import inference_options
 from scconv_jax.inference.predict import predict
@@ -29,7 +34,7 @@ from scconv_jax.interop.variables import load, save
 from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.reconstruction import CRU, SRU, ScConv
 from scconv_jax.layers.self_calibrated import SelfCalibratedConv, SelfCalibration
-from scconv_jax.models.complexity import multiply_adds
+from scconv_jax.models.complexity import Part, multiply_adds
 from scconv_jax.models.registry import (
     create_model,
     feature_info,
@@ -39,6 +44,7 @@ from scconv_jax.models.registry import (
     prepare_images,
 )
 from scconv_jax.programs import keep_programs
+from scconv_jax.reports import Summary, count_parameters, summary
 from scconv_jax.weights import WeightsError, runs
 
 __version__ = "0.1.0"
@@ -48,15 +54,20 @@ __all__ = [
     "SRU",
     "ConversionError",
     "GhostConv",
+    "Part",
     "ScConv",
     "SelfCalibratedConv",
     "SelfCalibration",
+    "Summary",
     "TrainedModel",
     "WeightsError",
+    "count_parameters",
     "create_model",
     "feature_info",
     "files",
+    "from_nnx",
     "from_torch",
+    "frozen_mask",
     "functional",
     "imagenet_name",
     "images",
@@ -75,8 +86,11 @@ __all__ = [
     "multiply_adds",
     "predict",
     "prepare_images",
+    "reset_classifier",
     "runs",
     "save",
+    "summary",
+    "to_nnx",
     "to_torch",
 ]
 

@@ -13,6 +13,7 @@ import optax
 
 import scconv_jax
 from train.config import Config, ConfigError, Model, Plan
+from train.optim import at_step
 from train.parallel import run_once
 from train.step import TrainState, init_state
 
@@ -45,7 +46,7 @@ class InitialState:
             variables, notes = initial_weights(self.config.model, drawn)
             state = state.replace(**variables, ema=state.ema and variables)
         if step := jnp.int32(self.plan.first_step):
-            state = state.replace(step=step, opt_state=optax.tree_utils.tree_set(state.opt_state, count=step))
+            state = state.replace(step=step, opt_state=at_step(state.opt_state, step))
         return state, notes
 
     def _random(self) -> TrainState:

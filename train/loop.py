@@ -20,7 +20,7 @@ from train.optim import make_optimizer, make_schedule
 from train.parallel import from_host_0
 from train.run.checkpoints import Checkpoints
 from train.run.curves import draw_curves
-from train.run.metrics import Metrics, MetricsWindow, best_line, read_metrics
+from train.run.metrics import Metrics, MetricsWindow, best_line, epochs_without_progress, read_metrics
 from train.run.profiler import Profiler, peak_multiply_adds, training_multiply_adds
 from train.run.progress import Progress
 from train.run.trackers import check_trackers, open_trackers
@@ -59,7 +59,7 @@ def train(config: Config, workdir: Path) -> int:
         check_trackers(config.log)
 
     schedule = make_schedule(config.optim, plan)
-    optimizer = make_optimizer(config.optim, schedule)
+    optimizer = make_optimizer(config.optim, schedule, setup.frozen)
     start = InitialState(config, plan, setup.model, optimizer, setup.dataset.image_shape)
     next_state, test = make_step(setup, config, optimizer), make_test(setup, config)
 
@@ -115,6 +115,10 @@ def train(config: Config, workdir: Path) -> int:
             )
             train_metrics = {}
 
+            def is_stale() -> bool:
+                waits = config.patience and is_host_0 and epochs_without_progress(checkpoints.workdir) >= config.patience
+                return bool(config.patience and from_host_0(np.int32(waits)))
+
             def end_epoch(epoch: int) -> None:
                 test_metrics = test(state, signals.stopping)
                 if not np.isfinite(test_metrics["eval/loss"]):
@@ -128,8 +132,8 @@ def train(config: Config, workdir: Path) -> int:
             untested = resumes and position == 0 and step > plan.first_step and not checkpoints.is_tested(step)
             if from_host_0(np.int32(untested)):  # a signal stopped the test
                 end_epoch(epoch)
-            stop = signals.stop_after(step)
-            while step < plan.total_steps and not stop:
+            stop, stale = signals.stop_after(step), is_stale()
+            while step < plan.total_steps and not stop and not stale:
                 profiler.before(step + 1)
                 state, values = next_state(state, prefetcher.take(window.idle))
                 step += 1
@@ -159,7 +163,8 @@ def train(config: Config, workdir: Path) -> int:
                     checkpoints.save(state)
                 if position == 0:  # the end of an epoch
                     end_epoch(epoch)
-            completed = step == plan.total_steps
+                    stale = is_stale()
+            completed = step == plan.total_steps or stale
         checkpoints.save(state)
 
     if not is_host_0:
@@ -172,6 +177,11 @@ def train(config: Config, workdir: Path) -> int:
             f"python -m train.main --workdir {shlex.quote(str(workdir))} --resume"
         )
         return signals.received
+    if step < plan.total_steps:
+        print(
+            f"Ended after epoch {step // plan.steps_per_epoch} of {config.epochs}: no better test accuracy for {config.patience} "
+            "epochs (patience)"
+        )
     print(summary(workdir, time.perf_counter() - began))
     return 0
 
@@ -181,7 +191,7 @@ def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None
     setup = make_setup(config, testing=True, begins=workdir is None)
     images = max(len(setup.dataset.train), config.data.batch_size)  # a test needs no full batch
     plan = make_plan(config, images, jax.device_count())
-    optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan))
+    optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan), setup.frozen)
     start = InitialState(config, plan, setup.model, optimizer, setup.dataset.image_shape)
     state = start.placeholder()
     if jax.process_index() == 0 and workdir is None:

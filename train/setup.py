@@ -31,6 +31,8 @@ class TrainingSetup:
     model: nn.Module
     normalize: Callable[[jax.Array], jax.Array]
     parallel: Parallel
+    frozen: Any = None
+    """Tree of bool like the parameters: True for those that stay as they are. None: all are trained."""
 
 
 def make_setup(config: Config, *, testing: bool = False, begins: bool = False) -> TrainingSetup:
@@ -51,17 +53,20 @@ def make_setup(config: Config, *, testing: bool = False, begins: bool = False) -
     check_same_images(dataset)
     dtype, axis_name = jnp.dtype(config.model.dtype), AXIS if config.model.sync_batchnorm else None
     options = {"num_classes": dataset.num_classes, "in_channels": dataset.image_shape[-1], "dtype": dtype}
+    others = {"drop_path": config.model.drop_path, "dropout": config.model.dropout, "frozen": config.optim.freeze}
+    options |= {name: value for name, value in others.items() if value}
     create = functools.partial(scconv_jax.create_model, config.model.name, **options)
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     try:
         model = create(axis_name=axis_name)
         variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+        frozen = scconv_jax.frozen_mask(model, variables["params"]) if config.optim.freeze else None
     except ValueError as error:
-        raise ConfigError(f"model.name {config.model.name!r}: {error}") from error
+        raise ConfigError(f"model.name {config.model.name!r}: {error}".replace(" frozen: ", " optim.freeze: ")) from error
     if not testing:
         check_statistics(config, create(), variables, images)
     normalizer = functools.partial(scconv_jax.images.normalize, mean=dataset.mean, std=dataset.std)
-    return TrainingSetup(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()))
+    return TrainingSetup(dataset, model, normalizer, make_parallel(config.parallel, jax.devices()), frozen)
 
 
 def save_record(workdir: Path, config: Config, setup: TrainingSetup) -> None:
@@ -94,7 +99,8 @@ def check_statistics(config: Config, network: nn.Module, variables: Any, images:
     if batch != devices * parts or (model.sync_batchnorm and devices > 1):
         return
     try:
-        jax.eval_shape(functools.partial(network.apply, train=True, mutable=["batch_stats"]), variables, images)
+        rngs = {"dropout": jax.random.key(0)}
+        jax.eval_shape(functools.partial(network.apply, train=True, mutable=["batch_stats"], rngs=rngs), variables, images)
     except ValueError as error:
         fits = [f"--data.batch-size {2 * batch}"]
         fits += [f"--optim.accumulate {fewer}" for fewer in range(parts - 1, 0, -1) if parts % fewer == 0][:1]

@@ -2,11 +2,10 @@
 
 `train.parallel` maps them over the devices. Every device has the same state and its own share of the batch, and all devices
 return the same values. This file does no I/O and reads no clock. All randomness comes from `image_keys` and `batch_key`, which do
-not depend on the number of devices.
+not depend on the number of devices, and `share_key`, which depends on how the batch is shared.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 AXIS = "data"
 """Name of the mapped axis, along which the batch is split."""
@@ -90,14 +88,15 @@ def train_step(
         The next state, and the metrics of the whole batch before the step: `loss`, `top1` and, with more than five classes,
         `top5`. If images are mixed, the label with the larger share counts as correct.
     """
-    apply = rematerialised(model) if rematerialise else partial(model.apply, train=True, mutable=["batch_stats"])
+    model = model.clone(rematerialise=True) if rematerialise else model
 
     def loss_of(params: Any, images: Array, labels: Array, keys: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
         images = normalize(augment(keys, images))
         kept = mix and mix(batch_key(seed, state.step), *images.shape[1:3])
         if kept is not None:
             images = blend_pairs(images, kept[None, :, :, None])
-        logits, new = apply({"params": params, "batch_stats": state.batch_stats}, images)
+        variables, rngs = {"params": params, "batch_stats": state.batch_stats}, {"dropout": share_key(keys)}
+        logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
         targets = optax.losses.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
         if kept is not None:
             targets = blend_pairs(targets, kept.mean(keepdims=True))
@@ -140,22 +139,6 @@ def _mean_over_parts(function: Callable[..., Any], share: tuple[Array, ...], par
     return jax.tree.map(lambda x: x / parts, total)
 
 
-def rematerialised(model: nn.Module) -> Callable[..., Any]:
-    """Return `model.apply` for training that stores only the outputs of blocks (`layer1/0`) for the backward pass."""
-
-    def tag(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        result = next_call(*args, **kwargs)
-        if context.method_name == "__call__" and len(context.module.path) == 2:
-            result = jax.tree.map(lambda x: checkpoint_name(x, "block"), result)
-        return result
-
-    def apply(variables: Any, images: Array) -> Any:
-        with nn.intercept_methods(tag):
-            return model.apply(variables, images, train=True, mutable=["batch_stats"])
-
-    return jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names("block"))
-
-
 def blend_pairs(x: Array, kept: Array) -> Array:
     """Blend each of `x` (n, ...) with its neighbour (0 with 1, 2 with 3, …), with weights `kept` and `1 - kept`."""
     partner = x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
@@ -173,6 +156,11 @@ def image_keys(seed: int, step: Array, share: int) -> Array:
 def batch_key(seed: int, step: Array) -> Array:
     """Return the key for random values of a whole batch. It depends on seed and step and differs from all image keys."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 2**32 - 1)
+
+
+def share_key(keys: Array) -> Array:
+    """Return the key of the network's own random values, for the images with these `keys`: another on each device and part."""
+    return jax.random.fold_in(keys[0], 2**32 - 1)
 
 
 def top_k_hits(logits: Array, labels: Array) -> dict[str, Array]:

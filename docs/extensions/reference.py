@@ -23,6 +23,9 @@ SECTIONS = {
     "models": "Networks",
     "interop": "Weights: loading and conversion",
     "weights": "Weights: files",
+    "finetuning": "Fine-tuning",
+    "reports": "Parameters and multiply-adds",
+    "bridge": "NNX",
     "inference": "Inference and export",
     "explanation": "Explanation",
 }

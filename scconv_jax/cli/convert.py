@@ -69,7 +69,10 @@ def add_source(parser: argparse.ArgumentParser, more_models: str = "") -> None:
         help="output stride of the network, which weights do not show: 32 (default), 16 or 8",
     )
     parser.add_argument(
-        "--num-classes", type=int, metavar="N", help="number of classes; if the source has others, the head is initialised"
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="number of classes; if the source has others, the head is initialised; 0: no head",
     )
     parser.add_argument(
         "--variant", metavar="NAME", help="version of ScConv, if the weights do not show it: paper or 2023-10 (default)"

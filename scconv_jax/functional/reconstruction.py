@@ -61,7 +61,7 @@ def scconv(
     conv_groups: int = 2,
     dilation: int = 1,
     fuse: Literal["pair", "all"] = "pair",
-) -> Float[Array, "n p q e"]:
+) -> Array:
     """Apply the whole operator, SRU then CRU (Li et al., CVPR 2023, Fig. 1). The defaults are those of the layer `ScConv`.
 
     Args:

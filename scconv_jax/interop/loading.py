@@ -45,13 +45,14 @@ def load_model(
             If empty, the only ones, or the moving average if there is one.
         checkpoint: Which checkpoint of a run's folder to take: "best" (highest test accuracy; the latest if none was tested),
             "latest", or a step.
-        **options: Options of `create_model`. By default they come from the file. If `num_classes` differs from the
-            file's, the head is initialised; for other `in_channels` than 3, the first kernels are summed or repeated. The paper's
-            ScConv has the same entries as the public code of 2023-10, which is assumed: give `variant="paper"` for the paper's.
+        **options: Options of `create_model`. By default they come from the file. If `num_classes` differs from the file's, the
+            head is initialised; with `num_classes=0` it is left out. For other `in_channels` than 3, the first kernels are summed
+            or repeated. The paper's ScConv has the same entries as the public code of 2023-10, which is assumed: give
+            `variant="paper"` for the paper's.
 
     Returns:
-        `(model, variables)`, for `model.apply(variables, images, train=False)`; variables are NumPy arrays, float32. Notes for
-        the user (see `load_weights`) are logged as warnings under `scconv_jax`.
+        `(model, variables)`, for `model.apply(variables, images, train=False)`; variables are NumPy arrays, float32 or the option
+        `param_dtype`. Notes for the user (see `load_weights`) are logged as warnings under `scconv_jax`.
 
     Raises:
         WeightsError: The file cannot be read or downloaded.
@@ -134,9 +135,13 @@ def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str,
         if options.items() <= recognised.options.items():
             expected = recognised.template
         name, options = recognised.model, {**recognised.options, **options}
-    module = create_model(name, **options)
+    module, notes = create_model(name, **options), []
+    if options.get("num_classes") == 0 and f"{MODELS[name].classifier}.weight" in checkpoint.arrays:
+        checkpoint = checkpoint._replace(ignore=(*checkpoint.ignore, f"{MODELS[name].classifier}.*"))
+        notes.append(f"num_classes=0: the file's head, {MODELS[name].classifier}, was left out.")
     try:
-        return convert_checkpoint(checkpoint, expected or template(module))._replace(name=name, options=options)
+        loaded = convert_checkpoint(checkpoint, expected or template(module))
+        return loaded._replace(name=name, options=options, notes=[*notes, *loaded.notes])
     except ConversionError:
         _, other = fitting(checkpoint, lambda variant: recognise(variant.weights))
         if other is None or other.model == name:
@@ -151,8 +156,8 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """Return the network's options from the file's metadata, after checking that they are valid."""
     options = json.loads(checkpoint.source.metadata.get("arguments", "{}"))
     description = f"{name} with {json.dumps(options):.200}"
-    options.pop("num_classes", None)  # a file cannot ask for a head that it does not have
-    options |= {
+    headless = {"num_classes": 0} if options.pop("num_classes", None) == 0 else {}
+    options |= headless | {  # a file cannot ask for a head that it does not have
         key: value
         for key, value in options_from_entries(name, checkpoint.arrays).items()
         if key in ("num_classes", "in_channels")

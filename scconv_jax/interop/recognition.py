@@ -100,7 +100,7 @@ def options_from_entries(name: str, entries: Mapping[str, Any]) -> dict[str, Any
     """Return the options that a checkpoint determines: `num_classes`, `in_channels` unless 3, `alpha` and `variant` of ScConv."""
     spec = MODELS[name]
     shown = scconv_options(entries)
-    weight = entries.get(f"{spec.head}.weight")
+    weight = entries.get(f"{spec.classifier}.weight")
     if weight is not None and len(weight.shape) == 2:
         shown["num_classes"] = weight.shape[0]
     stem = next((entries[key] for key in STEMS if key in entries), None)
@@ -152,8 +152,8 @@ def recognise(entries: Mapping[str, Any]) -> Recognised | None:
             model = create_model(name, **options)
         except ValueError:  # an α that no network can have
             continue
-        headless = f"{spec.head}." if f"{spec.head}.weight" not in found else None
-        if _stage_sizes(model) != blocks or (blocks and not _has_stem_and_first_block(model, found, f"{spec.head}.")):
+        headless = f"{spec.classifier}." if f"{spec.classifier}.weight" not in found else None
+        if _stage_sizes(model) != blocks or (blocks and not _has_stem_and_first_block(model, found, f"{spec.classifier}.")):
             continue
         variables = template(model)
         expected = shapes(variables)

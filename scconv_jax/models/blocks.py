@@ -9,9 +9,9 @@ The factory `conv` is called as `conv(features, strides=..., dilation=..., dtype
 `(x, train=...)`. `SelfCalibratedConv` and `functools.partial(ScConv, alpha=0.75)` are such factories. In a block of two 3×3
 convolutions, `conv` makes the second: one replaced convolution per block fits the parameter counts of the 2023 paper.
 
-A block is built as `block(planes=..., strides=..., dilation=..., transition=..., norm=..., dtype=..., name=...)` and called as
-`(x, train=...)`; `ResidualBlock` documents the arguments. Its attribute `expansion` is the ratio of the output's channels to
-`planes`.
+A block is built as `block(planes=..., strides=..., dilation=..., transition=..., norm=..., dtype=..., name=...)`, in a network
+with `drop_path` also with `drop_path=...`, and called as `(x, train=...)`; `ResidualBlock` documents the arguments. Its attribute
+`expansion` is the ratio of the output's channels to `planes`.
 
 Differences: none.
 """
@@ -25,11 +25,12 @@ from typing import ClassVar
 from flax import linen as nn
 
 from scconv_jax import functional as F
+from scconv_jax.layers.base import Layer
 from scconv_jax.layers.core import BatchNorm, ConvNorm, Dtype, Factory, conv1x1, conv3x3
 from scconv_jax.shapes import Array, Float
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Layer):
     """Base of the blocks: their common attributes, and the shortcut.
 
     Attributes:
@@ -39,6 +40,9 @@ class ResidualBlock(nn.Module):
         transition: Whether the block starts a stage that halves the map, or that dilates instead.
         norm: Factory of the norms.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
+        drop_path: Probability that training leaves out the residual branch F(x) of an image. It needs `rngs={"dropout": key}`.
+        param_dtype: See `Layer`.
+        kernel_init: See `Layer`.
     """
 
     planes: int
@@ -48,6 +52,12 @@ class ResidualBlock(nn.Module):
     _: dataclasses.KW_ONLY
     norm: Factory = BatchNorm
     dtype: Dtype | None = None
+    drop_path: float = 0.0
+
+    @nn.nowrap
+    def drop(self, y: Float[Array, "n p q d"], *, train: bool) -> Float[Array, "n p q d"]:
+        """Return the residual branch, in training with zeros for a random part of the images."""
+        return drop_path(y, self.drop_path, train=train)
 
     @nn.nowrap
     def shortcut(
@@ -65,6 +75,22 @@ class ResidualBlock(nn.Module):
             x, strides, names = F.avg_pool(x, strides, ceil_mode=True, count_include_pad=False), 1, ("1", "2")
         conv = ConvNorm(features, 1, strides, names=names, norm=self.norm, dtype=self.dtype, name="downsample")
         return conv(x, train=train)
+
+
+def drop_path(y: Float[Array, "n p q d"], rate: float, *, train: bool) -> Float[Array, "n p q d"]:
+    """Leave out the residual branch of each image with probability `rate`, and scale the others by 1 / (1 - rate).
+
+    Huang, Sun, Liu, Sedra, Weinberger, "Deep Networks with Stochastic Depth", ECCV 2016; scaled in training, as timm does, not
+    in evaluation. Call this within a compact method.
+    """
+    if not (rate and train):
+        return y
+    return nn.Dropout(rate, broadcast_dims=(1, 2, 3), deterministic=False)(y)
+
+
+def drop_path_rates(last: float, blocks: int) -> list[float]:
+    """Return the probability for each block of a network, rising linearly from 0 to `last`."""
+    return [last * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
 class Bottleneck(ResidualBlock, kw_only=True):
@@ -93,7 +119,7 @@ class Bottleneck(ResidualBlock, kw_only=True):
         y = nn.relu(norm(name="bn2")(y, train=train))
         y = self.pointwise(features, dtype=self.dtype, name="conv3")(y, train=train)
         y = norm(name="bn3")(y, train=train)
-        return nn.relu(y + self.shortcut(x, features, train=train))
+        return nn.relu(self.drop(y, train=train) + self.shortcut(x, features, train=train))
 
 
 class BasicBlock(ResidualBlock, kw_only=True):
@@ -120,4 +146,4 @@ class BasicBlock(ResidualBlock, kw_only=True):
         y = nn.relu(norm(name="bn1")(y, train=train))
         y = self.conv(self.planes, **options, name="conv2")(y, train=train)
         y = norm(name="bn2")(y, train=train)
-        return nn.relu(y + self.shortcut(x, self.planes, train=train))
+        return nn.relu(self.drop(y, train=train) + self.shortcut(x, self.planes, train=train))

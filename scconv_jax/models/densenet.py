@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.layers.core import BatchNorm, Dense, Dtype, Factory, check_images, conv1x1, conv3x3
+from scconv_jax.layers.core import BatchNorm, Dtype, Factory, check_images, conv1x1, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
 from scconv_jax.models.network import Feature, SmallNetwork, Stage
 from scconv_jax.models.spec import COMMON, RECONSTRUCTION, SAME_COUNT, SMALL_IMAGES, ModelSpec, Row
@@ -81,6 +81,11 @@ class DenseNet(SmallNetwork):
     conv: Factory = conv3x3
     head: ClassVar[str] = "linear"
 
+    def __post_init__(self) -> None:
+        """Turn a list, which JSON makes of a tuple, into a tuple."""
+        self.block_sizes = tuple(self.block_sizes) if isinstance(self.block_sizes, list) else self.block_sizes
+        super().__post_init__()
+
     def setup(self) -> None:
         """Create conv1, dense1, trans1, dense2, ..., bn and linear."""
         norm = partial(BatchNorm, axis_name=self.axis_name)
@@ -91,7 +96,7 @@ class DenseNet(SmallNetwork):
             if i + 1 < len(self.block_sizes):
                 setattr(self, f"trans{i + 1}", Transition(norm, self.dtype))
         self.bn = norm(dtype=self.dtype)
-        self.linear = Dense(self.num_classes, dtype=self.dtype)
+        self.add_head()
 
     @property
     def smallest_image(self) -> int:
@@ -108,7 +113,14 @@ class DenseNet(SmallNetwork):
             channels //= 2
         return maps
 
-    def features(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+    @nn.nowrap
+    def stages(self) -> dict[str, tuple[str, ...]]:
+        """Return the paths of the modules of each stage; a transition belongs to the stage before it."""
+        last = len(self.block_sizes)
+        layers = {f"layer{i}": (f"dense{i}", f"trans{i}" if i < last else "bn") for i in range(1, last + 1)}
+        return {"stem": ("conv1",), **layers, "head": (self.head,)}
+
+    def maps(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each block, the last one after `bn` and ReLU: `{"layer1": (n, h, w, 256), ...}`."""
         last = len(self.block_sizes)
         check_images(images, self.in_channels, smallest=self.smallest_image, stride=1 << (last - 1))

@@ -12,6 +12,7 @@ follow.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dense, Dtype, Factory, check_images
+from scconv_jax.layers.core import BatchNorm, Conv, ConvNorm, Dtype, Factory, check_images
 from scconv_jax.layers.ghost import GhostConv
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
 from scconv_jax.models.blocks import BasicBlock, Bottleneck
@@ -198,9 +199,9 @@ class GhostNet(Network, kw_only=True):
         self.conv_stem = Conv(16, 3, strides=2, padding=1, dtype=self.dtype)
         self.bn1 = norm(dtype=self.dtype)
         self.blocks = _Trunk(self.version, norm, self.dtype)
-        self.conv_head = Conv(1280, 1, use_bias=not self.version.head_norm, dtype=self.dtype)
+        self.conv_head = Conv(self.num_features, 1, use_bias=not self.version.head_norm, dtype=self.dtype)
         self.bn_head = norm(dtype=self.dtype) if self.version.head_norm else None
-        self.classifier = Dense(self.num_classes, dtype=self.dtype)
+        self.add_head()
 
     @nn.nowrap
     def feature_info(self) -> dict[str, Feature]:
@@ -209,7 +210,20 @@ class GhostNet(Network, kw_only=True):
         channels = [GHOSTNET[i - 1][-1].features for i in halvings] + [GHOSTNET[-1][-1].expansion]
         return {f"layer{i + 1}": Feature(width, 2 << i) for i, width in enumerate(channels)}
 
-    def features(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+    @property
+    def num_features(self) -> int:
+        """Length of the vector that `pooled` returns, the input of the head."""
+        return 1280
+
+    @nn.nowrap
+    def stages(self) -> dict[str, tuple[str, ...]]:
+        """Return the paths of the modules of each stage; a stage begins where the map is halved."""
+        starts = [0, *(i for i, rows in enumerate(GHOSTNET) if rows[0].strides == 2), len(GHOSTNET) + 1]
+        layers = {f"layer{i + 1}": range(*ends) for i, ends in enumerate(itertools.pairwise(starts))}
+        blocks = {name: tuple(f"blocks/{i}" for i in numbers) for name, numbers in layers.items()}
+        return {"stem": ("conv_stem", "bn1"), **blocks, "head": ("conv_head", "bn_head", self.head)}
+
+    def maps(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the last map of each size, `{"layer1": (n, h / 2, w / 2, 16), ..., "layer5": (n, h / 32, w / 32, 960)}`."""
         check_images(images, self.in_channels, smallest=self.smallest_image, stride=32)
         x = nn.relu(self.bn1(self.conv_stem(images), train=train))

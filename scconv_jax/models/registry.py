@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from numbers import Integral
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -28,7 +26,7 @@ MODELS: dict[str, ModelSpec] = {
 PUBLISHED = {name: spec.weights for name, spec in MODELS.items() if spec.weights}
 
 # Advice for options that other libraries have.
-_NO_DROPOUT = "These networks have no dropout and no stochastic depth, as in the papers."
+_NO_DROP_PATH = "It has no residual blocks that training could leave out. For dropout before the head, use dropout."
 _MAPS = (
     'model.apply(variables, images, train=False, method="features") returns the map of every stage; feature_info describes them.'
 )
@@ -36,14 +34,19 @@ _BUILD = (
     "A network by name has a fixed structure: build another with the classes of scconv_jax.models, such as ResNet or WideResNet."
 )
 ADVICE = {
-    **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "drop_connect_rate", "dropout"), _NO_DROPOUT),
+    "drop_rate": "Use dropout, before the head.",
+    **dict.fromkeys(("drop_path_rate", "drop_connect_rate", "stochastic_depth_prob"), "Use drop_path."),
+    "drop_block_rate": "There is no DropBlock; drop_path leaves out whole blocks.",
+    **dict.fromkeys(("freeze", "frozen_stages"), 'Use frozen=("stem", "layer1"), and frozen_mask for the optimizer.'),
+    **dict.fromkeys(("remat", "grad_checkpointing", "with_cp"), "Use rematerialise=True."),
     **dict.fromkeys(("features_only", "out_indices"), _MAPS),
     **dict.fromkeys(("checkpoint_path", "weights"), "Load weights with scconv_jax.load_model(SOURCE)."),
     "in_chans": "Use in_channels.",
     **dict.fromkeys(("img_size", "input_size"), "A network accepts images of any size from its smallest on; see model_info."),
     **dict.fromkeys(("act_layer", "norm_layer", "zero_init_residual"), _BUILD),
-    "global_pool": f"The head averages the last map. {_MAPS}",
-    "num_features": "The number of channels before the head is in feature_info.",
+    "global_pool": f'The head averages the last map; method="pooled" returns the average. {_MAPS}',
+    "num_features": "The length of the pooled vector is model.num_features; the channels of maps are in feature_info.",
+    "include_top": "Use num_classes=0 for a network without head.",
     "replace_stride_with_dilation": "Use output_stride=16 or output_stride=8.",
 }
 
@@ -103,8 +106,8 @@ def create_model(name: str, **options: Any) -> Network:
     Args:
         name: One of `list_models()`.
         **options: See `model_info(name).options` for the options and their meaning. All networks have `num_classes`,
-            `in_channels`, `dtype` and `axis_name`; residual networks have `output_stride`, and networks of ScConv `alpha` and
-            `variant`.
+            `in_channels`, `dtype`, `param_dtype`, `kernel_init`, `axis_name`, `dropout`, `frozen` and `rematerialise`; residual
+            networks have `drop_path` and `output_stride`, and networks of ScConv `alpha` and `variant`.
 
     Returns:
         A Flax module: `model.init(key, images, train=False)`, `model.apply(variables, images, train=False)`.
@@ -113,16 +116,13 @@ def create_model(name: str, **options: Any) -> Network:
         ValueError: There is no such network or option, or an option has an impossible value.
     """
     spec = model_info(name)
+    if options.get("pretrained") is False:
+        del options["pretrained"]
     for option in options:
         if option not in spec.options:
-            hint = f" {_advice(name, option)}" if _advice(name, option) else did_you_mean(option, spec.options)
+            advice = _advice(name, option, options)
+            hint = f" {advice}" if advice else did_you_mean(option, spec.options)
             raise ValueError(f"Model {name!r} has no option {option!r}.{hint} Its options: {', '.join(spec.options)}.")
-    for option in ("num_classes", "in_channels"):
-        number = options.get(option, 1)
-        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
-            raise ValueError(f"{option}={number!r} must be one positive integer.")
-    if "dtype" in options:
-        _check_dtype(options["dtype"])
     return spec.build(**options)
 
 
@@ -152,23 +152,18 @@ def prepare_images(images: OneImage | Iterable[OneImage], model: str | Preparati
     return prepare(images, model if isinstance(model, Preparation) else model_info(model).preparation, exif=exif)
 
 
-def _advice(name: str, option: str) -> str:
+def _advice(name: str, option: str, options: Mapping[str, Any]) -> str:
     """Return the advice for an option of another library, or an empty string."""
+    if option == "drop_path" or ADVICE.get(option) == "Use drop_path.":
+        return ADVICE.get(option, "") if "drop_path" in MODELS[name].options else _NO_DROP_PATH
     if option != "pretrained":
         fields = {field.name for field in dataclasses.fields(MODELS[name].build())}
         return ADVICE.get(option) or (_BUILD if option in fields else "")
+    call = ", ".join(
+        [repr(name) if name in PUBLISHED else "SOURCE"]
+        + [f"{key}={value!r:.60}" for key, value in options.items() if key in MODELS[name].options]
+    )
+    load = f"Flax keeps weights outside of the network; model, variables = scconv_jax.load_model({call}) returns both"
     if name in PUBLISHED:
-        return f"Load the published weights with scconv_jax.load_model({name!r})."
-    return f"Only {', '.join(list_pretrained())} have published weights; load your own with scconv_jax.load_model(SOURCE)."
-
-
-def _check_dtype(dtype: Any) -> None:
-    try:
-        possible = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        possible = False
-    if not possible:
-        raise ValueError(
-            f"dtype={dtype!r} is not a floating-point dtype. Use jnp.float32, jnp.bfloat16, jnp.float16 or, with 64-bit JAX, "
-            "jnp.float64."
-        )
+        return f"{load}, with the published weights."
+    return f"{load}, from a file of your own: only {', '.join(list_pretrained())} have published weights."

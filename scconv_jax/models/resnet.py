@@ -9,14 +9,16 @@ Dilated networks: Yu, Koltun, Funkhouser, "Dilated Residual Networks", CVPR 2017
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.layers.core import BatchNorm, Conv, Dense, Dtype, Factory, check_images, conv3x3
-from scconv_jax.models.blocks import BasicBlock, Bottleneck
+from scconv_jax.functional.checks import check_fraction
+from scconv_jax.layers.core import BatchNorm, Conv, Dtype, Factory, check_images, conv3x3
+from scconv_jax.models.blocks import BasicBlock, Bottleneck, drop_path_rates
 from scconv_jax.models.network import Feature, Network, Stage
 from scconv_jax.models.spec import DILATED, SAME_COUNT, SMALL_IMAGES, WIDTH_UNKNOWN, ModelSpec, Row
 from scconv_jax.shapes import Array, Float
@@ -67,6 +69,8 @@ class ResNet(Network):
         smallest_map: Smallest height and width of the last map that the block accepts, in pixels.
         output_stride: Image size divided by the size of the last map. At a half or a quarter of the natural output stride, the
             last one or two stages keep their size and dilate their convolutions.
+        drop_path: Probability that training leaves out the last block's residual branch, for each image alone. It falls linearly
+            to 0 at the first block (stochastic depth). Training then needs `rngs={"dropout": key}`.
 
     Raises:
         ValueError: The output stride is not possible; for other errors see `Network`.
@@ -80,9 +84,13 @@ class ResNet(Network):
     stem_stride: int = 4
     smallest_map: int = 1
     output_stride: int = 32
+    _: dataclasses.KW_ONLY
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the widths and the output stride."""
+        """Check the widths, the output stride and the probability."""
+        check_fraction(drop_path=self.drop_path)
+        self.planes = tuple(self.planes) if isinstance(self.planes, list) else self.planes  # from JSON
         if not hasattr(self.planes, "__len__") or len(self.planes) != len(self.stage_sizes):
             raise ValueError(
                 f"planes={self.planes!r} must be a tuple with the width of each of the {len(self.stage_sizes)} stages."
@@ -101,20 +109,28 @@ class ResNet(Network):
         norm = partial(BatchNorm, axis_name=self.axis_name)
         self.conv1 = self.stem(norm=norm, dtype=self.dtype)
         self.bn1 = norm(dtype=self.dtype)
-        dilation = 1
+        dilation, rates = 1, iter(drop_path_rates(self.drop_path, sum(self.stage_sizes)))
         for i, (size, planes) in enumerate(zip(self.stage_sizes, self.planes, strict=True)):
             before, strides = dilation, self._stride(i) // self._stride(max(i - 1, 0))
             if i > 0 and strides == 1:
                 dilation *= 2
             block = partial(self.block, planes=planes, norm=norm, dtype=self.dtype)
             first = partial(block, strides=strides, dilation=before, transition=i > 0)
-            others = partial(block, dilation=dilation)
-            setattr(self, f"layer{i + 1}", Stage((first,) + (others,) * (size - 1)))
-        self.fc = Dense(self.num_classes, dtype=self.dtype)
+            blocks = (first,) + (partial(block, dilation=dilation),) * (size - 1)
+            if self.drop_path:
+                blocks = tuple(partial(block, drop_path=next(rates)) for block in blocks)
+            setattr(self, f"layer{i + 1}", Stage(blocks))
+        self.add_head()
 
     def _stride(self, stage: int) -> int:
         """Return the image size divided by the size of a stage's map."""
         return min(self.stem_stride << stage, self.output_stride)
+
+    @nn.nowrap
+    def stages(self) -> dict[str, tuple[str, ...]]:
+        """Return the paths of the modules of each stage."""
+        layers = {name: (name,) for name in (f"layer{i + 1}" for i in range(len(self.stage_sizes)))}
+        return {"stem": ("conv1", "bn1"), **layers, "head": (self.head,)}
 
     @property
     def smallest_image(self) -> int:
@@ -136,7 +152,7 @@ class ResNet(Network):
             )
         return {f"layer{i + 1}": Feature(expansion * planes, self._stride(i)) for i, planes in enumerate(self.planes)}
 
-    def features(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
+    def maps(self, images: Float[Array, "n h w i"], *, train: bool) -> dict[str, Float[Array, "n p q d"]]:
         """Return the map after each stage by the stage's name: `{"layer1": (n, h / 4, w / 4, 256), ...}`."""
         check_images(images, self.in_channels, smallest=self.smallest_image, stride=self.output_stride)
         x = self.conv1(images, train=train)

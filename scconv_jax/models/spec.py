@@ -17,12 +17,22 @@ from scconv_jax.models.network import Feature, Network
 
 # Options of `create_model`, each with its meaning.
 COMMON = {
-    "num_classes": "Number of classes: the length of the logits. 1000 by default, 10 for the small networks.",
+    "num_classes": "Number of classes: the length of the logits. 1000 by default, 10 for the small networks. 0: no head.",
     "in_channels": "Channels of the images: 3 by default, 1 for grey ones, 4 or more for others.",
     "dtype": "Computation dtype: `jnp.float32` (default), `jnp.bfloat16`, `jnp.float16` or, with 64-bit JAX, `jnp.float64`.",
     "axis_name": "Mapped axis over which BatchNorm computes its statistics. None (default): each device computes its own.",
+    "dropout": "Probability that training sets a pooled feature to zero, before the head. 0 by default.",
+    "frozen": 'Stages, ("stem", "layer1"), or patterns of module paths whose norms training runs by their running statistics.',
+    "rematerialise": "Recompute blocks in the backward pass instead of storing their activations. False by default.",
+    "param_dtype": "Dtype of the parameters. None (default): `jnp.float32`.",
+    "kernel_init": "Initialiser of all kernels, `(key, shape, dtype)` to an array. None (default): PyTorch's initial values.",
 }
-DILATED = COMMON | {
+DROP_PATH = {
+    "drop_path": "Stochastic depth: probability of leaving out the last block in training, falling to 0 at the first.",
+}
+DILATED = {
+    **COMMON,
+    **DROP_PATH,
     "planes": "Width of the blocks in each stage, a tuple.",
     "output_stride": "Image size divided by the size of the last map. Half or a quarter of the default dilates the last stages.",
 }
@@ -79,8 +89,8 @@ class ModelSpec:
     rows: tuple[Row, ...] = ()
 
     @property
-    def head(self) -> str:
-        """Name of the last, fully connected layer."""
+    def classifier(self) -> str:
+        """Name of the head, the last and fully connected layer: `variables["params"][classifier]`."""
         return self.build().head
 
     @property
@@ -130,7 +140,7 @@ class ModelSpec:
             "weights": [f"{self.weights} (SHA-256 {self.sha256}…)" if self.weights else "none published"],
             "conventions": [", ".join(self.conventions) or "its own"],
             "verify": [self.counterpart or "only with --reference"],
-            "head": [self.head],
+            "classifier": [self.classifier],
             "options": [f"{option}: {meaning}" for option, meaning in self.options.items()],
             "papers": [
                 f"{row.paper}, {row.label}: {row.parameters} M, {row.multiply_adds} G, top-1 {row.top1} %" for row in self.rows

@@ -88,7 +88,7 @@ def test_the_papers_tables(capsys):
         (["summary", "scnet50", "--size", "96"], "This network needs images of at least 97×97 px; got 96×96."),
         (["summary", "scnet50", "--depth", "0"], "--depth 0 must be 1 or more"),
         (["summary", "scnet50", "--size", "0"], "--size 0 must be 1 or more"),
-        (["summary", "scnet50", "--num-classes", "-2"], "num_classes=-2 must be one positive integer."),
+        (["summary", "scnet50", "--num-classes", "-2"], "num_classes=-2 must be 0, for no head, or a positive integer."),
         (["summary", "--all", "scnet50"], "--all shows all networks as they are and cannot be combined with MODEL."),
         (["summary", "--all", "--num-classes", "7"], "cannot be combined with --num-classes."),
         (["summary", "--markdown", "--json"], "--markdown shows all networks as they are and cannot be combined with --json."),

@@ -100,7 +100,7 @@ def test_the_head_and_the_smallest_image(name):
     init = partial(create_model(name, num_classes=7).init, train=False)
     smallest = spec.smallest_image
     variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, smallest, smallest, 3)))
-    assert variables["params"][spec.head]["bias"].shape == (7,)
+    assert variables["params"][spec.classifier]["bias"].shape == (7,)
     if smallest > 1:
         with pytest.raises(ValueError, match=f"at least {smallest}×{smallest}"):
             jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, smallest - 1, smallest, 3)))
@@ -153,11 +153,18 @@ def test_rows_of_the_papers():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("pretrained", r"Load the published weights with scconv_jax\.load_model\('scnet50'\)"),
+        (
+            "pretrained",
+            r"Flax keeps weights outside of the network; model, variables = scconv_jax\.load_model\('scnet50'\) returns both",
+        ),
         ("in_chans", "Use in_channels."),
-        ("drop_rate", "no dropout"),
-        ("drop_path_rate", "no dropout and no stochastic depth"),
-        ("global_pool", "The head averages the last map"),
+        ("drop_rate", "Use dropout, before the head."),
+        ("drop_path_rate", "Use drop_path."),
+        ("drop_block_rate", "There is no DropBlock"),
+        ("frozen_stages", r'Use frozen=\("stem", "layer1"\)'),
+        ("grad_checkpointing", "Use rematerialise=True."),
+        ("include_top", "Use num_classes=0"),
+        ("global_pool", 'The head averages the last map; method="pooled"'),
         ("features_only", 'method="features"'),
         ("out_indices", "feature_info"),
         ("num_features", "feature_info"),
@@ -168,22 +175,32 @@ def test_rows_of_the_papers():
 def test_habits_of_other_libraries(option, message):
     with pytest.raises(ValueError, match=f"Model 'scnet50' has no option '{option}'.*{message}") as error:
         create_model("scnet50", **{option: True})
-    assert str(error.value).endswith("Its options: num_classes, in_channels, dtype, axis_name, planes, output_stride.")
+    assert str(error.value).endswith(f"Its options: {', '.join(model_info('scnet50').options)}.")
 
 
 def test_weights_that_were_not_published():
-    with pytest.raises(ValueError, match=r"Only scnet101, scnet50, scnet50_v1d have published weights.*load_model\(SOURCE\)"):
-        create_model("resnet50", pretrained=True)
+    with pytest.raises(
+        ValueError, match=r"load_model\(SOURCE, num_classes=10\).*only scnet101, scnet50, scnet50_v1d have published"
+    ):
+        create_model("resnet50", pretrained=True, num_classes=10)
+    assert create_model("resnet50", pretrained=False) == create_model("resnet50")
+
+
+@pytest.mark.parametrize("name", ["ghostnet_100", "densenet121_small"])
+@pytest.mark.parametrize("option", ["drop_path", "drop_path_rate"])
+def test_networks_without_residual_blocks_have_no_drop_path(name, option):
+    with pytest.raises(ValueError, match=f"has no option '{option}'. It has no residual blocks that training could leave out."):
+        create_model(name, **{option: 0.1})
 
 
 def test_no_advice_hides_an_option():
     assert not set(ADVICE) & {option for spec in MODELS.values() for option in spec.options}
 
 
-@pytest.mark.parametrize("value", [None, "10", 0, -1, True, 2.0, (10,)])
+@pytest.mark.parametrize("value", [None, "10", -1, True, 2.0, (10,)])
 @pytest.mark.usefixtures("unchecked")
 def test_num_classes_is_checked_before_flax(value):
-    with pytest.raises(ValueError, match=re.escape(f"num_classes={value!r} must be one positive integer.")):
+    with pytest.raises(ValueError, match=re.escape(f"num_classes={value!r} must be 0, for no head, or a positive integer.")):
         create_model("scnet50", num_classes=value)
 
 

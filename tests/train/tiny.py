@@ -9,31 +9,37 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 import scconv_jax
 from scconv_jax.layers.core import BatchNorm, Conv
+from scconv_jax.models import Network
 from train.run.checkpoints import Checkpoints
 
 _create_model = scconv_jax.create_model
 
 
-class Tiny(nn.Module):
+class Tiny(Network, kw_only=True):
     """Convolution, BatchNorm, ReLU, mean, linear: `(n, h, w, 3)` to logits `(n, num_classes)`."""
 
     num_classes: int = 10
-    in_channels: int = 3
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
+    drop_path: float = 0.0
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        x = Conv(8, 3, strides=2, padding=1, dtype=self.dtype, name="conv")(images)
-        x = nn.relu(BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name="bn")(x, train=train))
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x.mean(axis=(1, 2)))
-        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+    def setup(self) -> None:
+        self.conv = Conv(8, 3, strides=2, padding=1, dtype=self.dtype)
+        self.bn = BatchNorm(dtype=self.dtype, axis_name=self.axis_name)
+        self.fc = nn.Dense(self.num_classes, dtype=self.dtype)
+        self.leave_out = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3))
+        self.drop = nn.Dropout(self.dropout)
+
+    @nn.nowrap
+    def stages(self) -> dict[str, tuple[str, ...]]:
+        return {"stem": ("conv", "bn"), "head": ("fc",)}
+
+    def maps(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        x = nn.relu(self.bn(self.conv(images, train=train), train=train))
+        return {"layer1": self.leave_out(x, deterministic=not train)}
 
 
 def create_tiny(name: str, **options: Any) -> Tiny:

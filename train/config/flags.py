@@ -23,6 +23,7 @@ SHORT_NAMES = {
     "--pretrained": "--model.init pretrained",
     "-b, --batch-size": "--data.batch-size",
     "-j, --workers": "--data.threads",
+    "--opt": "--optim.name",
     "--lr, --learning-rate": "--optim.lr",
     "--momentum": "--optim.momentum",
     "--wd, --weight-decay": "--optim.weight-decay",

@@ -27,10 +27,16 @@ class Model(Group):
     """Computation dtype. Parameters are float32; with float64, which needs JAX_ENABLE_X64=1, they are float64 too."""
     sync_batchnorm: bool = False
     """Compute BatchNorm statistics over the global batch, not over each device's part of it."""
+    drop_path: float = 0.0
+    """Stochastic depth: probability of leaving out the last block for an image, falling linearly to 0 at the first block."""
+    dropout: float = 0.0
+    """Probability that a pooled feature is set to zero before the head."""
     rematerialise: bool = False
     """Keep only the outputs of blocks and recompute the rest in the backward pass: less memory, more time."""
 
     def _check(self) -> None:
+        for name in ("drop_path", "dropout"):
+            self._require(0 <= getattr(self, name) < 1, name, "at least 0 and under 1")
         self._require(len(self.init_rename) % 2 == 0, "init_rename", "pairs of a regular expression and its replacement")
 
 
@@ -123,18 +129,22 @@ class Augment(Group):
 class Optim(Group):
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["sgd", "lars"] = "sgd"
-    """SGD with momentum as PyTorch defines it, or LARS (You et al. 2017) for batches of thousands of images."""
+    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    """SGD with momentum or AdamW, as in PyTorch; LARS or LAMB (You et al. 2017, 2019) for batches of thousands of images."""
     lr: float = 0.1
     """Peak learning rate for the global batch; see lr_reference_batch."""
     lr_reference_batch: int = 0
     """Batch size that `lr` refers to: the peak is `lr * batch_size / lr_reference_batch`. 0: the peak is `lr`."""
     momentum: float = 0.9
-    """Momentum coefficient."""
+    """Momentum coefficient of SGD and LARS."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """Decay rates of the averages of gradients and of their squares, for AdamW and LAMB."""
     weight_decay: float = 1e-4
-    """Weight decay coefficient; the decay is added to the gradient, as in PyTorch's SGD."""
+    """Weight decay coefficient. SGD and LARS add the decay to the gradient; AdamW and LAMB apply it apart, times the rate."""
     decay_kernels_only: bool = False
-    """Exclude biases and parameters of norms from weight decay. LARS always excludes them."""
+    """Exclude biases and parameters of norms from weight decay. LARS and LAMB always exclude them."""
+    freeze: tuple[str, ...] = ()
+    """Stages (stem layer1 ... head) or patterns of paths (layer1/0, */bn1) to keep: parameters and BatchNorm statistics."""
     clip_norm: float = 0.0
     """Largest norm of the gradient over all parameters; longer gradients are scaled down to it. 0: no clipping."""
     label_smoothing: float = 0.0
@@ -156,6 +166,8 @@ class Optim(Group):
         self._require(self.lr > 0, "lr", "above 0")
         for name in ("momentum", "label_smoothing", "ema"):
             self._require(0 <= getattr(self, name) < 1, name, "at least 0 and under 1")
+        rates = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        self._require(rates, "betas", "two numbers, each at least 0 and under 1, such as (0.9, 0.999)")
         self._at_least(1, "accumulate")
         self._at_least(0, "lr_reference_batch", "weight_decay", "clip_norm", "warmup_epochs", "drop_factor")
         self._require(list(self.drop_epochs) == sorted(set(self.drop_epochs)), "drop_epochs", "in rising order")
@@ -222,6 +234,8 @@ class Config(Group):
     """First epoch: sets the position in the schedule and the order of the images."""
     seed: int = 0
     """Seed of the initial weights, of the order of the images and of their augmentation."""
+    patience: int = 0
+    """Epochs without a better test accuracy after which training ends. 0: train to the last epoch."""
     parallel: Literal["shard_map", "pmap"] = "shard_map"
     """JAX transformation that maps the step over the devices."""
     log_every: int = 20
@@ -240,7 +254,7 @@ class Config(Group):
 
     def _check(self) -> None:
         self._at_least(1, "epochs", "log_every", "keep_checkpoints")
-        self._at_least(0, "checkpoint_every", "check_every")
+        self._at_least(0, "checkpoint_every", "check_every", "patience")
         self._require(0 <= self.start_epoch < self.epochs, "start_epoch", "at least 0 and under epochs")
         self._require(0 <= self.seed < 2**31, "seed", "at least 0 and under 2**31")
         self._require(self.optim.warmup_epochs < self.epochs, "epochs", "more than Optim.warmup_epochs")

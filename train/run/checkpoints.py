@@ -274,7 +274,7 @@ class Checkpoints:
             same_model = all(name.startswith(("opt_state/", "ema/")) for name in differing)
             name = min(differing, key=lambda name: (not name.startswith("params/"), name))
             there, here = found.get(name, "absent"), wanted.get(name, "absent")
-            cause = "optimizer: keep optim.name and the use of optim.ema unchanged" if same_model else "model"
+            cause = "optimizer: keep optim.name, optim.freeze and the use of optim.ema unchanged" if same_model else "model"
             raise ConfigError(f"the checkpoint {folder} has another {cause}; {name} is {there} in it, {here} here")
         images = about.get("images", self._images)
         if self._images not in (None, images):

@@ -143,3 +143,10 @@ class MetricsWindow:
 def best_line(tested: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the line with the best `eval/top1`, the latest if several are equal."""
     return max(reversed(tested), key=lambda line: line["eval/top1"])
+
+
+def epochs_without_progress(workdir: Path) -> int:
+    """Return the number of tests of a run since the first with the best `eval/top1`."""
+    path = workdir / "metrics.jsonl"
+    tested = [line["eval/top1"] for line in read_metrics(path) if "eval/top1" in line] if path.exists() else []
+    return len(tested) - 1 - tested.index(max(tested)) if tested else 0

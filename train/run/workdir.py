@@ -20,7 +20,8 @@ from train.config.files import differences, from_json, to_json
 RUNS = Path("runs")
 LOCK = ".lock"
 FIXED = (
-    "model.name", "data.name", "data.batch_size", "data.synthetic_train", "data.synthetic_classes", "data.val_fraction",
+    "model.name", "optim.freeze",
+    "data.name", "data.batch_size", "data.synthetic_train", "data.synthetic_classes", "data.val_fraction",
 )  # fmt: skip
 """Fields that cannot change within a run: the parameters and the meaning of a step depend on them."""
 

@@ -1,0 +1,208 @@
+"""Options of every network: no head, pooled features, dropout, stochastic depth, frozen stages, rematerialisation, parameters."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from scconv_jax import create_model, model_info
+from scconv_jax.models import BasicBlock, Bottleneck, DenseNet, GhostNet, ResNet, SCBottleneck, SCNet, WideResNet
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+SMALL = {"num_classes": 3, "output_stride": 8, "planes": (4, 8)}
+X = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+FAMILIES = {
+    "ResNet": (ResNet(Bottleneck, (1, 2), **SMALL), 32),
+    "SCNet": (SCNet(SCBottleneck, (1, 2), **SMALL), 32),
+    "WideResNet": (WideResNet(depth=10, width=1, num_classes=3), 64),
+    "DenseNet": (DenseNet(block_sizes=(1, 2), growth=4, num_classes=3), 14),
+    "GhostNet": (GhostNet(num_classes=3), 1280),
+}
+DROPS = ["ResNet", "SCNet", "WideResNet"]
+
+
+def initial(model):
+    """Variables from a seed, without initial values that hide mistakes."""
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), X, train=False))
+    leaves, structure = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return structure.unflatten([0.1 + 0.2 * jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_head_and_pooled_features(family):
+    model, features = FAMILIES[family]
+    variables = initial(model)
+    bare = model.clone(num_classes=0)
+    expected = {**variables, "params": {name: leaf for name, leaf in variables["params"].items() if name != model.head}}
+    shapes = jax.eval_shape(lambda: bare.init(jax.random.key(0), X, train=False))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, expected)
+    assert model.num_features == features
+
+    @jax.jit
+    def both(variables):
+        pooled = model.apply(variables, X, train=False, method="pooled")
+        return pooled, model.apply(variables, X, train=False), bare.apply(expected, X, train=False)
+
+    pooled, logits, headless = both(variables)
+    assert pooled.shape == (4, features)
+    assert pooled.dtype == jnp.float32
+    np.testing.assert_allclose(headless, pooled, rtol=1e-5)
+    head = variables["params"][model.head]
+    np.testing.assert_allclose(logits, pooled @ head["kernel"] + head["bias"][None], rtol=1e-5, atol=1e-4)
+
+
+def test_the_record_names_the_head_of_each_family():
+    names = ("scnet50", "wrn28_10_small", "densenet121_small", "ghostnet_100", "scconv_resnet50", "ghost_resnet56_small")
+    assert [model_info(name).classifier for name in names] == ["fc", "fc", "linear", "classifier", "fc", "fc"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_cover_every_parameter_once(family):
+    model, _ = FAMILIES[family]
+    stages = model.stages()
+    assert list(stages) == ["stem", *model.feature_info(), "head"]
+    paths = list(flatten_dict(jax.eval_shape(lambda: model.init(jax.random.key(0), X, train=False))["params"], sep="/"))
+    for path in paths:
+        found = [stage for stage, modules in stages.items() if any(path.startswith(f"{module}/") for module in modules)]
+        assert len(found) == 1, path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_norms_keep_their_statistics(family):
+    """The stem and the first stage evaluate, the rest trains, and the maps of frozen stages are those of evaluation."""
+    model, _ = FAMILIES[family]
+    variables, frozen = initial(model), model.clone(frozen=("stem", "layer1"))
+
+    @jax.jit
+    def maps(variables):
+        new = frozen.apply(variables, X, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+        trained = frozen.apply(variables, X, train=True, mutable=["batch_stats"], method="features")[0]
+        return new, trained["layer1"], model.apply(variables, X, train=False, method="features")["layer1"]
+
+    new, trained, evaluated = maps(variables)
+    np.testing.assert_allclose(trained, evaluated, rtol=1e-4, atol=1e-5 * np.abs(evaluated).max())
+    kept = [path for stage in ("stem", "layer1") for path in model.stages()[stage]]
+    before = flatten_dict(variables["batch_stats"], sep="/")
+    for path, value in flatten_dict(new, sep="/").items():
+        assert (value == before[path]).all() == any(path.startswith(f"{module}/") for module in kept), path
+
+
+def test_patterns_freeze_single_norms():
+    model, _ = FAMILIES["ResNet"]
+    variables = initial(model)
+    new = model.clone(frozen=("layer2/0", "*/bn3")).apply(variables, X, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+    before = flatten_dict(variables["batch_stats"], sep="/")
+    same = {path.rpartition("/")[0] for path, value in flatten_dict(new, sep="/").items() if (value == before[path]).all()}
+    assert same == {path.rpartition("/")[0] for path in before if path.startswith("layer2/0/") or "/bn3/" in path}
+
+
+@pytest.mark.parametrize("family", DROPS)
+def test_stochastic_depth(family):
+    """Per image, in training alone, and without an effect on the first block, whose rate is 0."""
+    model, _ = FAMILIES[family]
+    variables, random = initial(model), model.clone(drop_path=0.5)
+
+    @jax.jit
+    def maps(variables, key):
+        return random.apply(variables, X, train=True, mutable=["batch_stats"], rngs={"dropout": key}, method="features")[0]
+
+    found = [maps(variables, jax.random.key(seed)) for seed in (0, 0, 1, 2, 3)]
+    first, *_, last = found[0]
+    jax.tree.map(np.testing.assert_array_equal, found[0], found[1])
+    for other in found[2:]:
+        np.testing.assert_array_equal(found[0][first], other[first])
+    assert any((found[0][last] != other[last]).any() for other in found[2:])
+    np.testing.assert_array_equal(random.apply(variables, X, train=False), model.apply(variables, X, train=False))
+    with pytest.raises(Exception, match='needs PRNG for "dropout"'):
+        random.apply(variables, X, train=True, mutable=["batch_stats"])
+
+
+def test_a_dropped_branch_is_zero_and_the_others_are_scaled():
+    block = BasicBlock(4, drop_path=0.25)
+    x = jnp.abs(jax.random.normal(jax.random.key(2), (64, 4, 4, 4)))
+    variables = block.init(jax.random.key(0), x, train=False)
+    whole, _ = block.clone(drop_path=0.0).apply(variables, x, train=True, mutable=["batch_stats"])
+    some, _ = block.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3)})
+    dropped = (some == x).all((1, 2, 3))
+    assert 4 <= dropped.sum() <= 32
+    before = jnp.where(whole > 0, whole - x, 0)  # the branch, where ReLU passes
+    passed = (whole > 0) & (some > 0) & ~dropped[:, None, None, None]
+    np.testing.assert_allclose(jnp.where(passed, some - x, 0), jnp.where(passed, before / 0.75, 0), atol=1e-5)
+
+
+def test_dropout_before_the_head():
+    model, _ = FAMILIES["ResNet"]
+    variables, random = initial(model), model.clone(dropout=0.5)
+    assert jax.tree.map(jnp.shape, initial(random)) == jax.tree.map(jnp.shape, variables)
+
+    def train(model, key, **options):
+        return model.apply(variables, X, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(key)}, **options)[0]
+
+    assert (train(random, 0) != train(random, 1)).any()
+    np.testing.assert_array_equal(train(random, 0, method="pooled"), train(model, 0, method="pooled"))
+    np.testing.assert_array_equal(random.apply(variables, X, train=False), model.apply(variables, X, train=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rematerialisation_changes_memory_and_not_the_gradient(family):
+    model, _ = FAMILIES[family]
+    variables = initial(model)
+
+    def loss(params, model):
+        y, new = model.apply({**variables, "params": params}, X, train=True, mutable=["batch_stats"])
+        return jnp.square(y).mean(), new
+
+    programs = [
+        jax.make_jaxpr(jax.grad(loss, has_aux=True), static_argnums=1)(variables["params"], m)
+        for m in (model, model.clone(rematerialise=True))
+    ]
+    assert ["checkpoint" in str(program) or "remat" in str(program) for program in programs] == [False, True]
+    if family == "ResNet":
+        plain, small = (
+            jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(variables["params"], m)
+            for m in (model, model.clone(rematerialise=True))
+        )
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(small), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+def test_parameters_of_another_dtype_and_with_other_initial_values():
+    model = create_model("scnet20_small", param_dtype=jnp.bfloat16, kernel_init=nn.initializers.constant(0.5))
+    variables = jax.jit(lambda: model.init(jax.random.key(0), X, train=False))()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["batch_stats"])} == {"float32"}
+    kernels = {path: leaf for path, leaf in flatten_dict(variables["params"], sep="/").items() if path.endswith("kernel")}
+    assert "fc/kernel" in kernels
+    assert all((leaf == 0.5).all() for leaf in kernels.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"drop_path": 1.0},
+            "drop_path=1.0 must be a probability from 0 to below 1; 0 switches it off. Nearest valid value: 0.99.",
+        ),
+        ({"drop_path": 20}, "Nearest valid value: 0.99, or 0.2 if it is in percent."),
+        ({"dropout": -0.5}, "dropout=-0.5 must be a probability from 0 to below 1; 0 switches it off. Nearest valid value: 0."),
+        ({"dropout": "half"}, "dropout='half' must be a probability from 0 to below 1"),
+        ({"dropout": True}, "dropout=True must be a probability"),
+        ({"dropout": float("nan")}, "dropout=nan must be a probability"),
+        ({"frozen": "stem"}, "frozen='stem' must be a tuple of names, such as ('stem', 'layer1')."),
+        ({"frozen": 3}, "frozen=3 must be a tuple of names"),
+        ({"frozen": ("layr1",)}, "the network has no stage or module 'layr1'. Did you mean 'layer1' or"),
+        ({"frozen": ("layer5",)}, "Stages: stem, layer1, layer2, layer3, layer4, head; patterns of paths, such as layer1/0"),
+        ({"rematerialise": "yes"}, "rematerialise='yes' must be True or False."),
+        ({"param_dtype": jnp.int8}, "is not a floating-point dtype. Use jnp.float32"),
+        ({"kernel_init": 0.1}, "kernel_init=0.1 must be a function (key, shape, dtype) → array"),
+        ({"in_channels": 0}, "in_channels=0 must be one positive integer."),
+    ],
+)
+def test_values_that_are_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_model("scnet50", **options)
