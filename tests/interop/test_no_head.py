@@ -39,7 +39,7 @@ def test_the_head_is_left_out(file, caplog, name):
 def test_a_file_without_head_gives_the_same_network_again(file, tmp_path, caplog):
     model, variables = scconv_jax.load_model(file[0], NAME, num_classes=0)
     path = tmp_path / "bare.safetensors"
-    scconv_jax.save(path, variables, {"model": NAME, "arguments": {"num_classes": 0, "planes": (16, 32, 64)}})
+    scconv_jax.save(path, variables, {"model": NAME, "arguments": {"num_classes": 0}})
     caplog.clear()
     with caplog.at_level(logging.WARNING, "scconv_jax"):
         again, found = scconv_jax.load_model(path)
