@@ -93,7 +93,7 @@ def test_notebook_runs_and_prints_what_is_stored(path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     stored = nbformat.read(path, 4)
-    executed = nbclient.NotebookClient(nbformat.read(path, 4), timeout=120).execute()
+    executed = nbclient.NotebookClient(nbformat.read(path, 4), timeout=600).execute()
     for before, after in zip(stored.cells, executed.cells, strict=True):
         if before.cell_type == "code":
             assert printed(after) == printed(before), before.source
