@@ -80,6 +80,17 @@ def test_equinox_network_reads_unseen_digits():
     assert after > 0.8
 
 
+def test_fine_tuning_changes_only_what_is_not_frozen():
+    found = small("fine_tuning")
+    before, after = found["accuracy"]
+    assert before < 0.5
+    assert after > 0.8
+    for collection in ("params", "batch_stats"):
+        for module, same in found["unchanged"][collection].items():
+            unchanged = set(jax.tree.leaves(same))
+            assert unchanged == ({True} if module in ("conv1", "bn1", "layer1") else {False}), (collection, module)
+
+
 def test_distillation_teaches_a_smaller_network_without_labels():
     found = small("distillation")
     assert found["parameters"]["student"] < 0.5 * found["parameters"]["teacher"]
