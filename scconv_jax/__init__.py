@@ -47,7 +47,7 @@ from scconv_jax.programs import keep_programs
 from scconv_jax.reports import Summary, count_parameters, summary
 from scconv_jax.weights import WeightsError, runs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CRU",
