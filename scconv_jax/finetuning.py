@@ -29,7 +29,8 @@ def reset_classifier(
         key: Key for the initial values of the head. If None, `jax.random.key(0)`.
 
     Returns:
-        `(model, variables)`. All leaves but the head's are those of `variables`.
+        `(model, variables)`. The head's kernel has the shape `(num_features, num_classes)`; all other leaves are those of
+        `variables`.
 
     Raises:
         ValueError: `num_classes` is not 0 or a positive integer, or the variables are of another network.
