@@ -57,8 +57,8 @@ def frozen_mask(model: Network, params: Mapping[str, Any], names: Sequence[str] 
     Args:
         model: A network of this library.
         params: Its parameters, `variables["params"]`, or their shapes.
-        names: Stages ("stem", "layer1", ..., "head"), or patterns of paths: of modules ("layer1/0", "*/bn1") or of single
-            parameters ("*/bias"). If None, the network's attribute `frozen`.
+        names: Stages ("stem", "layer1", ..., "head"), or patterns of paths: of modules (`layer1/0`, `*/bn1`) or of single
+            parameters (`*/bias`). If None, the network's attribute `frozen`.
 
     Returns:
         The mask. A parameter is frozen if its path, or that of a module around it, matches a name.

@@ -53,7 +53,7 @@ class Network(Layer, kw_only=True):
         dtype: Computation dtype. Results are float32, or float64 for a float64 network.
         axis_name: Mapped axis over which BatchNorm computes its statistics. If None, each device computes its own.
         dropout: Probability that training sets a pooled feature to zero. It then needs `rngs={"dropout": key}`.
-        frozen: Stages ("stem", "layer1", ..., "head"), or patterns of module paths ("layer1/0", "*/bn1"), that training runs as
+        frozen: Stages ("stem", "layer1", ..., "head"), or patterns of module paths (`layer1/0`, `*/bn1`), that training runs as
             evaluation does: their norms use the running statistics and keep them. `frozen_mask` keeps their parameters.
         rematerialise: Whether the backward pass recomputes each block from the output of the block before it, to save memory.
         image_size: Height and width, in pixels, of the images that the network is designed for.
