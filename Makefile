@@ -39,7 +39,7 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@$(PIP) $(TORCH)
-	@$(PIP) --editable '.[train,tfds,test,docs]'
+	@$(PIP) --editable '.[train,tfds,export,test,docs]'
 	@touch $@ $(VENV)/.train $(VENV)/.docs
 
 train: $(VENV)/.train
@@ -57,6 +57,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 docs: $(VENV)/.docs
+	@$(BIN)/python docs/drawing/runtime.py
 	$(BIN)/python -m sphinx -q -E -W --keep-going -d site/.doctrees docs site
 	@echo "Documentation: open site/index.html"
 

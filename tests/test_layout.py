@@ -27,13 +27,27 @@ LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors"}  # 
 LATE_OF = {  # optional packages that a file may import inside a function
     "cli/predict.py": {"PIL"},
     "images.py": {"PIL"},
+    "inference/export.py": {"onnxruntime"},
+    "inference/onnx_conversion.py": {"onnx"},
+    "inference/onnx_graph.py": {"onnx"},
+    "inference/onnx_operations.py": {"onnx"},
     "interop/references.py": {"torch"},
     "interop/torch_networks.py": {"torch"},
     "interop/verification.py": {"torch"},
     "shapes.py": {"jaxtyping"},
     "weights/runs.py": {"orbax"},
 }
-LATE_ONLY = {"matplotlib", "sklearn", "tensorboardX", "wandb", "tensorflow", "tensorflow_datasets", "torch"}
+LATE_ONLY = {
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "sklearn",
+    "tensorboardX",
+    "wandb",
+    "tensorflow",
+    "tensorflow_datasets",
+    "torch",
+}
 
 
 def files(package):
