@@ -11,7 +11,7 @@ Folders:
     models/       networks by name: create_model, list_models, model_info, feature_info
     weights/      reading, writing and downloading files of weights
     interop/      PyTorch's keys and layouts: from_torch, to_torch, load_model, load_weights, save, load
-    inference/    trained networks in use: load_run, predict (class names, preparation of images), inference_options
+    inference/    trained networks in use: load_run, predict (class names, preparation of images), export, to_onnx, inference_options
     cli/          the commands of `python -m scconv_jax`
     images.py     image files to a network's input
     finetuning.py another head, frozen parameters: reset_classifier, frozen_mask
@@ -24,7 +24,9 @@ Folders:
 from scconv_jax import files, functional, images, layers, messages, models
 from scconv_jax.bridge import from_nnx, to_nnx
 from scconv_jax.finetuning import frozen_mask, reset_classifier
+from scconv_jax.inference.export import Exported, export
 from scconv_jax.inference.imagenet import imagenet_name
+from scconv_jax.inference.onnx_conversion import ExportError, to_onnx
 from scconv_jax.inference.options import inference_options
 from scconv_jax.inference.predict import predict
 from scconv_jax.inference.run import TrainedModel, load_run
@@ -53,6 +55,8 @@ __all__ = [
     "CRU",
     "SRU",
     "ConversionError",
+    "ExportError",
+    "Exported",
     "GhostConv",
     "Part",
     "ScConv",
@@ -63,6 +67,7 @@ __all__ = [
     "WeightsError",
     "count_parameters",
     "create_model",
+    "export",
     "feature_info",
     "files",
     "from_nnx",
@@ -91,6 +96,7 @@ __all__ = [
     "save",
     "summary",
     "to_nnx",
+    "to_onnx",
     "to_torch",
 ]
 
