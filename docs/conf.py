@@ -16,7 +16,7 @@ copyright = "2026, the authors of scconv_jax. MIT licence"
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.napoleon", "sphinx_copybutton", "reference", "sources", "figures", "narrow"]
-exclude_patterns = ["extensions", "figures", "static"]
+exclude_patterns = ["extensions", "figures", "static", "drawing"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
@@ -33,6 +33,7 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = "scconv_jax"
 html_static_path = ["static"]
+html_extra_path = ["extra"]  # draw/, a page that Sphinx copies as it is
 html_css_files = ["site.css"]
 html_js_files = ["search_from_disk.js"]
 html_logo = "static/logo.svg"
