@@ -11,7 +11,7 @@ Folders:
     models/       networks by name: create_model, list_models, model_info, feature_info
     weights/      reading, writing and downloading files of weights
     interop/      PyTorch's keys and layouts: from_torch, to_torch, load_model, load_weights, save, load
-    inference/    trained networks in use: load_run, predict (class names, preparation of images), export, to_onnx, inference_options
+    inference/    trained networks in use: load_run, predict, export, to_onnx, inference_options
     cli/          the commands of `python -m scconv_jax`
     images.py     image files to a network's input
     finetuning.py another head, frozen parameters: reset_classifier, frozen_mask

@@ -18,7 +18,7 @@ LIBRARY = {
     "models": {"functional", "layers"},
     "weights": set(),
     "interop": {"functional", "layers", "models", "weights"},
-    "inference": {"functional", "layers", "models", "weights", "interop"},
+    "inference": {"", "functional", "layers", "models", "weights", "interop"},
     "cli": {"", "layers", "models", "weights", "interop", "inference"},
 }
 TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}, "report": {"", "config", "data", "run"}}

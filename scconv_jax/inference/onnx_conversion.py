@@ -114,6 +114,8 @@ def _apply(graph: Graph, equation: Any, values: list[Value], scope: str) -> Sequ
     if name != "broadcast_in_dim" and fixed and "dim" not in params and all(array is not None for array in whole):
         found = equation.primitive.bind(*whole, **params)
         return [_constant(value) for value in (found if equation.primitive.multiple_results else [found])]
+    if values and all(value.data is not None for value in values) and name != "broadcast_in_dim":
+        values = [graph.written(value) for value in values]
     if name == "ne":
         return [OPERATIONS["not"](graph, equation, OPERATIONS["eq"](graph, equation, *values))]
     if name not in OPERATIONS:

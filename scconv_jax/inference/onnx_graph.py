@@ -104,6 +104,11 @@ class Graph:
             name = self.add("Expand", name, self.shape([value.shape[axis] for axis in wanted]))
         return name
 
+    def written(self, value: Value) -> Value:
+        """Return a constant as if a node had computed it."""
+        axes = tuple(range(len(value.shape)))
+        return Value(value.shape, name=self.constant(value.data), order=axes, ones=value.ones)
+
     def shape(self, sizes: Sequence[Size], like: Sequence[Size] = ()) -> str:
         """Return the name of a shape, int64. In the shape of a Reshape of a tensor whose sizes are `like`, 0 copies a size."""
         numbers: list[int] = []

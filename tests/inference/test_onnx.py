@@ -84,6 +84,17 @@ def test_operators_with_open_sizes(name):
     check(OPERATORS[name], *export.symbolic_shape("n, 32*h, 32*w"), sizes=SIZES)
 
 
+def test_constant_maps_of_open_sizes():
+    """They cannot be folded, so their operations are written."""
+
+    def function(x):
+        ramp = jnp.broadcast_to(jnp.arange(1.0 * CHANNELS), x.shape)
+        return x + jnp.exp(-ramp[:, ::-1]).transpose(0, 2, 1, 3).sum(2)[:, None], ramp.reshape(*x.shape[:3], 2, -1)
+
+    with jax.numpy_rank_promotion("allow"):
+        check(function, *export.symbolic_shape("n, 32*h, 32*w"), sizes=SIZES[:2])
+
+
 def random_variables(model, shape):
     """Return variables as after training: norms of random statistics, scales and offsets, and kernels that keep the scale."""
     rng = np.random.default_rng(0)
