@@ -18,7 +18,7 @@ from train.run.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 EPOCHS, WARM = 50, 5
 SMALL = """
-from train.config import Config, Data, Optim
+from train.config import Config, Data, Log, Optim
 
 config = Config(
     epochs=50,
@@ -26,11 +26,12 @@ config = Config(
     checkpoint_every=10,
     data=Data(name="synthetic", image_size=32, batch_size=32, crop_padding=4, synthetic_train=640, synthetic_test=200),
     optim=Optim(lr=0.01),
+    log=Log(report=False),
 )
 """
 STEPS, EVERY = 1600, 100
 LARGE = """
-from train.config import Config, Data, Optim
+from train.config import Config, Data, Log, Optim
 
 config = Config(
     epochs=1,
@@ -38,6 +39,7 @@ config = Config(
     checkpoint_every=100,
     data=Data(name="synthetic", image_size=32, batch_size=32, crop_padding=4, synthetic_train=32 * 1600, synthetic_test=32),
     optim=Optim(lr=0.01),
+    log=Log(report=False),
 )
 """
 

@@ -21,7 +21,7 @@ from train.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
-from train.config import Config, Data, Optim
+from train.config import Config, Data, Log, Optim
 
 config = Config(
     epochs=8,
@@ -29,6 +29,7 @@ config = Config(
     checkpoint_every=30,
     data=Data(name="synthetic", image_size=8, batch_size=16, crop_padding=1, synthetic_train=1600, synthetic_test=1600),
     optim=Optim(lr=0.1),
+    log=Log(report=False),
 )
 """
 TIMES = {"images_per_second", "waiting_for_data", "multiply_adds_per_second", "peak_share"}

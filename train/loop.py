@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from optax.tree_utils import tree_size
 
+import scconv_jax
 from train.config import Config, ConfigError, make_plan
 from train.data.batches import DevicePrefetcher, StoppedError, train_batches
 from train.devices import check_memory
@@ -25,8 +26,10 @@ from train.run.profiler import Profiler, peak_multiply_adds, training_multiply_a
 from train.run.progress import Progress
 from train.run.trackers import check_trackers, open_trackers
 from train.run.workdir import holds_run, locked_folder, save_config
-from train.setup import make_setup, make_step, make_test, save_record
+from train.setup import TrainingSetup, make_setup, make_step, make_test, save_record
 
+CURVES_SECONDS = 2.0
+"""Least time between two drawings of curves.png, so that short epochs are not held up."""
 SLOW_INPUT_WARNING = (
     "warning: the devices wait for data (see waiting_for_data in metrics.jsonl); more --data.threads or a faster disk may help"
 )
@@ -54,6 +57,7 @@ def train(config: Config, workdir: Path) -> int:
             f"log.profile_steps starts at step {config.log.profile_steps[0]}, but the run has {plan.total_steps} steps"
         )
     is_host_0 = jax.process_index() == 0
+    title, drawn = f"{config.model.name} on {config.data.name}", began
     written = workdir if is_host_0 else None  # host 0 alone reads and writes the workdir
     if is_host_0:
         check_trackers(config.log)
@@ -126,6 +130,11 @@ def train(config: Config, workdir: Path) -> int:
                 metrics.write(step, epoch=epoch, **test_metrics)
                 checkpoints.save(state, test_metrics)
                 progress.say(epoch_line(epoch, config.epochs, train_metrics | test_metrics))
+                nonlocal drawn
+                if is_host_0 and time.perf_counter() - drawn > CURVES_SECONDS:
+                    run = checkpoints.workdir  # the folder may have been renamed
+                    draw_curves(run / "metrics.jsonl", run / "curves.png", title=title)
+                    drawn = time.perf_counter()
                 window.restart_clock()
 
             epoch, position = divmod(step, plan.steps_per_epoch)
@@ -170,7 +179,7 @@ def train(config: Config, workdir: Path) -> int:
     if not is_host_0:
         return 0 if completed else signals.received
     workdir = checkpoints.workdir
-    draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=f"{config.model.name} on {config.data.name}")
+    draw_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=title)
     if not completed:
         print(
             f"Stopped and saved at step {step} of {plan.total_steps}. To resume: "
@@ -182,17 +191,17 @@ def train(config: Config, workdir: Path) -> int:
             f"Ended after epoch {step // plan.steps_per_epoch} of {config.epochs}: no better test accuracy for {config.patience} "
             "epochs (patience)"
         )
-    print(summary(workdir, time.perf_counter() - began))
+    seconds = time.perf_counter() - began
+    print(summary(workdir, seconds))
+    if config.log.report:
+        print(try_report(config, workdir, setup, seconds))
     return 0
 
 
-def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None:
-    """Test the best or latest checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result."""
+def evaluate(config: Config, workdir: Path | None, checkpoint: str | int = "best") -> None:
+    """Test a checkpoint in `workdir`, or the weights of `model.init` if it is None, and print the result."""
     setup = make_setup(config, testing=True, begins=workdir is None)
-    images = max(len(setup.dataset.train), config.data.batch_size)  # a test needs no full batch
-    plan = make_plan(config, images, jax.device_count())
-    optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan), setup.frozen)
-    start = InitialState(config, plan, setup.model, optimizer, setup.dataset.image_shape)
+    start = start_for_test(config, setup)
     state = start.placeholder()
     if jax.process_index() == 0 and workdir is None:
         state, notes = start.create()
@@ -200,15 +209,8 @@ def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None
             raise ConfigError(f"model.init {config.model.init!r} cannot be tested on these images. {untrained[0]}")
         print(*notes, sep="\n")
     elif jax.process_index() == 0 and workdir is not None:
-        with Checkpoints(workdir, config.keep_checkpoints, classes=setup.dataset.classes) as checkpoints:
-            best = checkpoints.best()
-            state = checkpoints.restore(start.shapes(), step=None if latest else best)
-        if latest or best is None:
-            print(
-                "Testing the latest checkpoint" + (f" (the best, of step {best}, without --latest)." if best is not None else ".")
-            )
-        else:
-            print(f"Testing the best checkpoint (--latest: that of step {checkpoints.latest()}).")
+        state, said = restore_for_test(config, setup, workdir, checkpoint)
+        print(f"Testing {said}")
     state = from_host_0(state)
     result = make_test(setup, config)(setup.parallel.put_state(state))
     print(
@@ -217,6 +219,74 @@ def evaluate(config: Config, workdir: Path | None, latest: bool = False) -> None
         + (f"top-5 {result['eval/top5']:.2%}, " if "eval/top5" in result else "")
         + f"loss {result['eval/loss']:.4f}"
     )
+
+
+def start_for_test(config: Config, setup: TrainingSetup) -> InitialState:
+    """Return what makes the initial state and its shapes. A test needs no full batch of training images."""
+    images = max(len(setup.dataset.train), config.data.batch_size)
+    plan = make_plan(config, images, jax.device_count())
+    optimizer = make_optimizer(config.optim, make_schedule(config.optim, plan), setup.frozen)
+    return InitialState(config, plan, setup.model, optimizer, setup.dataset.image_shape)
+
+
+def restore_for_test(config: Config, setup: TrainingSetup, workdir: Path, checkpoint: str | int) -> tuple[Any, str]:
+    """Return the state of a checkpoint, which `scconv_jax.runs.choose_step` chooses, and which one it is, in words."""
+    with Checkpoints(workdir, config.keep_checkpoints, classes=setup.dataset.classes) as checkpoints:
+        best, latest = checkpoints.best(), checkpoints.latest()
+        try:
+            step = scconv_jax.runs.choose_step(checkpoints.directory, checkpoint)
+        except scconv_jax.WeightsError as error:
+            raise ConfigError(f"{workdir} cannot be tested: {error}") from error
+        is_latest = checkpoint == "latest" or best is None
+        # If the latest is damaged, the one before is taken.
+        state = checkpoints.restore(start_for_test(config, setup).shapes(), step=None if is_latest and step == latest else step)
+    if checkpoint not in ("best", "latest"):
+        return state, f"the checkpoint of step {step}."
+    if is_latest:
+        return state, "the latest checkpoint" + (f" (the best, of step {best}, without --latest)." if best is not None else ".")
+    return state, f"the best checkpoint (--latest: that of step {latest})."
+
+
+def report(
+    config: Config,
+    workdir: Path,
+    checkpoint: str | int = "best",
+    setup: TrainingSetup | None = None,
+    seconds: float | None = None,
+) -> Path:
+    """Test a checkpoint in `workdir`, write its report and return the path of the page.
+
+    Args:
+        config: The run's config.
+        workdir: The run's folder.
+        checkpoint: "best", "latest" or a step.
+        setup: The run's data, network and devices. If None, they are made.
+        seconds: How long the run took, if known.
+    """
+    from train.report.results import make_results
+    from train.report.write import write_report
+
+    if setup is None:
+        setup = make_setup(config, testing=config.data.name in ("folder", "tfds"))
+        if not (workdir / scconv_jax.runs.RECORD).exists():
+            save_record(workdir, config, setup)
+    state, _ = restore_for_test(config, setup, workdir, checkpoint)
+    results = make_results(setup, config)(setup.parallel.put_state(state))
+    step = int(state.step)
+    best = scconv_jax.runs.best_step(workdir)
+    kind = "best checkpoint" if step == best else "latest checkpoint" if checkpoint == "latest" or best is None else "checkpoint"
+    return write_report(workdir, config, setup.dataset, results, step=step, checkpoint=f"{kind}, step {step:,}", seconds=seconds)
+
+
+def try_report(config: Config, workdir: Path, setup: TrainingSetup, seconds: float) -> str:
+    """Write the report of a finished run and return a line about it. A failure is no failure of the run."""
+    again = f"python -m train.report {shlex.quote(str(workdir))}"
+    if jax.process_count() > 1:
+        return f"No report was written, because the run has several hosts. One machine writes it: {again}"
+    try:
+        return f"Report: {report(config, workdir, setup=setup, seconds=seconds)}"
+    except Exception as error:  # of any kind: the network is trained
+        return f"warning: no report was written ({type(error).__name__}: {error!s:.300}). To try again: {again}"
 
 
 def resume_notes(config: Config, devices_before: int) -> list[str]:

@@ -129,7 +129,7 @@ def run(flags: Flags, link: HostLink) -> int:
     link.check_name()
     experiment, workdir = from_json(text, "the config of host 0"), folder and Path(folder)
     if flags.evaluate or workdir is None:
-        loop.evaluate(experiment, workdir, flags.latest)
+        loop.evaluate(experiment, workdir, "latest" if flags.latest else flags.checkpoint)
         return 0
     signum = loop.train(experiment, workdir)
     return 128 + signum if signum else 0

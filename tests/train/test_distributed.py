@@ -28,7 +28,7 @@ from train.run.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 SET_SILENCE = "import runpy; from train import distributed; distributed.SILENCE_SECONDS = "
 CONFIG = """
-from train.config import Config, Data, Model, Optim
+from train.config import Config, Data, Log, Model, Optim
 
 config = Config(
     epochs=4,
@@ -36,6 +36,7 @@ config = Config(
     model=Model(dtype="float64", sync_batchnorm=True),
     data=Data(name="synthetic", image_size=8, batch_size=16, crop_padding=1, synthetic_train=80, synthetic_test=27),
     optim=Optim(lr=0.1),
+    log=Log(report=False),
 )
 """
 

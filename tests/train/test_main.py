@@ -26,13 +26,14 @@ from train.step import AXIS
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
-from train.config import Config, Data, Optim
+from train.config import Config, Data, Log, Optim
 
 config = Config(
     epochs=3,
     log_every=3,
     data=Data(name="synthetic", image_size=8, batch_size=16, crop_padding=1, synthetic_train=80, synthetic_test=27),
     optim=Optim(lr=0.1),
+    log=Log(report=False),
 )
 """
 
@@ -124,6 +125,26 @@ def test_resuming_an_old_run_adds_what_answers_need(small):
     record.unlink()
     assert main(["--config", small, "--epochs", "2", "--resume"]) == 0
     assert record.read_text() == written
+
+
+def test_a_report_is_written_and_its_failure_is_none_of_the_run(small, capsys, monkeypatch):
+    assert main(["--config", small, "--epochs", "1", "--log.report"]) == 0
+    run = Path("runs/small")
+    assert f"Report: {run / 'report.html'}" in capsys.readouterr().out
+    pictures = {"calibration.png", "classes.png", "confusion.png", "numbers.json", "worst.png"}
+    assert {path.name for path in (run / "report").iterdir()} == pictures
+    numbers = json.loads((run / "report" / "numbers.json").read_text())
+    tested = read_metrics(run / "metrics.jsonl")[-1]
+    assert (numbers["images"], numbers["step"]) == (27, 5)
+    assert numbers["top1"] == pytest.approx(tested["eval/top1"])
+    assert "http" not in (run / "report.html").read_text().replace("http-equiv", "")
+
+    def fail(*_, **__):
+        raise OSError("full")
+
+    monkeypatch.setattr("train.report.write.write_report", fail)
+    assert main(["--config", small, "--epochs", "1", "--log.report", "--workdir", "other"]) == 0
+    assert "warning: no report was written (OSError: full). To try again: python -m train.report other" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("engine", ["shard_map", "pmap"])

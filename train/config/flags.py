@@ -67,7 +67,9 @@ class Flags:
     evaluate: Switch = False
     """Only test the best checkpoint in the workdir or, with --model.init and without --workdir, those weights."""
     latest: Switch = False
-    """With --evaluate: test the latest checkpoint instead of the one with the best test accuracy."""
+    """The same as --checkpoint latest."""
+    checkpoint: Annotated[str, arg(metavar="best|latest|STEP")] = "best"
+    """With --evaluate: the checkpoint to test. best has the highest test accuracy; it is the latest if none was tested."""
     best: Switch = False
     """Accepted without effect: --evaluate tests the best checkpoint."""
     dummy: Switch = False

@@ -208,8 +208,10 @@ class Hosts(Group):
 
 @dataclass(frozen=True)
 class Log(Group):
-    """Trackers in addition to `metrics.jsonl`, and the profiler."""
+    """Report of the run, trackers in addition to `metrics.jsonl`, and the profiler."""
 
+    report: bool = True
+    """After the last test, write report.html and the pictures in report/ to the workdir (not with several hosts)."""
     tensorboard: bool = False
     """Also write TensorBoard event files to the workdir."""
     wandb: bool = False

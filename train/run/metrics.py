@@ -141,8 +141,9 @@ class MetricsWindow:
 
 
 def best_line(tested: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the line with the best `eval/top1`, the latest if several are equal."""
-    return max(reversed(tested), key=lambda line: line["eval/top1"])
+    """Return the line with the best `eval/top1`, by the rule for checkpoints: the latest if several are equal."""
+    best = scconv_jax.runs.best_of({line["step"]: line["eval/top1"] for line in tested})
+    return next(line for line in reversed(tested) if line["step"] == best)
 
 
 def epochs_without_progress(workdir: Path) -> int:

@@ -16,13 +16,14 @@ from train.main import main
 from train.prepare import prepare_folder
 
 SMALL = """
-from train.config import Config, Data, Optim
+from train.config import Config, Data, Log, Optim
 
 config = Config(
     epochs=2,
     log_every=4,
     data=Data(name="folder", image_size=16, resize=16, batch_size=16, crop_scale=(0.5, 1.0), threads=2),
     optim=Optim(lr=0.1),
+    log=Log(report=False),
 )
 """
 

@@ -1,0 +1,1 @@
+"""The report of a run: pictures in RUN/report/ and one page, RUN/report.html. `python -m train.report RUN` makes it again."""
