@@ -155,8 +155,9 @@ def _environment() -> dict[str, str]:
     return {
         "devices": f"{len(devices)} × {devices[0].device_kind}, {jax.process_count()} host(s)",
         "Python": platform.python_version(),
-        "scconv_jax": scconv_jax.__version__,
-        **{name: sys.modules[name].__version__ for name in ("jax", "flax", "optax", "numpy") if name in sys.modules},
+        **{
+            name: sys.modules[name].__version__ for name in ("scconv_jax", "jax", "flax", "optax", "numpy") if name in sys.modules
+        },
         "system": f"{platform.system()} {platform.machine()}",
     }
 
