@@ -158,6 +158,46 @@ def spatial_reconstruction(
     Raises:
         ValueError: If `x` does not have four axes, c is odd or `groups` does not divide c.
     """
+    x1, x2 = spatial_separation(
+        x,
+        gamma,
+        beta,
+        groups=groups,
+        epsilon=epsilon,
+        unbiased=unbiased,
+        threshold=threshold,
+        gate=gate,
+        inclusive=inclusive,
+        gated=gated,
+        floor=floor,
+    )
+    # [X11 + X22, X12 + X21] = X1 + [X22, X21]
+    swapped = x2.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)[..., ::-1, :].reshape(x.shape)
+    y = x1 + swapped
+    return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else y
+
+
+def spatial_separation(
+    x: Float[Array, "n h w c"],
+    gamma: Float[Array, " c"],
+    beta: Float[Array, " c"],
+    *,
+    groups: int,
+    epsilon: float = 1e-5,
+    unbiased: bool = False,
+    threshold: float = 0.5,
+    gate: Literal["soft", "hard"] = "soft",
+    inclusive: bool = False,
+    gated: Literal["input", "norm"] = "input",
+    floor: float = 0.0,
+) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
+    """Return X1 and X2, the informative and the redundant part of a map: the first half of the SRU (Eqs. 1-3).
+
+    `spatial_reconstruction` documents the arguments and errors, and adds the two parts crosswise.
+
+    Returns:
+        X1 = W1 · X and X2 = W2 · X, each of the shape of `x`, float32, or float64 for float64 maps.
+    """
     check_maps("spatial_reconstruction", x)
     channels = x.shape[-1]
     check_even(channels)
@@ -184,10 +224,7 @@ def spatial_reconstruction(
     below = w if gate == "soft" else 0.0
     x1 = jnp.where(above, 1.0, below) * content
     x2 = jnp.where(above, 0.0, below if gate == "soft" else 1.0) * content
-    # [X11 + X22, X12 + X21] = X1 + [X22, X21]
-    swapped = x2.reshape(*x.shape[:-1], 2, channels // 2)[..., ::-1, :].reshape(x.shape)
-    y = x1 + swapped
-    return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else y
+    return x1, x2
 
 
 def _group_statistics(
@@ -250,13 +287,57 @@ def channel_reconstruction(
     Raises:
         ValueError: If `x` does not have four axes, or the channels of two arrays do not fit.
     """
+    y1, y2 = _transform(x, squeeze1, squeeze2, gwc, gwc_bias, pwc1, pwc2, conv_groups, dilation)
+    weights = _weights(y1, y2, fuse)
+    beta1, beta2 = (lax.broadcast_in_dim(weights[:, i], y1.shape, (0, 3)) for i in range(2))
+    return beta1 * y1 + beta2 * y2
+
+
+def channel_weights(
+    x: Float[Array, "n h w c"],
+    squeeze1: Float[Array, "1 1 u us"],
+    squeeze2: Float[Array, "1 1 l ls"],
+    gwc: Float[Array, "k k g o"],
+    gwc_bias: Float[Array, " o"],
+    pwc1: Float[Array, "1 1 us o"],
+    pwc2: Float[Array, "1 1 ls p"] | None,
+    *,
+    conv_groups: int = 2,
+    dilation: int = 1,
+    fuse: Literal["pair", "all"] = "pair",
+) -> Float[Array, "n two o"]:
+    """Return β1 and β2, the weights with which the CRU adds Y1 and Y2 (Eqs. 7-8).
+
+    `channel_reconstruction` documents the arguments and errors.
+
+    Returns:
+        `(n, 2, o)`, in the dtype of `x`. With "pair", β1 + β2 is 1 for each channel; with "all", the sum over all channels is 1.
+    """
+    y1, y2 = _transform(x, squeeze1, squeeze2, gwc, gwc_bias, pwc1, pwc2, conv_groups, dilation)
+    return _weights(y1, y2, fuse)
+
+
+def _transform(
+    x: Array,
+    squeeze1: Array,
+    squeeze2: Array,
+    gwc: Array,
+    gwc_bias: Array,
+    pwc1: Array,
+    pwc2: Array | None,
+    conv_groups: int,
+    dilation: int,
+) -> tuple[Float[Array, "n h w o"], Float[Array, "n h w o"]]:
+    """Return Y1 and Y2 (Eqs. 5-6)."""
     split = squeeze1.shape[2]
     upper = conv(x[..., :split], squeeze1)
     lower = conv(x[..., split:], squeeze2)
     y1 = reconstruction_conv(upper, gwc, pwc1, conv_groups=conv_groups, dilation=dilation)
     y1 = y1 + lax.broadcast_in_dim(gwc_bias, y1.shape, (3,))
     y2 = lower if pwc2 is None else jnp.concatenate([conv(lower, pwc2), lower], axis=-1)
+    return y1, y2
+
+
+def _weights(y1: Array, y2: Array, fuse: Literal["pair", "all"]) -> Float[Array, "n two o"]:
     averages = jnp.stack([global_avg_pool(y1), global_avg_pool(y2)], axis=1)  # (n, 2, o)
-    weights = jax.nn.softmax(averages, axis=1 if fuse == "pair" else (1, 2))
-    beta1, beta2 = (lax.broadcast_in_dim(weights[:, i], y1.shape, (0, 3)) for i in range(2))
-    return beta1 * y1 + beta2 * y2
+    return jax.nn.softmax(averages, axis=1 if fuse == "pair" else (1, 2))

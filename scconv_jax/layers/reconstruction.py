@@ -114,14 +114,19 @@ class SRU(Layer, kw_only=True):
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool | None = None) -> Float[Array, "n h w c"]:
         """Apply the unit. `train` is ignored."""
         del train
+        gamma, beta = Norm(VARIANTS[self.variant], name="gn")(x.shape[-1])
+        x = x if self.dtype is None else x.astype(self.dtype)
+        return F.spatial_reconstruction(x, gamma, beta, **self.options())
+
+    @nn.nowrap
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `functional.spatial_reconstruction`."""
         variant = VARIANTS[self.variant]
-        gamma, beta = Norm(variant, name="gn")(x.shape[-1])
         options = {
             name: getattr(variant, name) if getattr(self, name) is None else getattr(self, name)
             for name in ("groups", "epsilon", "unbiased", "gate", "inclusive", "gated")
         }
-        x = x if self.dtype is None else x.astype(self.dtype)
-        return F.spatial_reconstruction(x, gamma, beta, threshold=self.threshold, floor=variant.floor, **options)
+        return {"threshold": self.threshold, "floor": variant.floor, **options}
 
 
 class CRU(Layer):
@@ -185,12 +190,13 @@ class CRU(Layer):
         pwc1 = _Kernel((1, 1, upper_squeezed, features), name="PWC1")
         pwc2 = _Kernel((1, 1, lower_squeezed, rest), name="PWC2").kernel if rest else None
         arrays = promote_dtype(x, squeeze1.kernel, squeeze2.kernel, gwc.kernel, gwc.bias, pwc1.kernel, pwc2, dtype=self.dtype)
-        return F.channel_reconstruction(
-            *arrays,
-            conv_groups=self.conv_groups,
-            dilation=self.dilation,
-            fuse=self.fuse or VARIANTS[self.variant].fuse,
-        )
+        return F.channel_reconstruction(*arrays, **self.options())
+
+    @nn.nowrap
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `functional.channel_reconstruction`."""
+        fuse = self.fuse or VARIANTS[self.variant].fuse
+        return {"conv_groups": self.conv_groups, "dilation": self.dilation, "fuse": fuse}
 
 
 def _check_sru(module: SRU | ScConv) -> None:

@@ -1,0 +1,26 @@
+"""Explains networks: what they look at, and how the two operators weigh. Functions return arrays; `explain` writes pictures.
+
+    scconv_jax.explanation.grad_cam(model, variables, images, layer="layer3")    (n, h, w)
+
+    maps.py       grad_cam, receptive_fields, calibration_gates, reconstruction_maps, fusion_weights
+    capture.py    reads the values inside a network while it is traced
+    units.py      the SRU's two maps and the CRU's weights
+"""
+
+from scconv_jax.explanation.maps import (
+    calibration_gates,
+    fusion_weights,
+    grad_cam,
+    receptive_fields,
+    reconstruction_maps,
+)
+from scconv_jax.explanation.units import Separation
+
+__all__ = [
+    "Separation",
+    "calibration_gates",
+    "fusion_weights",
+    "grad_cam",
+    "receptive_fields",
+    "reconstruction_maps",
+]
