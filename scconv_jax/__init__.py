@@ -12,6 +12,7 @@ Folders:
     weights/      reading, writing and downloading files of weights
     interop/      PyTorch's keys and layouts: from_torch, to_torch, load_model, load_weights, save, load
     inference/    trained networks in use: load_run, predict, export, to_onnx, inference_options
+    explanation/  what a network looks at: Grad-CAM, gates, receptive fields, the maps and weights of SRU and CRU
     cli/          the commands of `python -m scconv_jax`
     images.py     image files to a network's input
     finetuning.py another head, frozen parameters: reset_classifier, frozen_mask
@@ -21,7 +22,7 @@ Folders:
 `scconv_jax.runs`, the folder of a training run, is `weights/runs.py`.
 """
 
-from scconv_jax import files, functional, images, layers, messages, models
+from scconv_jax import explanation, files, functional, images, layers, messages, models
 from scconv_jax.bridge import from_nnx, to_nnx
 from scconv_jax.finetuning import frozen_mask, reset_classifier
 from scconv_jax.inference.export import Exported, export
@@ -67,6 +68,7 @@ __all__ = [
     "WeightsError",
     "count_parameters",
     "create_model",
+    "explanation",
     "export",
     "feature_info",
     "files",

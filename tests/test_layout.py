@@ -19,18 +19,22 @@ LIBRARY = {
     "weights": set(),
     "interop": {"functional", "layers", "models", "weights"},
     "inference": {"", "functional", "layers", "models", "weights", "interop"},
-    "cli": {"", "layers", "models", "weights", "interop", "inference"},
+    "explanation": {"functional", "layers", "models", "interop", "inference"},
+    "cli": {"", "layers", "models", "weights", "interop", "inference", "explanation"},
 }
 TRAINER = {"config": set(), "data": {"config"}, "run": {"config"}, "report": {"", "config", "data", "run"}}
 
 LIBRARY_NEEDS = {"jax", "flax", "numpy", "ml_dtypes", "rich", "safetensors"}  # ml_dtypes is jax's, rich flax's
 LATE_OF = {  # optional packages that a file may import inside a function
     "cli/predict.py": {"PIL"},
+    "explanation/page.py": {"PIL"},
+    "explanation/pictures.py": {"PIL"},
     "images.py": {"PIL"},
     "inference/export.py": {"onnxruntime"},
     "inference/onnx_conversion.py": {"onnx"},
     "inference/onnx_graph.py": {"onnx"},
     "inference/onnx_operations.py": {"onnx"},
+    "cli/explain.py": {"PIL"},
     "interop/references.py": {"torch"},
     "interop/torch_networks.py": {"torch"},
     "interop/verification.py": {"torch"},

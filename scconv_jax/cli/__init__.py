@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from scconv_jax import __version__
-from scconv_jax.cli import convert, env, export, predict, summary, verify
+from scconv_jax.cli import convert, env, explain, export, predict, summary, verify
 from scconv_jax.cli.console import mend_streams
 
 
@@ -29,6 +29,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scconv-jax", description="Tools for the networks of scconv_jax.")
     parser.add_argument("--version", action="version", version=f"scconv_jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (summary, convert, verify, predict, export, env):
+    for command in (summary, convert, verify, predict, explain, export, env):
         command.add(commands)
     return parser

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from scconv_jax.explanation.capture import Captured, apply, examine, find_places
+from scconv_jax.explanation.capture import apply, examine, find_places
 from scconv_jax.explanation.units import Separation
 from scconv_jax.messages import listed
 from scconv_jax.models import scnet
@@ -39,7 +39,8 @@ def grad_cam(
         variables: Its variables.
         images: Prepared images, float `(n, h, w, c)`.
         classes: The class, for all images or `(n,)` for each. If None, each image's most probable class.
-        layer: Name of a stage, such as `layer3`, or path of a module with a map, such as `layer3/0/conv3`. If None, the last stage.
+        layer: Name of a stage, such as `layer3`, or path of a module with a map, such as `layer3/0/conv3`. If None, the last
+            stage.
 
     Returns:
         `(n, h, w)` of the size of the layer's map, at least 0; its scale differs from image to image.
@@ -106,7 +107,7 @@ def calibration_gates(model: nn.Module, variables: Variables, images: jax.Array 
     Raises:
         ValueError: The network has no self-calibrated convolution, or does not take the images.
     """
-    return require("gates", _applied(model, variables, jnp.asarray(images)), model).gates
+    return _operators("gates", model, variables, images)
 
 
 def reconstruction_maps(model: nn.Module, variables: Variables, images: jax.Array | np.ndarray) -> dict[str, Separation]:
@@ -124,7 +125,7 @@ def reconstruction_maps(model: nn.Module, variables: Variables, images: jax.Arra
     Raises:
         ValueError: The network has no SRU, or does not take the images.
     """
-    return require("separations", _applied(model, variables, jnp.asarray(images)), model).separations
+    return _operators("separations", model, variables, images)
 
 
 def fusion_weights(model: nn.Module, variables: Variables, images: jax.Array | np.ndarray) -> dict[str, jax.Array]:
@@ -142,7 +143,7 @@ def fusion_weights(model: nn.Module, variables: Variables, images: jax.Array | n
     Raises:
         ValueError: The network has no CRU, or does not take the images.
     """
-    return require("fusions", _applied(model, variables, jnp.asarray(images)), model).fusions
+    return _operators("fusions", model, variables, images)
 
 
 _OPERATORS = {
@@ -153,9 +154,19 @@ _OPERATORS = {
 """What each field of `Captured` needs, and the networks that have it."""
 
 
-def require(kind: str, found: Captured, model: nn.Module, name: str = "") -> Captured:
-    """Return `found`, or raise a ValueError if it has nothing of a kind, because the network lacks the operator."""
-    if getattr(found, kind):
-        return found
-    operator, having = _OPERATORS[kind]
-    raise ValueError(f"{name or type(model).__name__} has no {operator}. These networks have one: {listed(sorted(having), 20)}.")
+def networks_with(kind: str) -> list[str]:
+    """Return the names of the networks that have the operator of a kind, sorted."""
+    return sorted(_OPERATORS[kind][1])
+
+
+def require_operator(kind: str, found: object, name: str) -> None:
+    """Raise a ValueError that lists the networks with an operator, if nothing of its kind was found."""
+    if not found:
+        raise ValueError(f"{name} has no {_OPERATORS[kind][0]}. These networks have one: {listed(networks_with(kind), 20)}.")
+
+
+def _operators(kind: str, model: nn.Module, variables: Variables, images: jax.Array | np.ndarray) -> Any:
+    """Return what the network's operators of a kind compute."""
+    found = getattr(_applied(model, variables, jnp.asarray(images)), kind)
+    require_operator(kind, found, type(model).__name__)
+    return found

@@ -17,7 +17,7 @@ from scconv_jax.layers.variants import VARIANTS
 
 
 class Separation(NamedTuple):
-    """The two maps into which an SRU separates its input, each `(n, h, w, c)`."""
+    """The two maps into which an SRU separates its input, each `(n, h, w, c)` (Li et al., CVPR 2023, Eqs. 2-3)."""
 
     informative: jax.Array
     """W1 · X, or W1 · GN(X) in the variant "2023-09"."""

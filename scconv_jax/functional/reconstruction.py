@@ -191,7 +191,7 @@ def spatial_separation(
     gated: Literal["input", "norm"] = "input",
     floor: float = 0.0,
 ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
-    """Return X1 and X2, the informative and the redundant part of a map: the first half of the SRU (Eqs. 1-3).
+    """Return X1 and X2, the informative and the redundant part of a map: the SRU's first half (Li et al., CVPR 2023, Eqs. 1-3).
 
     `spatial_reconstruction` documents the arguments and errors, and adds the two parts crosswise.
 
@@ -306,7 +306,7 @@ def channel_weights(
     dilation: int = 1,
     fuse: Literal["pair", "all"] = "pair",
 ) -> Float[Array, "n two o"]:
-    """Return β1 and β2, the weights with which the CRU adds Y1 and Y2 (Eqs. 7-8).
+    """Return β1 and β2, the weights with which the CRU adds Y1 and Y2 (Li et al., CVPR 2023, Eqs. 7-8).
 
     `channel_reconstruction` documents the arguments and errors.
 

@@ -122,10 +122,8 @@ class SRU(Layer, kw_only=True):
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of `functional.spatial_reconstruction`."""
         variant = VARIANTS[self.variant]
-        options = {
-            name: getattr(variant, name) if getattr(self, name) is None else getattr(self, name)
-            for name in ("groups", "epsilon", "unbiased", "gate", "inclusive", "gated")
-        }
+        names = ("groups", "epsilon", "unbiased", "gate", "inclusive", "gated")
+        options = {name: getattr(variant if getattr(self, name) is None else self, name) for name in names}
         return {"threshold": self.threshold, "floor": variant.floor, **options}
 
 
@@ -195,8 +193,7 @@ class CRU(Layer):
     @nn.nowrap
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of `functional.channel_reconstruction`."""
-        fuse = self.fuse or VARIANTS[self.variant].fuse
-        return {"conv_groups": self.conv_groups, "dilation": self.dilation, "fuse": fuse}
+        return {"conv_groups": self.conv_groups, "dilation": self.dilation, "fuse": self.fuse or VARIANTS[self.variant].fuse}
 
 
 def _check_sru(module: SRU | ScConv) -> None:

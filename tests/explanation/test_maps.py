@@ -29,7 +29,7 @@ def small():
 
 def test_the_receptive_field_of_a_convolution_is_its_square(small):
     model, variables, images = small
-    field = np.asarray(explanation.receptive_fields(model, variables, images, ["conv"])["conv"])
+    field = np.array(explanation.receptive_fields(model, variables, images, ["conv"])["conv"])
     assert field.shape == (11, 9)
     kernel = np.abs(np.asarray(variables["params"]["conv"]["kernel"]).sum(3)).mean(2)
     np.testing.assert_allclose(field[4:7, 3:6], kernel, rtol=1e-5)
@@ -73,20 +73,23 @@ def test_grad_cam_of_a_network_of_ones_own(small):
 
     with nn.intercept_methods(intercept):
         model.apply(variables, images, train=False)
-    positive = (found["map"] > 0).mean((1, 2), keepdims=True) / (11 * 9)
-    weights = variables["params"]["fc"]["kernel"][:, 3] * positive
-    np.testing.assert_allclose(cam, np.maximum((weights * found["map"]).sum(-1), 0), rtol=1e-4, atol=1e-7)
+    values = np.asarray(found["map"])
+    weights = np.asarray(variables["params"]["fc"]["kernel"])[:, 3] * (values > 0).mean((1, 2), keepdims=True) / (11 * 9)
+    np.testing.assert_allclose(cam, np.maximum((weights * values).sum(-1), 0), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "Small has no stages: name layers, such as conv, calibrated, calibrated/k1."),
+        ({}, "Small has no stages: name layers, such as conv, calibrated, calibrated/k1 and 11 more."),
         ({"layer": "calibratd"}, "Small has no layer 'calibratd' with a map. Did you mean 'calibrated'"),
         ({"layer": "fc"}, "Small has no layer 'fc' with a map. Its layers: conv, calibrated"),
         ({"layer": "conv", "classes": 5}, "There is no class 5: the network has classes 0 to 4."),
         ({"layer": "conv", "classes": [0, -1, 0]}, "There is no class -1"),
-        ({"layer": "conv", "classes": [1, 2]}, "classes has shape (2,) and dtype int64; expected one integer, or one for each of"),
+        (
+            {"layer": "conv", "classes": [1, 2]},
+            "classes has shape (2,) and dtype int64; expected one integer, or one for each of",
+        ),
         ({"layer": "conv", "classes": 1.5}, "classes has shape () and dtype float64; expected one integer"),
     ],
 )
@@ -108,6 +111,7 @@ def test_a_network_without_the_operator(function, operator, having, lacking):
     class Plain(nn.Module):
         @nn.compact
         def __call__(self, x, *, train):
+            del train
             return nn.Dense(3)(x.mean((1, 2)))
 
     images = jnp.zeros((1, 4, 4, 3))

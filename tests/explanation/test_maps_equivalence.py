@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from scconv_jax import create_model, explanation
+from scconv_jax import ScConv, create_model, explanation
 from tests.equivalence import variables_of
 from tests.reference.networks import build
 from tests.reference.scconv import ScConv as TorchScConv
 from tests.reference.state import nchw, nhwc, random_images, randomise
 
 SIZE = (13, 21)  # odd at every stage, and not square
+pytestmark = pytest.mark.usefixtures("x64")
 VARIANTS = ("paper", "2023-07", "2023-09", "2023-10")
 
 
@@ -32,7 +33,7 @@ def keep_outputs(oracle, *kinds):
 
 
 @pytest.mark.parametrize("name", ["scnet20_small", "scconv_resnet20_small"])
-def test_grad_cam_equals_that_by_pytorch_at_each_stage(x64, close, name):
+def test_grad_cam_equals_that_by_pytorch_at_each_stage(close, name):
     oracle, model, variables, images = pair(name)
     classes = [7, 2]
     maps = {}
@@ -49,7 +50,7 @@ def test_grad_cam_equals_that_by_pytorch_at_each_stage(x64, close, name):
     np.testing.assert_array_equal(likely, by_class)
 
 
-def test_receptive_fields_equal_those_by_pytorch(x64, close):
+def test_receptive_fields_equal_those_by_pytorch(close):
     oracle, model, variables, images = pair("scnet20_small")
     tensor = nchw(images).requires_grad_()
     found = explanation.receptive_fields(model, variables, images)
@@ -60,7 +61,7 @@ def test_receptive_fields_equal_those_by_pytorch(x64, close):
         close(found[stage], gradient.abs().mean((0, 1)).numpy(), stage, limit=1e-10)
 
 
-def test_gates_multiply_what_k4_takes(x64, close):
+def test_gates_multiply_what_k4_takes(close):
     """The gate is what K4's input is divided by K3's output, in each block of the oracle."""
     oracle, model, variables, images = pair("scnet20_small")
     calibrations = keep_outputs(oracle, "SelfCalibration")
@@ -77,11 +78,9 @@ def test_gates_multiply_what_k4_takes(x64, close):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_units_equal_those_of_pytorch(x64, close, variant):
+def test_units_equal_those_of_pytorch(close, variant):
     groups = 4
     oracle = randomise(TorchScConv(16, variant, groups=groups), 0).double().eval()
-    from scconv_jax import ScConv
-
     model = ScConv(variant=variant, groups=groups, dtype=jnp.float64)
     x = random_images((2, 7, 5, 16), 1)
     variables = variables_of(oracle, model, x)
