@@ -1,7 +1,7 @@
 # Every target creates the environment that it needs in .venv, once.
 #   make train   train the embedded default (real handwritten digits)       make test    the whole test suite
 #   make setup   the environment alone                                      make lint    ruff and pyright
-#   make bench   side-by-side timings against PyTorch                       make docs    the documentation as a site
+#   make bench   side-by-side timings against PyTorch, about 25 minutes     make docs    the documentation as a site
 #   make dist    wheel and sdist, into dist/
 #   make accelerators   what XLA compiles for GPUs and TPUs, without one; ARGS=--check compares it with the record
 
@@ -54,7 +54,7 @@ lint: $(VENV)/.test
 	$(BIN)/pyright
 
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(HUGE_PAGES) $(BIN)/python -m benchmarks.networks $(ARGS)
 
 docs: $(VENV)/.docs
 	@$(BIN)/python docs/drawing/runtime.py

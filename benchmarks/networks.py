@@ -1,117 +1,238 @@
-"""Networks against PyTorch: inference and a training step, batch 8 at 224 px, float32.
+"""Networks and operators against PyTorch: inference and a training step, float32, two kinds of PyTorch and two of this project.
 
-PyTorch runs eagerly, in channels-last memory format, with one thread per core. Both sides run the same network and the same
-step: cross-entropy, SGD with momentum 0.9 and weight decay 1e-4.
+    eager      PyTorch, channels_last, one thread per core
+    compiled   the same under `torch.compile`, where a C++ compiler is installed
+    jax        this project; inference with `inference_options()`
+    fused      inference after `scconv_jax.fuse`
+
+All run in one process and in turn, so that disturbances affect all alike; the ratios are medians of those of neighbours. Both
+sides run the same network on the same images and the same step: cross-entropy, SGD with momentum 0.9 and weight decay 1e-4. The
+time to the first result, from the start of building the network, and the peak memory, above that of the imports, are measured in
+a process for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import ctypes
+import gc
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import torch
+from benchmarks.networks_report import quote, write
 
-import scconv_jax
-from benchmarks.timing import alternate, milliseconds, ratio, record, table
-from tests.reference import networks as oracles
+NETWORKS = ("resnet50", "scnet50", "scnet50_v1d", "scconv_resnet50")
+OPERATORS = ("SelfCalibratedConv", "ScConv")
+BATCHES = (1, 8, 32)
+WORKS = ("inference", "step")
+KINDS = ("eager", "compiled", "jax", "fused")
+SIZE = 224
+OPERATOR_SHAPE = (256, 14)
+"""Channels and pixels of the operators alone: those of the third stage."""
+SECONDS = 12
+"""Time spent on a comparison, in at least three rounds."""
 
-NETWORKS = ("scnet50", "resnet50")  # against PyTorch
-TWIN = ("scconv_resnet50", "resnet50")  # against each other
-BATCH, SIZE = 8, 224
-ROUNDS = {"inference": 31, "training step": 11}
-
-
-def main() -> None:
-    """Measure and record."""
-    rows = []
-    for name in NETWORKS:
-        ours, theirs = jax_functions(name), torch_functions(name)
-        for work in ("inference", "training step"):
-            seconds = alternate({"jax": ours[work], "torch": theirs[work]}, ROUNDS[work])
-            rows.append(
-                [
-                    name,
-                    work,
-                    milliseconds(seconds["jax"]),
-                    milliseconds(seconds["torch"]),
-                    ratio(seconds["jax"], seconds["torch"]),
-                ]
-            )
-    ours = {name: jax_functions(name, step=False)["inference"] for name in TWIN}
-    seconds = alternate(ours, ROUNDS["inference"])
-    first, second = (seconds[name] for name in TWIN)
-    twin = f"{TWIN[0]} {milliseconds(first)} ms, {TWIN[1]} {milliseconds(second)} ms, ratio {ratio(first, second)}."
-    header = ["network", "work", "JAX, ms", "PyTorch, ms", "JAX / PyTorch (min to max)"]
-    rounds = " or ".join(f"{count} {work} rounds" for work, count in ROUNDS.items()).replace("training step", "training-step")
-    text = (
-        f"Batch {BATCH} at {SIZE} px, float32; median of {rounds}, JAX and PyTorch alternating; PyTorch eager, channels_last.\n\n"
-    )
-    record("networks", "Networks against PyTorch", f"{text}{table(header, rows)}\n\nInference in JAX: {twin}")
+Call = Callable[[], object]
 
 
-def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Return images `(n, h, w, 3)` and labels `(n,)`."""
-    images = np.random.default_rng(0).normal(size=(BATCH, SIZE, SIZE, 3)).astype(np.float32)
-    return images, np.arange(BATCH)
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and write the record."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="batch 8, few rounds, no torch.compile, nothing recorded")
+    parser.add_argument("--networks", nargs="*", default=NETWORKS, metavar="NAME", help="networks (default: all)")
+    parser.add_argument("--batches", nargs="*", type=int, default=BATCHES, metavar="N", help="batches (default: 1 8 32)")
+    parser.add_argument("--size", type=int, default=SIZE, help="height and width of the images in pixels (default: 224)")
+    parser.add_argument("--quote", action="store_true", help="measure nothing; write the recorded table into README.md")
+    parser.add_argument("--alone", nargs=4, metavar=("KIND", "NAME", "WORK", "BATCH"), help=argparse.SUPPRESS)
+    options = parser.parse_args([] if arguments is None else arguments)
+    if options.quote:
+        quote()
+        return
+    if options.alone:
+        kind, name, work, batch = options.alone
+        print(json.dumps(alone(kind, name, work, int(batch), options.size)))
+        return
+    began = time.perf_counter()
+    batches = (8,) if options.quick else options.batches
+    record: dict[str, Any] = {"size": options.size, "speed": [], "start": []}
+    for name, batch in [(name, batch) for name in options.networks for batch in batches] + [(name, 8) for name in OPERATORS]:
+        for work in WORKS:
+            # Another batch compiles anew, in a minute or more for each step.
+            kinds = [kind for kind in kinds_of(work) if kind != "compiled" or (batch == 8 and not options.quick)]
+            found = compare(kinds, name, work, batch, options.size, 2 if options.quick else SECONDS)
+            record["speed"].append({"name": name, "batch": batch, "work": work, **found})
+            print(name, batch, work, found, flush=True)
+    for name in () if options.quick else options.networks:
+        for work in WORKS:
+            for kind in kinds_of(work):
+                found = in_a_process(kind, name, work, options.size)
+                record["start"].append({"name": name, "work": work, "kind": kind, **found})
+                print(name, work, kind, found, flush=True)
+    record["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    if options.quick:
+        print(f"{record['minutes']} minutes; with --quick nothing is recorded")
+    else:
+        write(record)
 
 
-def jax_functions(name: str, *, step: bool = True) -> dict[str, Callable[[], object]]:
-    """Return compiled inference and, if `step`, the training step."""
-    images, labels = (jnp.asarray(x) for x in batch())
-    model = scconv_jax.create_model(name)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
-    optimiser = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(1e-3, momentum=0.9))
+def kinds_of(work: str) -> list[str]:
+    """Return the kinds that can do a work here."""
+    import scconv_jax
 
-    def loss(params: Any, batch_stats: Any) -> tuple[jax.Array, Any]:
-        logits, new = model.apply({"params": params, "batch_stats": batch_stats}, images, train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
-
-    def train_step(params: Any, batch_stats: Any, state: optax.OptState) -> tuple[Any, Any, optax.OptState]:
-        (_, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch_stats)
-        updates, state = optimiser.update(gradients, state, params)
-        return optax.apply_updates(params, updates), batch_stats, state
-
-    infer = jax.jit(
-        lambda variables, images: model.apply(variables, images, train=False), compiler_options=scconv_jax.inference_options()
-    )
-    compiled_step = jax.jit(train_step, donate_argnums=(0, 1, 2))
-    trained = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
-    state = (*trained, optimiser.init(trained[0]))
-
-    def run_step() -> None:
-        nonlocal state
-        state = jax.block_until_ready(compiled_step(*state))
-
-    functions: dict[str, Callable[[], object]] = {"inference": lambda: jax.block_until_ready(infer(variables, images))}
-    return functions | ({"training step": run_step} if step else {})
+    usable = {"compiled": bool(shutil.which("g++") or shutil.which("clang++"))}
+    usable["fused"] = work == "inference" and hasattr(scconv_jax, "fuse")
+    return [kind for kind in KINDS if usable.get(kind, True)]
 
 
-def torch_functions(name: str) -> dict[str, Callable[[], object]]:
-    """Return PyTorch's inference and training step."""
-    images, labels = batch()
-    model: Any = oracles.build(name)
-    model = model.to(memory_format=torch.channels_last)
+def compare(kinds: Iterable[str], name: str, work: str, batch: int, size: int, seconds: float) -> dict[str, Any]:
+    """Return the median milliseconds of each kind, and the median, least and greatest of its ratios to eager PyTorch."""
+    calls = {kind: make(kind, name, work, batch, size) for kind in kinds}
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {kind: [] for kind in calls}
+    began = time.perf_counter()
+    while len(times["eager"]) < 3 or (time.perf_counter() - began < seconds and len(times["eager"]) < 51):
+        for kind, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[kind].append(time.perf_counter() - start)
+    found: dict[str, Any] = {"rounds": len(times["eager"])}
+    for kind, own in times.items():
+        ratios = [a / b for a, b in zip(own, times["eager"], strict=True)]
+        found[kind] = {
+            "ms": round(1e3 * statistics.median(own), 2),
+            "ratio": [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))],
+        }
+    return found
+
+
+def make(kind: str, name: str, work: str, batch: int, size: int) -> Call:
+    """Return a call that does the work once and waits for its end."""
+    if kind in ("jax", "fused"):
+        return of_jax(name, work, batch, size, fused=kind == "fused")
+    return of_torch(name, work, batch, size, compiled=kind == "compiled")
+
+
+def of_jax(name: str, work: str, batch: int, size: int, *, fused: bool) -> Call:
+    """Return a call of this project."""
+    import jax
+
+    import scconv_jax
+    from benchmarks import programs
+
+    if name in OPERATORS:
+        channels, pixels = OPERATOR_SHAPE
+        layer: Any = scconv_jax.SelfCalibratedConv(channels) if name == "SelfCalibratedConv" else scconv_jax.ScConv()
+        x = jax.random.normal(jax.random.key(0), (batch, pixels, pixels, channels))
+        program = programs.layer(layer, x, step=work == "step")
+    elif work == "step":
+        program = programs.training_step(name, batch, size)
+    else:
+        program = programs.inference(name, batch, size, fused=fused)
+    options = scconv_jax.inference_options() if work == "inference" else None
+    compiled = program.function.lower(*program.arguments).compile(compiler_options=options)
+    arguments = list(program.arguments)
+    del program  # a step donates its state, and nothing else may hold it
+
+    def call() -> None:
+        results = jax.block_until_ready(compiled(*arguments))
+        if work == "step" and name not in OPERATORS:
+            arguments[: len(results)] = results
+
+    return call
+
+
+def of_torch(name: str, work: str, batch: int, size: int, *, compiled: bool) -> Call:
+    """Return a call of PyTorch."""
+    import os
+
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    import numpy as np
+    import torch
+
+    from benchmarks import programs
+    from tests.reference import networks, scconv, scnet
+
+    if name in OPERATORS:
+        channels, pixels = OPERATOR_SHAPE
+        module: Any = scconv.ScConv(channels) if name == "ScConv" else scnet.SelfCalibratedConv(channels)
+        images, labels = np.random.default_rng(0).normal(size=(batch, pixels, pixels, channels)).astype(np.float32), None
+    else:
+        module, (images, labels) = networks.build(name), programs.batch(batch, size)
+    module = module.to(memory_format=torch.channels_last)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view: the memory stays channels last
-    y = torch.from_numpy(labels)
-    optimiser = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
+    module.train(work == "step")
+    forward = torch.compile(module) if compiled else module
+    if work == "inference":
 
-    def infer() -> None:
-        model.eval()
-        with torch.inference_mode():
-            model(x)
+        def infer() -> None:
+            with torch.inference_mode():
+                forward(x)
+
+        return infer
+    if labels is None:
+        x = x.requires_grad_()
+
+        def both_ways() -> None:
+            module.zero_grad()
+            x.grad = None
+            forward(x).square().sum().backward()
+
+        return both_ways
+    y = torch.from_numpy(labels)
+    optimiser = torch.optim.SGD(module.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
 
     def step() -> None:
-        model.train()
         optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
+        torch.nn.functional.cross_entropy(forward(x), y).backward()
         optimiser.step()
 
-    return {"inference": infer, "training step": step}
+    return step
+
+
+def alone(kind: str, name: str, work: str, batch: int, size: int) -> dict[str, float]:
+    """Return the seconds from building the network to its first result, and the peak memory of later calls in MB.
+
+    The memory is counted above that of the imports.
+    """
+    import jax  # noqa: F401
+    import torch  # noqa: F401
+
+    import scconv_jax  # noqa: F401
+    from tests.reference import networks  # noqa: F401
+
+    imported = memory("VmRSS")
+    began = time.perf_counter()
+    call = make(kind, name, work, batch, size)
+    call()
+    first = time.perf_counter() - began
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what compilation has freed goes back to the system,
+    Path("/proc/self/clear_refs").write_text("5")  # and its peak is forgotten
+    for _ in range(3):
+        call()
+    return {"first_s": round(first, 1), "peak_mb": round(memory("VmHWM") - imported)}
+
+
+def memory(field: str) -> float:
+    """Return a figure of this process's memory in MB: VmRSS, what it holds, or VmHWM, the peak of that."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1e3 if found else 0.0
+
+
+def in_a_process(kind: str, name: str, work: str, size: int) -> dict[str, float]:
+    """Return the figures of `alone`, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.networks", "--size", str(size), "--alone", kind, name, work, "8"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +34,31 @@ def variables_of(model: Any, size: int = 224) -> Any:
     )()
 
 
-def inference(name: str, images: int, size: int = 224) -> Program:
-    """Return the inference of a network: (variables, images) → logits."""
+def inference(name: str, images: int, size: int = 224, *, fused: bool = False) -> Program:
+    """Return the inference of a network, after `scconv_jax.fuse` if `fused`: (variables, images) → logits."""
     model = scconv_jax.create_model(name)
-    x = jnp.asarray(batch(images, size)[0])
-    return Program(jax.jit(lambda variables, x: model.apply(variables, x, train=False)), (variables_of(model, size), x))
+    variables, x = variables_of(model, size), jnp.asarray(batch(images, size)[0])
+    if fused:
+        fuse: Any = scconv_jax.fuse
+        model, variables = fuse(model, variables, x)
+    return Program(jax.jit(lambda variables, x: model.apply(variables, x, train=False)), (variables, x))
+
+
+def layer(module: Any, x: jax.Array, *, step: bool) -> Program:
+    """Return a layer's forward pass or, if `step`, its gradients too: (variables, x) → results. Σ y² is differentiated."""
+    train = {"train": step} if "train" in inspect.signature(module.__call__).parameters else {}
+    variables = module.init(jax.random.key(0), x, **train)
+
+    def forward(variables: Any, x: jax.Array) -> jax.Array:
+        return module.apply(variables, x, **train, mutable=["batch_stats"])[0]
+
+    def both_ways(variables: Any, x: jax.Array) -> Any:
+        def loss(params: Any, x: jax.Array) -> jax.Array:
+            return jnp.square(forward(variables | {"params": params}, x)).sum()
+
+        return jax.grad(loss, (0, 1))(variables["params"], x)
+
+    return Program(jax.jit(both_ways if step else forward), (variables, x))
 
 
 def training_step(name: str, images: int, size: int = 224) -> Program:

@@ -15,7 +15,7 @@ BENCHMARKS: dict[str, Callable[[], object]] = {
     "input": input.main,
     "kills": kills.main,
     "memory": memory.main,
-    "networks": networks.main,
+    "networks": lambda: networks.main([]),
     "operators": operators.main,
     "sources": sources.main,
     "weights": weights.main,
