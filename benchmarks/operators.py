@@ -2,7 +2,8 @@
 
 PyTorch runs eagerly, in channels-last memory format, with one thread per core. "Training" is the forward and backward pass, to
 the input and all parameters. Three more tables show when ScConv's group-wise and point-wise convolutions run faster as one dense
-convolution, why grouped convolutions do not use XLA's own, and when Winograd's form of a 3×3 convolution wins (see `scconv_jax/functional/convolution.py`).
+convolution, why grouped convolutions do not use XLA's own, and when Winograd's form of a 3×3 convolution wins (see
+`scconv_jax/functional/convolution.py`).
 """
 
 from __future__ import annotations

@@ -87,13 +87,13 @@ def form_on_cpu(
 ) -> Callable[..., Array]:
     """Return the fastest form on CPU of a convolution whose kernel has this shape (`python -m benchmarks.operators`).
 
-    `maps` is (n, h, w). Without it, Winograd's form does not fit. It wins from 128 channels, on maps of up to 28 px, if the
-    batch has tiles enough to outweigh the transform of the kernel.
+    `maps` is (n, h, w). Without it, Winograd's form does not fit. It wins from 128 channels, on maps of up to 28 px, if the batch
+    has as many tiles of 2×2 pixels as there are channels: fewer do not outweigh the transform of the kernel.
     """
     kh, kw, per_group, features = shape
     if (kh, kw, groups) == (3, 3, 1) and maps is not None:
         channels, tiles = min(per_group, features), maps[0] * -(-maps[1] // 2) * -(-maps[2] // 2)
-        if max(maps[1:]) <= 28 and channels >= 128 and tiles >= max(128, channels // 4):
+        if max(maps[1:]) <= 28 and channels >= 128 and tiles >= max(per_group, features):
             return winograd_conv
     if groups > 1:
         return product_conv if per_group == 1 and groups == features else blocked_conv
