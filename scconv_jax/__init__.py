@@ -11,6 +11,7 @@ Folders:
     models/       networks by name: create_model, list_models, model_info, feature_info
     weights/      reading, writing and downloading files of weights
     interop/      PyTorch's keys and layouts: from_torch, to_torch, load_model, load_weights, save, load
+    fusion/       fuse: the inference form of networks and layers
     inference/    trained networks in use: load_run, predict, export, to_onnx, inference_options
     explanation/  what a network looks at: Grad-CAM, gates, receptive fields, the maps and weights of SRU and CRU
     cli/          the commands of `python -m scconv_jax`
@@ -25,6 +26,7 @@ Folders:
 from scconv_jax import explanation, files, functional, images, layers, messages, models
 from scconv_jax.bridge import from_nnx, to_nnx
 from scconv_jax.finetuning import frozen_mask, reset_classifier
+from scconv_jax.fusion.fuse import fuse
 from scconv_jax.inference.export import Exported, export
 from scconv_jax.inference.imagenet import imagenet_name
 from scconv_jax.inference.onnx_conversion import ExportError, to_onnx
@@ -76,6 +78,7 @@ __all__ = [
     "from_torch",
     "frozen_mask",
     "functional",
+    "fuse",
     "imagenet_name",
     "images",
     "inference_options",

@@ -17,8 +17,9 @@ LIBRARY = {
     "layers": {"functional"},
     "models": {"functional", "layers"},
     "weights": set(),
-    "interop": {"functional", "layers", "models", "weights"},
-    "inference": {"", "functional", "layers", "models", "weights", "interop"},
+    "fusion": {"functional", "layers"},
+    "interop": {"functional", "layers", "models", "weights", "fusion"},
+    "inference": {"", "functional", "layers", "models", "weights", "interop", "fusion"},
     "explanation": {"functional", "layers", "models", "interop", "inference"},
     "cli": {"", "layers", "models", "weights", "interop", "inference", "explanation"},
 }

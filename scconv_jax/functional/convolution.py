@@ -13,6 +13,7 @@ have other forms there. `by_platform` selects the form for the platform that the
     grouped                          `blocked_conv`: up to eight dense convolutions           `native_conv`
     3×3, many channels, small maps   `winograd_conv`: sixteen matmuls (see `form_on_cpu`)     `native_conv`
     any other                        `native_conv`                                            `native_conv`
+    3×3 of a fused network           F(4×4, 3×3) of a constant kernel: `fusion/winograd.py`   `native_conv`
     GWC + PWC1 of a CRU              one dense convolution if `dense_blocks` is 1,            one if CPU has one or groups <= 8,
                                      else two convolutions                                    else two convolutions
 

@@ -171,8 +171,8 @@ def load_run(source: str | os.PathLike[str], *, checkpoint: str | int = "best", 
 
 def open_run(source: str | os.PathLike[str], *, checkpoint: str | int = "best", key: str = "") -> TrainedModel:
     """Open a trained network as `load_run` does, and log nothing."""
-    loaded = build_model(open_checkpoint(source, key=key, checkpoint=checkpoint), None, {})
-    model = create_model(loaded.name, **loaded.options)
+    loaded = build_model(open_checkpoint(source, key=key, checkpoint=checkpoint), None, {}, fused=True)
+    model = loaded.module or create_model(loaded.name, **loaded.options)
     names, note = _class_names(loaded, _num_classes(model, loaded.variables))
     preparation, other_note = _preparation(loaded, model.in_channels)
     notes = (*loaded.notes, *(text for text in (note, other_note) if text))

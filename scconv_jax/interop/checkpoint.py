@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from scconv_jax.fusion.fuse import without_fused
 from scconv_jax.interop import conventions
 from scconv_jax.interop.conversion import to_torch
 from scconv_jax.interop.keys import ConversionError, Rename, is_counter, matches, rename_key, rename_keys, wrapper_renames
@@ -181,7 +182,7 @@ def _prefixes(checkpoint: Checkpoint) -> list[str]:
 
 def _below(source: Source, given: Given, prefix: str) -> Checkpoint:
     """Return the entries of a source whose keys have a prefix, without it."""
-    tensors = to_torch(source.variables) if source.is_flax else source.tensors
+    tensors = to_torch(without_fused(source.variables)) if source.is_flax else source.tensors
     wrappers = [] if source.is_flax else wrapper_renames(tensors)
     own = rename_keys(tensors, wrappers)
     renamed = dict(zip(own, rename_keys(own, given.rename), strict=True))

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from scconv_jax.fusion.forms import LEAVES
 from scconv_jax.interop.keys import (
     BATCH_COUNTER,
     ConversionError,
@@ -262,8 +263,9 @@ def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[_Le
         rule = _RULES.get((here[0], key, len(value.shape))) or _RULES.get((here[0], key, None))
         if rule is None:
             known = ", ".join(sorted({f"{collection}/…/{leaf}" for collection, leaf, _ in _RULES}))
+            cure = " The variables are fused: convert those that were given to scconv_jax.fuse." if key in LEAVES else ""
             raise ConversionError(
-                f"No rule converts the leaf {'/'.join(here)} of shape {tuple(value.shape)}; there are rules for {known}."
+                f"No rule converts the leaf {'/'.join(here)} of shape {tuple(value.shape)}; there are rules for {known}.{cure}"
             )
         yield _Leaf(here, value, rule)
 

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
+from scconv_jax.fusion.fuse import difference, fused_like, is_fused
 from scconv_jax.interop.checkpoint import Checkpoint, fitting, open_checkpoint
 from scconv_jax.interop.conversion import Conversion, Variables, convert, covers, shapes
 from scconv_jax.interop.keys import ConversionError, Rename, is_counter, matches
@@ -59,10 +61,10 @@ def load_model(
         ConversionError: The file fits no network here, or a network other than `model`.
         ValueError: There is no such network or option.
     """
-    loaded = build_model(open_checkpoint(source, key=key, checkpoint=checkpoint), model, options)
+    loaded = build_model(open_checkpoint(source, key=key, checkpoint=checkpoint), model, options, fused=True)
     for note in loaded.notes:
         _log.warning("%s: %s", loaded.checkpoint.source.path.name, note)
-    return create_model(loaded.name, **loaded.options), loaded.variables
+    return loaded.module or create_model(loaded.name, **loaded.options), loaded.variables
 
 
 def load_weights(
@@ -108,12 +110,18 @@ class LoadedWeights(NamedTuple):
     checkpoint: Checkpoint  # without the prefix of its keys, and without entries beside the network
     name: str = ""
     options: Mapping[str, Any] = MappingProxyType({})
+    module: nn.Module | None = None  # the network, if the file's variables are fused
 
 
-def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any]) -> LoadedWeights:
-    """Build a network with the weights of an open checkpoint. `model` and `options` take precedence over the file's."""
+def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str, Any], *, fused: bool = False) -> LoadedWeights:
+    """Build a network with the weights of an open checkpoint. `model` and `options` take precedence over the file's.
+
+    If `fused`, files of fused variables are accepted.
+    """
     path, expected = checkpoint.source.path, None
     named = checkpoint.source.metadata.get("model")
+    if fused and checkpoint.source.is_flax and is_fused(checkpoint.source.variables):
+        return _build_fused(checkpoint, model or named, options)
     if model is not None:
 
         def network(variant: Checkpoint) -> dict[str, Any]:
@@ -152,10 +160,26 @@ def build_model(checkpoint: Checkpoint, model: str | None, options: Mapping[str,
         ) from None
 
 
+def _build_fused(checkpoint: Checkpoint, name: str | None, options: Mapping[str, Any]) -> LoadedWeights:
+    source = checkpoint.source
+    if name not in MODELS:
+        raise ConversionError(
+            f"{source.path} holds fused variables, which do not show their network. Give its name as the model, or save them "
+            'with the metadata {"model": NAME, "arguments": {...}}.'
+        )
+    options = {**_options_in_metadata(checkpoint, name), **options}
+    module, expected = fused_like(create_model(name, **options), traverse_util.flatten_dict(source.variables))
+    if problem := difference(expected, source.variables):
+        raise ConversionError(f"{source.path} does not fit {name} in its fused form. {problem}")
+    conversion = Conversion(source.variables, list(checkpoint.arrays), [], [], [])
+    return LoadedWeights(source.variables, conversion, checkpoint.notes, checkpoint, name, options, module)
+
+
 def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """Return the network's options from the file's metadata, after checking that they are valid."""
     options = json.loads(checkpoint.source.metadata.get("arguments", "{}"))
     description = f"{name} with {json.dumps(options):.200}"
+    options.pop("fused", None)  # the leaves tell
     headless = {"num_classes": 0} if options.pop("num_classes", None) == 0 else {}
     options |= headless | {  # a file cannot ask for a head that it does not have
         key: value
@@ -175,6 +199,11 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 def convert_checkpoint(checkpoint: Checkpoint, template: Mapping[str, Any]) -> LoadedWeights:
     """Convert an open checkpoint to variables like `template`, as `load_weights` does."""
+    if checkpoint.source.is_flax and is_fused(checkpoint.source.variables):
+        raise ConversionError(
+            f"{checkpoint.source.path} holds fused variables, which only load_model and load_run accept. Use the file of the "
+            "network before scconv_jax.fuse."
+        )
     checkpoint, complete = fitting(checkpoint, lambda variant: _covers(variant, template))
     expected, others = shapes(template), {}
     if complete:
