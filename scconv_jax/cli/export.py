@@ -27,6 +27,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="FILE.onnx, FILE.stablehlo, or a folder for hub")
     parser.add_argument("--format", choices=list(SUFFIXES), help="default: told by the suffix of --out")
+    parser.add_argument(
+        "--no-fuse", action="store_true", help="keep norms and convolutions apart; by default they are fused, with equal logits"
+    )
     parser.add_argument("--batch", default=DYNAMIC, metavar="N", help=f"number of images, or {DYNAMIC} for any (default)")
     parser.add_argument(
         "--size",
@@ -63,6 +66,7 @@ def _export(options: argparse.Namespace) -> None:
         options.weights,
         options.out,
         options.format,
+        fuse=not options.no_fuse,
         batch=_number("--batch", options.batch),
         size=_size(options.size),
         channels_first=options.channels_first,

@@ -27,6 +27,8 @@ from jax import export as jax_export
 
 from scconv_jax.files import local_path
 from scconv_jax.functional.checks import check_choice
+from scconv_jax.fusion.fuse import fuse as fused_form
+from scconv_jax.fusion.fuse import is_fused
 from scconv_jax.inference import hub_folder
 from scconv_jax.inference.export_check import DYNAMIC, Comparison, compare, image_sizes, on_cpu
 from scconv_jax.inference.onnx_conversion import OPSET, ExportError, to_onnx
@@ -69,6 +71,7 @@ def export(
     out: str | os.PathLike[str],
     format: str | None = None,
     *,
+    fuse: bool = True,
     batch: int | Literal["dynamic"] = DYNAMIC,
     size: tuple[int, int] | Literal["dynamic"] | None = None,
     channels_first: bool = False,
@@ -86,6 +89,7 @@ def export(
         source: A run's folder, a file of weights or a published name, as for `load_run`, or what `load_run` returned.
         out: The file or folder to write.
         format: "onnx", "stablehlo" or "hub". If None, the suffix of `out` tells it: .onnx, .stablehlo, or none for a folder.
+        fuse: Fuse the network first (see `scconv_jax.fuse`): equal logits in fewer operations. A folder is never fused.
         batch: Number of images, or "dynamic" for any.
         size: Height and width in pixels, or "dynamic" for all multiples of the network's output stride. If None, the size of the
             test images that the network was trained for.
@@ -126,11 +130,16 @@ def export(
         return Exported(path, format, images, ("n", len(trained.readable_names)), ", ".join(hub_folder.FILES), None, written)
     model = cast("Any", trained.model).clone(dtype=jnp.float32, axis_name=None)
     sizes = image_sizes(trained.name, model, batch, (trained.preparation.size,) * 2 if size is None else size)
-    apply = functools.partial(model.apply, jax.tree.map(jnp.asarray, trained.variables), train=False)
+    network, variables = model, trained.variables
+    if fuse and not is_fused(variables):
+        # The form without Winograd's kernels, which are for XLA on CPU only.
+        example = jax.ShapeDtypeStruct(sizes.samples()[0], jnp.float32)
+        network, variables = fused_form(model, variables, example, platform="gpu")
+    apply = functools.partial(network.apply, jax.tree.map(jnp.asarray, variables), train=False)
     images = jax.ShapeDtypeStruct(sizes.shape(), jnp.float32)
     given, logits = _plain(images.shape), _plain(jax.eval_shape(apply, images).shape)
     given = tuple(given[axis] for axis in ((0, 3, 1, 2) if channels_first else (0, 1, 2, 3)))
-    about = _about(trained) | {"images": given, "logits": logits}
+    about = _about(trained) | {"fused": fuse, "images": given, "logits": logits}
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(replacing(path))
         if format == "onnx":
