@@ -1,9 +1,8 @@
 """ScConv against PyTorch and against the 3×3 convolution it replaces: batch 8, float32.
 
 PyTorch runs eagerly, in channels-last memory format, with one thread per core. "Training" is the forward and backward pass, to
-the input and all parameters. Three more tables show when ScConv's group-wise and point-wise convolutions run faster as one dense
-convolution, why grouped convolutions do not use XLA's own, and when Winograd's form of a 3×3 convolution wins (see
-`scconv_jax/functional/convolution.py`).
+the input and all parameters. Two more tables show when ScConv's group-wise and point-wise convolutions run faster as one dense
+convolution, and why grouped convolutions do not use XLA's own (see `scconv_jax/functional/convolution.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from jax import lax
 
 import scconv_jax
 from benchmarks.timing import alternate, milliseconds, ratio, record, table
-from scconv_jax.functional.convolution import dense_blocks, form_on_cpu, native_conv, reconstruction_kernel, winograd_conv
-from scconv_jax.functional.winograd import winograd
+from scconv_jax.functional.convolution import dense_blocks, reconstruction_kernel
 from tests.reference import scconv
 
 SIZES = ((64, 56), (128, 28), (256, 14), (512, 7))
@@ -34,7 +32,6 @@ def main() -> None:
         scconv_table(),
         dense_table(),
         grouped_table(),
-        winograd_table(),
     ]
     record("operators", "Operators against PyTorch and the plain convolution", "\n\n".join(tables))
 
@@ -131,36 +128,6 @@ def grouped_table() -> str:
             )
     header = ["channels / px", "groups", "work", "ours", "XLA", "ours / XLA"]
     return "## Grouped 3×3 convolutions\n\n" + table(header, rows)
-
-
-def winograd_table() -> str:
-    """Return the table of 3×3 convolutions and their gradients to the kernel, by Winograd's F(2×2, 3×3) and by XLA's own."""
-    rows = []
-    for channels, size in ((64, 56), (128, 28), (128, 14), (256, 14), (512, 7)):
-        x, cotangent = arrays(channels, size)
-        kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, channels))
-
-        def native(kernel: jax.Array, x: jax.Array) -> jax.Array:
-            return native_conv(kernel, x, strides=1, padding=1, dilation=1, groups=1)
-
-        def ours(kernel: jax.Array, x: jax.Array) -> jax.Array:
-            return winograd(x, kernel)
-
-        used = form_on_cpu(kernel.shape, 1, 1, maps=x.shape[:3]) is winograd_conv
-        for work, wrap, uses in (("inference", forward, used and size <= 14), ("gradient to the kernel", to_kernel, used)):
-            functions = {"winograd": wrap(ours, cotangent, kernel, x), "native": wrap(native, cotangent, kernel, x)}
-            seconds = alternate(functions, ROUNDS)
-            times = (milliseconds(seconds[name]) for name in ("winograd", "native"))
-            comparison = ratio(seconds["winograd"], seconds["native"])
-            rows.append([f"{channels} / {size}", work, *times, comparison, "Winograd" if uses else "XLA"])
-    header = ["channels / px", "work", "Winograd", "XLA", "Winograd / XLA", "used"]
-    return "## Winograd's form of 3×3 convolutions\n\n" + table(header, rows)
-
-
-def to_kernel(function: Callable[..., jax.Array], cotangent: jax.Array, weights: Any, x: jax.Array) -> Callable[[], object]:
-    """Return a call of the compiled gradient to the weights."""
-    compiled = jax.jit(lambda weights, x: jax.vjp(lambda weights: function(weights, x), weights)[1](cotangent))
-    return lambda: jax.block_until_ready(compiled(weights, x))
 
 
 def plain(kernel: jax.Array, x: jax.Array) -> jax.Array:

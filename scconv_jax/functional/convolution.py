@@ -11,7 +11,6 @@ have other forms there. `by_platform` selects the form for the platform that the
     1×1, no padding                  `matmul_conv`: a matmul over pixels                      `native_conv`
     depthwise                        `product_conv`: a sum of shifted products                `native_conv`
     grouped                          `blocked_conv`: up to eight dense convolutions           `native_conv`
-    3×3, many channels, small maps   `winograd_conv`: sixteen matmuls (see `form_on_cpu`)     `native_conv`
     any other                        `native_conv`                                            `native_conv`
     3×3 of a fused network           F(4×4, 3×3) of a constant kernel: `fusion/winograd.py`   `native_conv`
     GWC + PWC1 of a CRU              one dense convolution if `dense_blocks` is 1,            one if CPU has one or groups <= 8,
@@ -27,15 +26,12 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from scconv_jax.functional.checks import check_maps
 from scconv_jax.functional.platforms import by_platform
-from scconv_jax.functional.symbolic import is_symbolic
 from scconv_jax.functional.windows import taps
-from scconv_jax.functional.winograd import winograd
 from scconv_jax.shapes import Array, Float
 
 
@@ -72,8 +68,7 @@ def conv(
             f"{per_group * groups}."
         )
     options: dict[str, Any] = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
-    fits = (strides, padding, dilation) == (1, 1, 1) and not is_symbolic(*x.shape) and x.dtype.itemsize >= 4
-    form = form_on_cpu(kernel.shape, padding, groups, maps=x.shape[:3] if fits else None)
+    form = form_on_cpu(kernel.shape, padding, groups)
     if form is native_conv:
         return native_conv(kernel, x, **options)
     # Split the channels before choosing the platform. Splitting them inside would change the order in which gradients of `x` are
@@ -83,19 +78,9 @@ def conv(
     return by_platform(form, native_conv, kernel, *parts, **options)
 
 
-def form_on_cpu(
-    shape: tuple[int, ...], padding: int, groups: int, *, maps: tuple[int, ...] | None = None
-) -> Callable[..., Array]:
-    """Return the fastest form on CPU of a convolution whose kernel has this shape (`python -m benchmarks.operators`).
-
-    `maps` is (n, h, w). Without it, Winograd's form does not fit. It wins from 128 channels, on maps of up to 28 px, if the batch
-    has as many tiles of 2×2 pixels as there are channels: fewer do not outweigh the transform of the kernel.
-    """
+def form_on_cpu(shape: tuple[int, ...], padding: int, groups: int) -> Callable[..., Array]:
+    """Return the fastest form on CPU of a convolution whose kernel has this shape (`python -m benchmarks.operators`)."""
     kh, kw, per_group, features = shape
-    if (kh, kw, groups) == (3, 3, 1) and maps is not None:
-        channels, tiles = min(per_group, features), maps[0] * -(-maps[1] // 2) * -(-maps[2] // 2)
-        if max(maps[1:]) <= 28 and channels >= 128 and tiles >= max(per_group, features):
-            return winograd_conv
     if groups > 1:
         return product_conv if per_group == 1 and groups == features else blocked_conv
     return matmul_conv if (kh, kw, padding) == (1, 1, 0) else native_conv
@@ -131,33 +116,6 @@ def matmul_conv(
     del padding, dilation, groups
     x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, strides, strides, 1))
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def winograd_conv(
-    kernel: Float[Array, "3 3 i o"], x: Float[Array, "n h w i"], *, strides: int, padding: int, dilation: int, groups: int
-) -> Float[Array, "n h w o"]:
-    """Convolve 3×3 by `winograd` where it is faster: forward up to 14 px, the gradient to the kernel up to 28 px."""
-    del strides, padding, dilation, groups
-    return _winograd_conv(x, kernel)
-
-
-@jax.custom_jvp
-def _winograd_conv(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
-    return winograd(x, kernel) if max(x.shape[1:3]) <= 14 else _same_conv(x, kernel)
-
-
-@functools.partial(_winograd_conv.defjvp, symbolic_zeros=True)
-def _winograd_conv_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (x, kernel), zero = primals, jax.custom_derivatives.SymbolicZero
-    # Transposed, the first convolution gives the gradient to `x`, the second the gradient to the kernel.
-    forms = ((_same_conv, tangents[0], kernel), (winograd, x, tangents[1]))
-    parts = [form(a, b) for form, a, b in forms if not isinstance(a, zero) and not isinstance(b, zero)]
-    y = _winograd_conv(x, kernel)
-    return y, functools.reduce(operator.add, parts) if parts else jnp.zeros_like(y)
-
-
-def _same_conv(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
-    return native_conv(kernel, x, strides=1, padding=1, dilation=1, groups=1)
 
 
 def product_conv(

@@ -10,15 +10,7 @@ from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
 from scconv_jax import functional as F
-from scconv_jax.functional.convolution import (
-    blocked_conv,
-    dense_blocks,
-    form_on_cpu,
-    matmul_conv,
-    native_conv,
-    product_conv,
-    winograd_conv,
-)
+from scconv_jax.functional.convolution import blocked_conv, dense_blocks, form_on_cpu, matmul_conv, native_conv, product_conv
 from scconv_jax.functional.moments import one_pass_moments, two_pass_moments
 from scconv_jax.functional.pooling import compared_max_pool, indexed_max_pool, native_max_pool
 
@@ -53,58 +45,6 @@ def test_each_form_of_a_convolution_equals_xlas_own(form, shape, strides, paddin
     found = value_and_gradients(partial(form, **options), kernel, *parts)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("size", [(7, 14), (4, 1), (15, 8)])
-def test_winograds_form_and_its_gradients_equal_xlas_own(size):
-    """Up to 14 px forward and gradient are Winograd's, above only the gradient to the kernel."""
-    rng = np.random.default_rng(0)
-    x, kernel = jnp.asarray(rng.standard_normal((2, *size, 5))), jnp.asarray(rng.standard_normal((3, 3, 5, 4)))
-    options = {"strides": 1, "padding": 1, "dilation": 1, "groups": 1}
-    forms = [partial(form, **options) for form in (winograd_conv, native_conv)]
-
-    def squared(form, kernel, x):  # its second derivatives are not 0
-        return jnp.square(form(kernel, x)).sum()
-
-    for found, expected in (
-        [value_and_gradients(form, kernel, x) for form in forms],
-        [jax.jvp(form, (kernel, x), (jnp.cos(kernel), jnp.sin(x))) for form in forms],
-        [jax.jvp(jax.grad(partial(squared, form), (0, 1)), (kernel, x), (jnp.cos(kernel), jnp.sin(x))) for form in forms],
-        [[jax.vmap(form, (None, 0))(kernel, x[:, None])] for form in forms],
-    ):
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * np.abs(b).max())
-
-
-def test_winograds_form_keeps_the_accuracy_of_float32():
-    rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal((3, 14, 14, 128)), rng.standard_normal((3, 3, 128, 128)) / 24
-    assert form_on_cpu(kernel.shape, 1, 1, maps=x.shape[:3]) is winograd_conv
-    found = F.conv(jnp.float32(x), jnp.float32(kernel), padding=1)
-    plain = native_conv(jnp.float32(kernel), jnp.float32(x), strides=1, padding=1, dilation=1, groups=1)
-    np.testing.assert_allclose(found, plain, atol=5e-6)  # values of 1 on average
-
-
-@pytest.mark.parametrize(
-    ("shape", "size", "options"),
-    [
-        ((9, 29, 29, 128), (3, 3, 128, 128), {"padding": 1}),
-        ((9, 14, 14, 127), (3, 3, 127, 128), {"padding": 1}),
-        ((9, 14, 14, 128), (3, 3, 128, 128), {"padding": 1, "strides": 2}),
-        ((9, 14, 14, 128), (3, 3, 128, 128), {"padding": 2, "dilation": 2}),
-        ((9, 14, 14, 128), (5, 5, 128, 128), {"padding": 2}),
-        ((2, 14, 14, 128), (3, 3, 128, 128), {"padding": 1}),
-    ],
-)
-def test_other_convolutions_stay_xlas_own(shape, size, options):
-    arrays = [jax.ShapeDtypeStruct(sizes, jnp.float32) for sizes in (shape, size)]
-    assert "dot_general" not in jax.jit(partial(F.conv, **options)).lower(*arrays).as_text()
-
-
-def test_low_precision_stays_xlas_own():
-    arrays = [jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in ((9, 14, 14, 128), (3, 3, 128, 128))]
-    assert "dot_general" not in jax.jit(partial(F.conv, padding=1)).lower(*arrays).as_text()
 
 
 @pytest.mark.usefixtures("x64")
