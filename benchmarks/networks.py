@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         for work in WORKS:
             # Another batch compiles anew, in a minute or more for each step.
             kinds = [kind for kind in kinds_of(work) if kind != "compiled" or (batch == 8 and not options.quick)]
+            kinds = [kind for kind in kinds if kind != "fused" or name not in OPERATORS]  # `fuse` is for networks
             found = compare(kinds, name, work, batch, options.size, 2 if options.quick else SECONDS)
             record["speed"].append({"name": name, "batch": batch, "work": work, **found})
             print(name, batch, work, found, flush=True)
