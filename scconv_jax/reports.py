@@ -205,6 +205,7 @@ def networks_page() -> Iterator[str]:
     """Yield the lines of docs/networks.md."""
     yield "# Networks\n"
     yield "<!-- Do not edit: `python -m scconv_jax summary --markdown > docs/networks.md` writes this page. -->\n"
+    yield "After this page you can choose a network, and you know its size, its maps, its options and its weights.\n"
     yield (
         "`scconv_jax.create_model(NAME)` returns a network, `scconv_jax.model_info(NAME)` its record, from which this page is\n"
         "made, and `scconv_jax.feature_info(NAME)` the channels and strides of its maps.\n"

@@ -1,6 +1,8 @@
 """README and docs: the Python blocks run, links and `make` targets exist, and facts stated twice agree."""
 
+import ast
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -61,6 +63,29 @@ def test_the_site_lists_every_page():
     trees = re.findall(r"^```{toctree}\n(.*?)^```", (docs / "index.md").read_text(), re.DOTALL | re.MULTILINE)
     listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
     assert sorted([*listed, "index"]) == sorted(str(path.relative_to(docs).with_suffix("")) for path in docs.rglob("*.md"))
+
+
+def test_the_page_of_errors_quotes_messages():
+    """Each quotation in a first column occurs in the code, except for the parts that vary (…)."""
+    constants = [
+        node.value
+        for package in ("scconv_jax", "train")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    rows = re.findall(r"^\| (?!of )(`.*?) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    quotations = [part.strip(" ,=") for row in rows for text in re.findall(r"`([^`]+)`", row) for part in text.split("…")]
+    assert len(quotations) > 20
+    for part in quotations:
+        assert part in ("verify", "waiting_for_data") or any(part in constant for constant in constants), part
+
+
+def test_the_figures_are_what_their_program_draws():
+    drawings = runpy.run_path(str(ROOT / "docs" / "figures" / "draw.py"))["FIGURES"]
+    assert {path.stem for path in (ROOT / "docs" / "figures").glob("*.svg")} == set(drawings)
+    for name, draw in drawings.items():
+        assert (ROOT / "docs" / "figures" / f"{name}.svg").read_text() == draw().svg(), "run python docs/figures/draw.py"
 
 
 def test_pre_commit_runs_the_ruff_of_the_project():

@@ -21,7 +21,7 @@ PAGES = sorted(str(path.relative_to(ROOT / "docs").with_suffix("")) for path in 
 BROKEN_WORDS = """() => [...document.querySelectorAll('article code .pre, article td code')].filter(word =>
     !word.textContent.includes(' ') && new Set([...word.getClientRects()].map(box => Math.round(box.top))).size > 1
 ).map(word => word.textContent)"""
-FIRST_PAINT = "performance.getEntriesByType('paint').find(entry => entry.name === 'first-contentful-paint')?.startTime ?? null"
+FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 pytestmark = pytest.mark.slow
 
@@ -84,16 +84,22 @@ def test_every_public_name_stands_in_the_built_reference(site):
 MODULES = {name for name in scconv_jax.__all__ if type(getattr(scconv_jax, name)).__name__ == "module"}
 
 
+def _first_paint(page):
+    """The milliseconds from opening the page to its first text or picture."""
+    page.wait_for_function(FIRST_PAINT)
+    return page.evaluate(FIRST_PAINT)
+
+
 @pytest.mark.parametrize("width", [1280, PHONE])
 def test_every_page_works_from_disk(site, open_page, width):
     for name in PAGES:
         page = open_page(site / f"{name}.html", width=width, dark=width == PHONE)
         assert_fits(page)
         assert page.evaluate(BROKEN_WORDS) == [], name
-        paints = [page.evaluate(FIRST_PAINT)]
+        paints = [_first_paint(page)]
         while min(paints) >= 1000 and len(paints) < 5:  # another process may have had the processor
             page.reload()
-            paints.append(page.evaluate(FIRST_PAINT))
+            paints.append(_first_paint(page))
         assert min(paints) < 1000, f"{name}: first paint after {min(paints):.0f} ms"
         page.context.close()
 
