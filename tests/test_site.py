@@ -130,3 +130,14 @@ def test_what_is_dead_or_left_out_fails_the_build(tmp_path):
     assert done.returncode != 0
     for problem in ("nowhere.md", "not-here", "isn't included in any toctree"):
         assert problem in done.stderr
+
+
+def test_the_text_of_a_drawing_stands_in_the_middle_of_its_box(site, open_page):
+    """A drawing in a page has its style from the site: its own would ignore the switch of light and dark."""
+    page = open_page(site / "papers.html")
+    shift = page.evaluate("""() => {
+        const box = document.querySelector('.drawing rect').getBoundingClientRect()
+        const text = document.querySelector('.drawing text').getBoundingClientRect()
+        return Math.abs(box.left + box.right - text.left - text.right) / 2
+    }""")
+    assert shift < 2
