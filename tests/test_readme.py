@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Writes the files that the pages use: a checkpoint of a network, one of a layer, and a photo."""
+    """Writes the files that the pages use: checkpoints of a network and of a layer, pictures, and exported digits."""
     folder = tmp_path_factory.mktemp("files")
     generator = np.random.default_rng(0)
 
@@ -32,6 +33,21 @@ def files(tmp_path_factory):
     shapes = jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 16), np.float32))
     scconv_jax.save(folder / "scconv.pth", random(shapes))
     Image.fromarray(generator.integers(0, 255, (300, 400, 3), np.uint8)).save(folder / "photo.jpg")
+    Image.fromarray(generator.integers(0, 255, (8, 8), np.uint8)).save(folder / "seven.png")
+    (folder / "photos").mkdir()
+    shutil.copy(folder / "photo.jpg", folder / "photos")
+    digits = scconv_jax.create_model("resnet20_small", num_classes=10)
+    preparation = {"size": 32, "resize": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "exif": False}
+    metadata = {
+        "model": "resnet20_small",
+        "arguments": {"num_classes": 10},
+        "class_names": [str(digit) for digit in range(10)],
+        "preparation": preparation,
+    }
+    scconv_jax.save(folder / "digits.safetensors", random(template(digits)), metadata)
+    trained = scconv_jax.load_run(folder / "digits.safetensors")
+    for name in ("digits.onnx", "digits.stablehlo", "digits"):
+        scconv_jax.export(trained, folder / name)
     return folder
 
 

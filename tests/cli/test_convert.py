@@ -202,7 +202,10 @@ def test_no_network_at_all(capsys):
         (["theirs.pth", "--out", "kept.safetensors"], "kept.safetensors exists. Give --force to replace it, or another --out."),
         (["theirs.pth", "--out", "x" * 300 + ".pth"], "File name too long"),
         (["theirs.pth", "--rename", "(", "", "--out", "new.pth"], "missing ), unterminated subpattern"),
-        (["theirs.pth", "--num-classes", "0", "--out", "new.pth"], "num_classes=0 must be one positive integer."),
+        (
+            ["theirs.pth", "--num-classes", "-1", "--out", "new.pth"],
+            "num_classes=-1 must be 0, for no head, or a positive integer.",
+        ),
         (["scnet5", "--out", "new.pth"], "Did you mean 'scnet50'?"),
         (["theirs.pth", "--out", "no/new.pth"], "There is no folder no to write new.pth in; make it first."),
         (

@@ -276,7 +276,9 @@ def test_another_model_is_an_error_that_names_the_difference(tmp_path, state):
         with pytest.raises(ConfigError, match=r"has another model; .*fc/bias is \(10,\) float32 in it, \(7,\) float32 here$"):
             checkpoints.restore(other)
         other = state.replace(ema={"params": state.params, "batch_stats": state.batch_stats})
-        with pytest.raises(ConfigError, match=r"has another optimizer: keep optim.name .* unchanged; ema/.* is absent in it"):
+        with pytest.raises(
+            ConfigError, match=r"has another optimizer: keep optim.name, optim.freeze .* unchanged; ema/.* is absent in it"
+        ):
             checkpoints.restore(other)
         other = state.replace(params={"conv": state.params["conv"]})
         with pytest.raises(ConfigError, match=r"has another model; params/bn/bias is \(8,\) float32 in it, absent here$"):
