@@ -133,7 +133,8 @@ def train(config: Config, workdir: Path) -> int:
                 nonlocal drawn
                 if is_host_0 and time.perf_counter() - drawn > CURVES_SECONDS:
                     run = checkpoints.workdir  # the folder may have been renamed
-                    draw_curves(run / "metrics.jsonl", run / "curves.png", title=title)
+                    with contextlib.suppress(OSError):  # on a full disk, the error of the checkpoint says more
+                        draw_curves(run / "metrics.jsonl", run / "curves.png", title=title)
                     drawn = time.perf_counter()
                 window.restart_clock()
 

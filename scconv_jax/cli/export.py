@@ -112,7 +112,7 @@ def _rows(exported: Exported) -> list[tuple[str, str]]:
     images = " and ".join(map(_shape, compared.images))
     result = f"equal within {compared.difference:.1e} of the largest logit, on random images {images}"
     if compared.rounding:
-        result += f" (the network itself changes by {compared.rounding:.1e} if its pixels change by one rounding)"
+        result += f" (the network's own rounding error is {compared.rounding:.1e})"
     return [*rows, ("loaded back", result)]
 
 

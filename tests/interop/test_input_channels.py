@@ -97,6 +97,7 @@ def test_images_of_other_channels(channels, message):
 
 
 @pytest.mark.parametrize("channels", [0, True, 1.0, "3"])
+@pytest.mark.usefixtures("unchecked")
 def test_impossible_channels(channels):
     with pytest.raises(ValueError, match=r"in_channels=.* must be one positive integer\."):
         scconv_jax.create_model(NAME, in_channels=channels)

@@ -450,7 +450,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_there_is():
         "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
         "runpy.run_module('tests.train.tiny', run_name='__main__')"
     )
-    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name} | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
     process = subprocess.run(
         [sys.executable, "-c", limited, "--resume", "mine", "--epochs", "9"],
         env=environment, capture_output=True, text=True, timeout=300,
