@@ -119,7 +119,7 @@ def _calibration(results: Results) -> Any:
     axes.plot(confidence[used], accuracy[used], color=BLUE, linewidth=1)
     axes.set(xlim=(0, 1.03), ylim=(0, 1.05), xlabel="confidence", ylabel="accuracy", title=f"Calibration: ECE {error:.2%}")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="upper left", markerscale=0.5)
+    axes.legend(frameon=False, loc="lower right", markerscale=0.5)
     return figure
 
 
