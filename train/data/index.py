@@ -20,15 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+import scconv_jax
 from train.config import ConfigError
 
-SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".avifs", ".jp2", ".j2k",
-    ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".icb", ".vda", ".vst", ".apng", ".bw",
-    ".cur", ".dcx", ".dds", ".dib", ".icns", ".ico", ".mpo", ".msp", ".pcx", ".psd", ".qoi", ".ras", ".rgb", ".rgba",
-    ".sgi", ".xbm", ".xpm",
-)  # fmt: skip
-"""Suffixes of image files, in any case: the formats that PIL decodes by itself, to 8 or 16 bits. Frequent ones come first."""
+SUFFIXES = scconv_jax.images.SUFFIXES
 SYSTEM_FOLDERS = {
     "#recycle", "#snapshot", "$recycle.bin", "@__thumb", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx",
     "__pycache__", "found.000", "lost+found", "lost.dir", "system volume information",
