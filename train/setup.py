@@ -132,6 +132,25 @@ def make_step(setup: TrainingSetup, config: Config, optimizer: optax.GradientTra
     return setup.parallel.over_devices(step, donate_state=True)
 
 
+def over_test_images(
+    setup: TrainingSetup, config: Config, function: Callable[[Any], Any], stopping: Callable[[], bool] = lambda: False
+) -> list[Any]:
+    """Return what `function` returns for each batch of the test set. Once `stopping()`, a `StoppedError` is raised."""
+    batches = eval_batches(
+        setup.dataset.test,
+        config.data.batch_size,
+        threads=config.data.threads,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    results = []
+    with DevicePrefetcher(batches, setup.parallel.put_batch, stopping) as prefetcher:
+        for batch in prefetcher:
+            results.append(function(batch))
+            jax.block_until_ready(results[-RUN_AHEAD:][0])  # otherwise all test images could be on the device at once
+    return results
+
+
 def make_test(setup: TrainingSetup, config: Config) -> Callable[..., dict[str, float]]:
     """Return (state, stopping) → `eval/loss`, `eval/top1`, with more than five classes `eval/top5`, and `eval/images`.
 
@@ -142,19 +161,7 @@ def make_test(setup: TrainingSetup, config: Config) -> Callable[..., dict[str, f
     sums_of = setup.parallel.over_devices(step, inference=True)
 
     def test(state: TrainState, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        batches = eval_batches(
-            setup.dataset.test,
-            config.data.batch_size,
-            threads=config.data.threads,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        with DevicePrefetcher(batches, setup.parallel.put_batch, stopping) as prefetcher:
-            sums = []
-            for batch in prefetcher:
-                sums.append(sums_of(state, batch))
-                jax.block_until_ready(sums[-RUN_AHEAD:][0])  # otherwise all test images could be on the device at once
-        sums = jax.device_get(sums)
+        sums = jax.device_get(over_test_images(setup, config, functools.partial(sums_of, state), stopping))
         totals = {key: float(sum(batch[key] for batch in sums)) for key in sums[0]}
         count = totals.pop("count")
         if not count:

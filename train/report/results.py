@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from train.config import Config, ConfigError
-from train.data.batches import DevicePrefetcher, eval_batches
+from train.setup import TrainingSetup, over_test_images
 from train.step import AXIS
 
 BINS = 15
@@ -64,23 +64,12 @@ class Results:
         return count, confidence, accuracy, error
 
 
-def make_results(setup: Any, config: Config) -> Callable[[Any], Results]:
+def make_results(setup: TrainingSetup, config: Config) -> Callable[[Any], Results]:
     """Return (state on the devices) → `Results`. All hosts call it and get the same."""
     predict = setup.parallel.over_devices(partial(predict_step, model=setup.model, normalize=setup.normalize), inference=True)
 
     def results(state: Any) -> Results:
-        batches = eval_batches(
-            setup.dataset.test,
-            config.data.batch_size,
-            threads=config.data.threads,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        found = []
-        with DevicePrefetcher(batches, setup.parallel.put_batch) as prefetcher:
-            for batch in prefetcher:
-                found.append(predict(state, batch))
-                jax.block_until_ready(found[-2:][0])  # otherwise all test images could be on the device at once
+        found = over_test_images(setup, config, partial(predict, state))
         arrays = {name: np.concatenate([np.asarray(batch[name]) for batch in found]) for name in found[0]}
         readable = np.flatnonzero(arrays.pop("weight"))
         if not len(readable):
