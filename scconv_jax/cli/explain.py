@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scconv_jax.cli.predict import add_weights
+from scconv_jax.cli.predict import add_weights, prepare_pillow
 from scconv_jax.explanation.explained import Explained, explain
 from scconv_jax.explanation.maps import networks_with, require_operator
 from scconv_jax.explanation.report import build, write
@@ -72,12 +71,7 @@ def add(commands: Any) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ModuleNotFoundError("explain needs Pillow: pip install 'scconv-jax[explain]'") from error
-    Image.MAX_IMAGE_PIXELS = None  # as in the trainer: `scconv_jax.images.MAX_PIXELS` is the only limit
-    warnings.filterwarnings("ignore", module="PIL")  # about images that it can read
+    prepare_pillow("explain")
     started = time.perf_counter()
     out = local_path(options.out)
     images = list_images(options.images)

@@ -57,6 +57,20 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
 
 
+def prepare_pillow(extra: str) -> None:
+    """Let Pillow read large images and say nothing about those that it can read.
+
+    Raises:
+        ModuleNotFoundError: Pillow is not installed; `extra` is the project's extra that has it.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ModuleNotFoundError(f"Images need Pillow: pip install 'scconv-jax[{extra}]'") from error
+    Image.MAX_IMAGE_PIXELS = None  # as in the trainer: `scconv_jax.images.MAX_PIXELS` is the only limit
+    warnings.filterwarnings("ignore", module="PIL")
+
+
 def open_weights(options: argparse.Namespace) -> TrainedModel:
     """Open the trained network on the command line, and say on stderr what it is and what was assumed."""
     keep_programs()
@@ -68,12 +82,7 @@ def open_weights(options: argparse.Namespace) -> TrainedModel:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ModuleNotFoundError("Images need Pillow: pip install 'scconv-jax[images]'") from error
-    Image.MAX_IMAGE_PIXELS = None  # as in the trainer: `scconv_jax.images.MAX_PIXELS` is the only limit
-    warnings.filterwarnings("ignore", module="PIL")  # about images that it can read
+    prepare_pillow("images")
     _check(options)
     paths = list_images(options.images)
     trained, started = open_weights(options), time.perf_counter()
