@@ -9,9 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-import scconv_jax
 from tests.train.test_step import OPTIM, assert_equal, batches_of, run
-from tests.train.tiny import Tiny, create_tiny, final_arrays, final_state
+from tests.train.tiny import Tiny, final_arrays, final_state, work_with_tiny
 from train.config import Config, Data, Optim
 from train.config.fields import ConfigError
 from train.main import main
@@ -34,10 +33,7 @@ config = Config(
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """An empty folder to work in, with `small.py`: 3 epochs of 3 steps of a tiny network."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scconv_jax, "create_model", create_tiny)
-    Path("small.py").write_text(SMALL)
-    return "small.py"
+    return work_with_tiny(tmp_path, monkeypatch, SMALL)
 
 
 def test_a_resumed_run_ends_in_the_same_bits_and_frozen_parts_never_move(small):

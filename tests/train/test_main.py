@@ -14,7 +14,7 @@ import pytest
 
 import scconv_jax
 from benchmarks import kills
-from tests.train.tiny import create_tiny, final_state
+from tests.train.tiny import create_tiny, final_state, work_with_tiny
 from train import distributed as hosts
 from train.config.files import load_config
 from train.distributed import Signals
@@ -44,10 +44,7 @@ LEFT = {".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl", "m
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """An empty folder to work in, with `small.py`: 3 epochs of 5 steps of a tiny network."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scconv_jax, "create_model", create_tiny)
-    Path("small.py").write_text(SMALL)
-    return "small.py"
+    return work_with_tiny(tmp_path, monkeypatch, SMALL)
 
 
 def evaluations(workdir):

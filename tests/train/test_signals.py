@@ -12,7 +12,7 @@ import pytest
 import scconv_jax
 import train.main
 from tests.train.test_main import SMALL, evaluations
-from tests.train.tiny import create_tiny, final_state
+from tests.train.tiny import final_state, work_with_tiny
 from train.data import batches
 from train.data.datasets import ArraySource
 from train.distributed import Signals
@@ -21,10 +21,7 @@ from train.main import main
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scconv_jax, "create_model", create_tiny)
-    Path("small.py").write_text(SMALL)
-    return "small.py"
+    return work_with_tiny(tmp_path, monkeypatch, SMALL)
 
 
 @pytest.fixture

@@ -48,6 +48,14 @@ def create_tiny(name: str, **options: Any) -> Tiny:
     return Tiny(**options)
 
 
+def work_with_tiny(tmp_path: Path, monkeypatch: Any, config: str) -> str:
+    """Enter an empty folder with the config `small.py`, and let the trainer create `Tiny`. Returns the config's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scconv_jax, "create_model", create_tiny)
+    Path("small.py").write_text(config)
+    return "small.py"
+
+
 def final_arrays(workdir: str | Path) -> dict[str, np.ndarray]:
     """The arrays of the latest checkpoint of a run, by name."""
     with Checkpoints(Path(workdir), keep=1) as checkpoints, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
