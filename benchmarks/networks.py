@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib
 import json
 import re
 import shutil
@@ -204,12 +205,8 @@ def alone(kind: str, name: str, work: str, batch: int, size: int) -> dict[str, f
 
     The memory is counted above that of the imports.
     """
-    import jax  # noqa: F401
-    import torch  # noqa: F401
-
-    import scconv_jax  # noqa: F401
-    from tests.reference import networks  # noqa: F401
-
+    for module in ("jax", "torch", "scconv_jax", "tests.reference.networks"):
+        importlib.import_module(module)
     imported = memory("VmRSS")
     began = time.perf_counter()
     call = make(kind, name, work, batch, size)

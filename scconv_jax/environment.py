@@ -60,7 +60,7 @@ _ASK = """
 import json, sys, jax
 try:
     devices = jax.local_devices()
-except Exception as error:
+except Exception as error:  # a plug-in can fail in any way
     sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
 kinds = {}
 for device in devices:
@@ -69,7 +69,7 @@ found = []
 for (platform, kind), same in kinds.items():
     try:
         memory = (same[0].memory_stats() or {}).get("bytes_limit")
-    except Exception:
+    except Exception:  # not every plug-in knows its memory
         memory = None
     found.append({"platform": platform, "kind": kind, "count": len(same), "memory_gib": memory and round(memory / 2**30, 1)})
 print("\\n" + json.dumps({"backend": jax.default_backend(), "x64": bool(jax.config.jax_enable_x64), "devices": found}))
