@@ -32,7 +32,7 @@ def networks():
 
 @pytest.fixture(autouse=True)
 def runs(networks, monkeypatch):
-    """Puts the networks in the place of weights with their names; other sources are opened as usual."""
+    """Opens these networks if --weights has their names, and other sources as usual."""
     extra = {
         "other_classes": dataclasses.replace(networks["scnet20_small"], class_names=("a", "b", "c", "d")),
         "more_classes": dataclasses.replace(networks["scnet20_small"], class_names=tuple("abcde")),

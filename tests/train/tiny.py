@@ -1,4 +1,4 @@
-"""A network that compiles in a second, and the command line with it in the place of every network of the library.
+"""A network that compiles in a second, and the command line that trains it whatever the network's name.
 
 `python -m tests.train.tiny ARGUMENTS` is `python -m train.main ARGUMENTS` with this network.
 """
