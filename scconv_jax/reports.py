@@ -198,6 +198,8 @@ print(scconv_jax.summary(model, 32, depth=1), scconv_jax.count_parameters(variab
 Each network has the stages `stem`, `layer1`, `layer2`, ..., `head`; `model.stages()` gives their modules, and
 `model_info(NAME).classifier` the name of the head. `rematerialise=True` saves memory in training: the backward pass recomputes
 each block. `create_model` returns no weights, because Flax keeps them outside of a network: `load_model(NAME)` returns both.
+`fuse(model, variables)` returns the network's inference form with its variables: equal outputs, fewer operations, no training
+([speed](performance.md)).
 """
 
 
