@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -16,6 +18,7 @@ import scconv_jax
 from benchmarks import kills
 from tests.train.tiny import create_tiny, final_state, work_with_tiny
 from train import distributed as hosts
+from train import loop
 from train.config.files import load_config
 from train.distributed import Signals
 from train.main import main, parse, plan_run
@@ -469,6 +472,27 @@ def test_output_that_nobody_reads_ends_the_program_in_silence():
     ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_the_curves_are_drawn_after_each_epoch(small, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(loop, "CURVES_SECONDS", 0)
+    monkeypatch.setattr(loop, "draw_curves", lambda *_, **__: drawn.append(len(evaluations("runs/small"))))
+    assert main(["--config", small, "--epochs", "2"]) == 0
+    assert drawn == [1, 2, 2], "the last is that of the finished run"
+
+
+def test_programs_are_kept_unless_the_user_says_no(small, monkeypatch):
+    kept: list[bool] = []
+    settings: Any = jax.config
+    before = settings.jax_enable_compilation_cache
+    monkeypatch.setattr(scconv_jax, "keep_programs", lambda: kept.append(settings.jax_enable_compilation_cache))
+    monkeypatch.setattr(loop, "train", lambda *_: 0)
+    try:
+        assert main(["--config", small]) == main(["--config", small, "--no-compile-cache"]) == 0
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+    assert kept == [before, False]
 
 
 @pytest.mark.slow

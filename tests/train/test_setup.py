@@ -1,4 +1,5 @@
 import jax
+import optax
 import pytest
 
 import scconv_jax
@@ -6,7 +7,7 @@ from tests.train.tiny import create_tiny
 from train.config import Config, ConfigError, Data
 from train.config.files import override
 from train.config.flags import parse_flags
-from train.setup import make_setup
+from train.setup import make_setup, make_step, make_test
 
 CONFIG = Config(data=Data(name="synthetic", image_size=2, synthetic_train=80, synthetic_test=27))
 """The tiny network's maps of such images are one pixel."""
@@ -39,3 +40,14 @@ def test_one_image_for_each_batchnorm_is_an_error_whose_cures_work(monkeypatch, 
         make_setup(override(config, parse_flags(option.split()).given))
     make_setup(config, testing=True)
     make_setup(override(config, {"data.image_size": 3}))
+
+
+def test_the_test_is_compiled_for_inference_and_the_step_is_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(scconv_jax, "inference_options", lambda platform: asked.append(platform) or {})
+    config = override(CONFIG, {"data.batch_size": 16, "data.image_size": 8})
+    setup = make_setup(config)
+    make_step(setup, config, optax.identity())
+    assert asked == []
+    make_test(setup, config)
+    assert asked == ["cpu"]
