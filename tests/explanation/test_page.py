@@ -147,6 +147,7 @@ def test_grey_images_and_one_image():
     assert "<title>What scnet20_small sees in 3 images</title>" in page(
         FILES, [grey], title="What scnet20_small sees in 3 images", summary=""
     )
+    assert "<title>&lt;b&gt;</title>" in page(FILES, [grey], title="<b>", summary="")
 
 
 def test_values_in_colours():

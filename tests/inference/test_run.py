@@ -113,6 +113,7 @@ def test_names_and_preparation_are_in_every_file_from_a_run(run, tmp_path):
     assert main(["convert", str(run), "--out", str(tmp_path / "d.safetensors"), "--num-classes", "4"]) == 0
     other = scconv_jax.load_run(tmp_path / "d.safetensors")
     assert (other.class_names, other.preparation) == (None, PREPARATION), "a new head has other classes"
+    assert "class_names" not in scconv_jax.load(tmp_path / "d.safetensors").metadata
 
 
 def test_an_old_run_has_numbered_classes_and_says_so(run, tmp_path, photo):
