@@ -34,7 +34,7 @@ SUFFIXES = (
     ".cur", ".dcx", ".dds", ".dib", ".icns", ".ico", ".mpo", ".msp", ".pcx", ".psd", ".qoi", ".ras", ".rgb", ".rgba",
     ".sgi", ".xbm", ".xpm",
 )  # fmt: skip
-"""Suffixes of image files, in lower case: the formats that PIL decodes by itself, to 8 or 16 bits. Frequent ones come first."""
+"""Suffixes of image files, in lower case: the formats that PIL decodes by itself, to 8 or 16 bits. The trainer has the same."""
 PNG = b"\x89PNG\r\n\x1a\n"
 """First bytes of every PNG file."""
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")

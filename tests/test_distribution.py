@@ -18,11 +18,11 @@ PACKAGES = ("benchmarks", "configs", "docs", "examples", "scconv_jax", "tests", 
 
 
 def sources(package):
-    """Returns the files of a folder, without caches."""
+    """Returns the files of a folder, without caches and what `make docs` copies into it."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and not {"__pycache__", ".hypothesis", ".ipynb_checkpoints"} & set(path.parts)
+        if path.is_file() and not {"__pycache__", ".hypothesis", ".ipynb_checkpoints", "runtime"} & set(path.parts)
     }
 
 

@@ -20,10 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-import scconv_jax
 from train.config import ConfigError
 
-SUFFIXES = scconv_jax.images.SUFFIXES
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".avifs", ".jp2", ".j2k",
+    ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".icb", ".vda", ".vst", ".apng", ".bw",
+    ".cur", ".dcx", ".dds", ".dib", ".icns", ".ico", ".mpo", ".msp", ".pcx", ".psd", ".qoi", ".ras", ".rgb", ".rgba",
+    ".sgi", ".xbm", ".xpm",
+)  # fmt: skip
+"""Suffixes of image files: `scconv_jax.images.SUFFIXES`, which a test compares. Importing the library would import JAX."""
 SYSTEM_FOLDERS = {
     "#recycle", "#snapshot", "$recycle.bin", "@__thumb", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx",
     "__pycache__", "found.000", "lost+found", "lost.dir", "system volume information",
