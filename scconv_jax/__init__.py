@@ -18,7 +18,7 @@ Folders:
     images.py     image files to a network's input
     finetuning.py another head, frozen parameters: reset_classifier, frozen_mask
     reports.py    parameters and multiply-adds part by part, the papers' tables: summary, count_parameters
-    bridge.py     networks with their weights in NNX: to_nnx, from_nnx
+    bridge.py     networks with their weights in NNX: to_nnx, from_nnx (nnx_module.py is what they make)
 
 `scconv_jax.runs`, the folder of a training run, is `weights/runs.py`.
 """
@@ -113,4 +113,5 @@ def __getattr__(name: str) -> object:
             "its calibrated branch, the class SCConv of the reference code, is scconv_jax.SelfCalibration); "
             "scconv_jax.ScConv is the one of 2023 (spatial and channel reconstruction)."
         )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    hint = "" if name.startswith("_") else messages.did_you_mean(name, __all__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from scconv_jax.layers.core import Dense
-from scconv_jax.messages import did_you_mean
+from scconv_jax.messages import did_you_mean, listed
 from scconv_jax.models.network import Network, path_matches
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
@@ -18,7 +18,7 @@ Variables = dict[str, Any]
 
 
 def reset_classifier(
-    model: AnyNetwork, variables: Mapping[str, Any], num_classes: int, key: jax.Array | None = None
+    model: AnyNetwork, variables: Mapping[str, Any], num_classes: int, key: jax.Array | int | None = None
 ) -> tuple[AnyNetwork, Variables]:
     """Return the network with another number of classes, and its variables with a new head.
 
@@ -26,28 +26,32 @@ def reset_classifier(
         model: A network of this library.
         variables: Its variables; they are not changed.
         num_classes: Length of the logits. If 0, the head is left out, and the network returns pooled features.
-        key: Key for the initial values of the head. If None, `jax.random.key(0)`.
+        key: Key for the initial values of the head, or its seed. If None, `jax.random.key(0)`.
 
     Returns:
         `(model, variables)`. The head's kernel has the shape `(num_features, num_classes)`; all other leaves are those of
         `variables`.
 
     Raises:
+        TypeError: `model` is no network of this library.
         ValueError: `num_classes` is not 0 or a positive integer, or the variables are of another network.
 
     Example:
         `model, variables = reset_classifier(*scconv_jax.load_model("scnet50"), num_classes=10)`
     """
+    _check_network(model, "reset_classifier(model, variables, num_classes)")
     model = model.clone(num_classes=num_classes)
+    if "params" not in variables:
+        raise ValueError(f"Variables are {{'params': ..., 'batch_stats': ...}}; got {listed(list(map(str, variables)), 5)}.")
     params = {name: leaves for name, leaves in variables["params"].items() if name != model.head}
-    modules = {path.partition("/")[0] for stage, paths in model.stages().items() if stage != "head" for path in paths}
-    if missing := sorted(modules - params.keys()):
-        raise ValueError(f"The variables are of another network than {type(model).__name__}: they have no {', '.join(missing)}.")
+    model.check_params(params)
+    if key is None or isinstance(key, int):
+        key = jax.random.key(key or 0)
     if num_classes:
         dtype = jax.tree.leaves(params)[0].dtype if model.param_dtype is None else model.param_dtype
         head = Dense(num_classes, param_dtype=dtype, kernel_init=model.kernel_init)
         features = jnp.zeros((1, model.num_features), dtype)
-        params[model.head] = head.init(jax.random.key(0) if key is None else key, features)["params"]
+        params[model.head] = head.init(key, features)["params"]
     return model, {**variables, "params": params}
 
 
@@ -64,6 +68,7 @@ def frozen_mask(model: Network, params: Mapping[str, Any], names: Sequence[str] 
         The mask. A parameter is frozen if its path, or that of a module around it, matches a name.
 
     Raises:
+        TypeError: `model` is no network of this library.
         ValueError: A name matches no parameter, or every parameter is frozen.
 
     Example:
@@ -71,9 +76,13 @@ def frozen_mask(model: Network, params: Mapping[str, Any], names: Sequence[str] 
         with weight decay and momentum too. The norms around them keep their statistics if the network has the same names in its
         attribute `frozen`.
     """
+    _check_network(model, "frozen_mask(model, params)")
     names = model.frozen if names is None else names
-    if isinstance(names, str):
-        raise ValueError(f"names={names!r} must be a sequence of names: give [{names!r}].")
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        example = [names] if isinstance(names, str) else ["stem", "layer1"]
+        raise ValueError(f"names={names!r} must be a sequence of names: give {example!r}.")
+    if "params" in params:
+        raise ValueError("params are variables: give variables['params'].")
     paths = list(traverse_util.flatten_dict(dict(params)))
     stages = model.stages()
     for name in names:
@@ -85,3 +94,9 @@ def frozen_mask(model: Network, params: Mapping[str, Any], names: Sequence[str] 
     if all(mask.values()):
         raise ValueError(f"{', '.join(names)}: every parameter is frozen; leave out one stage, such as head.")
     return traverse_util.unflatten_dict(mask)
+
+
+def _check_network(model: object, call: str) -> None:
+    if not isinstance(model, Network):
+        hint = f" Use create_model({model!r})." if isinstance(model, str) else ""
+        raise TypeError(f"{call} takes a network of this library; got {type(model).__name__}.{hint}")

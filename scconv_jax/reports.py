@@ -69,7 +69,8 @@ def summary(model: str | nn.Module, size: int | tuple[int, int] | None = None, *
     """Return parameters, multiply-adds and output shape of each part of a network, from shapes alone.
 
     Args:
-        model: Name of a network, a network, or another Flax module called as `model(images, train=...)`.
+        model: Name of a network, a network, or another Flax module called as `model(images, train=...)`. A layer of this library
+            is given maps of `features` channels.
         size: Height and width of the images, in pixels, or one number for both. If None, the size that the network was designed
             for, or 224 if it says none.
         depth: Depth of submodules to list: 1 for a network's stages, 2 for their blocks.
@@ -79,6 +80,7 @@ def summary(model: str | nn.Module, size: int | tuple[int, int] | None = None, *
         A `Summary`: `print(summary("scnet50"))` shows the table, `.parts` and `.total` hold the numbers.
 
     Raises:
+        TypeError: `model` is no name and no Flax module.
         ValueError: There is no such network or option, or a number is not positive.
     """
     height, width = size if isinstance(size, tuple) else (size, size)
@@ -96,6 +98,7 @@ def count_parameters(model: str | nn.Module | Mapping[str, Any], **options: Any)
         **options: Options of `create_model`, if `model` is a name.
 
     Raises:
+        TypeError: `model` is none of these.
         ValueError: There is no such network or option.
     """
     if isinstance(model, Mapping):
@@ -109,6 +112,9 @@ def _named(model: str | nn.Module, options: Mapping[str, Any]) -> tuple[str, nn.
         return model, create_model(model, **options)
     if options:
         raise ValueError(f"{', '.join(options)}: a module already has its options. Give the network's name to set them.")
+    if not isinstance(model, nn.Module):
+        hint = " For variables, use count_parameters." if isinstance(model, Mapping) else ""
+        raise TypeError(f"Expected the name of a network, a network or another Flax module; got {type(model).__name__}.{hint}")
     return type(model).__name__, model
 
 

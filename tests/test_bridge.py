@@ -1,10 +1,13 @@
 """A whole network with weights in NNX: evaluation, training, and back."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import scconv_jax
@@ -51,6 +54,51 @@ def test_training_under_jit(variables):
     np.testing.assert_array_equal(module(X, train=False), MODEL.apply(after, X, train=False))
 
 
-def test_variables_without_params():
-    with pytest.raises(ValueError, match=r"Variables are \{'params'.*; got batch_stats\."):
-        scconv_jax.to_nnx(MODEL, {"batch_stats": {}})
+@pytest.mark.usefixtures("unchecked")
+def test_modes_of_nnx(variables):
+    """`eval()` and `train()` of a module around the network decide where a call does not; training keeps its statistics."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.backbone = scconv_jax.to_nnx(MODEL.clone(dropout=0.0), variables)
+
+        def __call__(self, x):
+            return self.backbone(x)
+
+    net = Net()
+    with pytest.raises(TypeError, match="train"):
+        net(X)
+    net.eval()
+    np.testing.assert_array_equal(net(X), MODEL.apply(variables, X, train=False))
+    graph, state = nnx.split(net)
+    np.testing.assert_array_equal(nnx.merge(graph, state)(X), net(X))
+    net.train()
+    trained, new = MODEL.clone(dropout=0.0).apply(variables, X, train=True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(net(X), trained)
+    jax.tree.map(np.testing.assert_array_equal, scconv_jax.from_nnx(net.backbone)["batch_stats"], new["batch_stats"])
+
+
+def test_the_mode_does_not_reach_modules_without_it():
+    module = scconv_jax.to_nnx(nn.Dense(2), nn.Dense(2).init(jax.random.key(0), X))
+    module.eval()
+    assert module(X).shape == (4, 16, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((MODEL, {"batch_stats": {}}), ValueError, "Variables are {'params': ..., 'batch_stats': ...}; got batch_stats."),
+        ((MODEL, {"params": {"conv1": {}}}), ValueError, "of another network than ResNet: they have no bn1, layer1, layer2."),
+        (("resnet50", {}), TypeError, "takes a Linen module; got str. Use create_model('resnet50')."),
+        (((MODEL, {}), {}), TypeError, "takes a Linen module; got tuple. Unpack it: to_nnx(*load_model(NAME))."),
+        ((nn.Dense(1), {"params": {}}, "0"), TypeError, "rngs='0' must be nnx.Rngs(dropout=0), a key or a seed."),
+    ],
+)
+def test_what_is_refused(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        scconv_jax.to_nnx(*arguments)
+
+
+def test_from_nnx_takes_what_to_nnx_made():
+    with pytest.raises(TypeError, match=r"from_nnx takes a module that to_nnx made; got Linear\."):
+        scconv_jax.from_nnx(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))

@@ -59,6 +59,15 @@ def test_what_resetting_refuses(variables):
         scconv_jax.reset_classifier(MODEL, variables, -1)
     with pytest.raises(ValueError, match="The variables are of another network than ResNet: they have no layer2"):
         scconv_jax.reset_classifier(MODEL, {"params": {"conv1": {}, "bn1": {}, "layer1": {}}}, 2)
+    with pytest.raises(ValueError, match=re.escape("Variables are {'params': ..., 'batch_stats': ...}; got bn1, conv1, fc, ")):
+        scconv_jax.reset_classifier(MODEL, variables["params"], 2)
+    with pytest.raises(TypeError, match=re.escape("takes a network of this library; got str. Use create_model('resnet50').")):
+        scconv_jax.reset_classifier("resnet50", variables, 2)
+
+
+def test_a_seed_serves_as_key(variables):
+    first, second = (scconv_jax.reset_classifier(MODEL, variables, 2, key)[1] for key in (1, jax.random.key(1)))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @pytest.mark.parametrize(
@@ -90,12 +99,18 @@ def test_single_parameters_by_pattern(variables):
         (["layr1"], "No parameter is in 'layr1'. Did you mean 'layer1' or"),
         (["layer1/7"], "No parameter is in 'layer1/7'."),
         ("stem", "names='stem' must be a sequence of names: give ['stem']."),
+        ([3], "names=[3] must be a sequence of names: give ['stem', 'layer1']."),
         (["*"], "*: every parameter is frozen; leave out one stage, such as head."),
     ],
 )
 def test_names_that_the_mask_refuses(variables, names, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         scconv_jax.frozen_mask(MODEL, variables["params"], names)
+
+
+def test_the_mask_is_of_parameters(variables):
+    with pytest.raises(ValueError, match=re.escape("params are variables: give variables['params'].")):
+        scconv_jax.frozen_mask(MODEL, variables, ["stem"])
 
 
 def test_frozen_stages_stay_as_they_are(variables):

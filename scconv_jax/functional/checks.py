@@ -17,8 +17,18 @@ def check_positive_int(**values: Any) -> None:
     """Raise a ValueError unless each value is a positive integer or None."""
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
-            hint = " It applies to both height and width." if isinstance(value, (tuple, list)) else ""
+            hint = " It applies to both height and width." if isinstance(value, (tuple, list)) else nearest_int(value, 1)
             raise ValueError(f"{name}={value!r} must be one positive integer.{hint}")
+
+
+def nearest_int(value: Any, lowest: int) -> str:
+    """Return a sentence with the integers from `lowest` on that are nearest to a number or its text, or an empty string."""
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (Real, str)) else float(value)
+        found = sorted({max(lowest, math.floor(number)), max(lowest, math.ceil(number))})
+    except (ValueError, OverflowError):  # no number, NaN, infinity
+        return ""
+    return f" Nearest valid value: {' or '.join(map(str, found))}."
 
 
 def check_odd(**sizes: int) -> None:
@@ -37,17 +47,19 @@ def check_choice(name: str, value: str | None, choices: Iterable[str]) -> None:
         raise ValueError(f"Unknown {name} {value!r}.{hint} Choose from {', '.join(map(repr, known))}.")
 
 
-def check_float_dtype(name: str, dtype: Any) -> None:
-    """Raise a ValueError unless `dtype` is a floating-point dtype, by whatever name."""
-    try:
-        possible = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        possible = False
-    if not possible:
-        raise ValueError(
-            f"{name}={dtype!r} is not a floating-point dtype. Use jnp.float32, jnp.bfloat16, jnp.float16 or, with 64-bit JAX, "
-            "jnp.float64."
-        )
+def check_float_dtype(**values: Any) -> None:
+    """Raise a ValueError unless each value is a floating-point dtype, by whatever name."""
+    for name, dtype in values.items():
+        try:
+            possible = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        except TypeError:
+            possible = False
+        if not possible:
+            hint = did_you_mean(dtype, ("float32", "bfloat16", "float16", "float64"), most=1) if isinstance(dtype, str) else ""
+            raise ValueError(
+                f"{name}={dtype!r} is not a floating-point dtype.{hint} Use jnp.float32, jnp.bfloat16, jnp.float16 or, with "
+                "64-bit JAX, jnp.float64."
+            )
 
 
 def check_fraction(**values: Any) -> None:
@@ -76,7 +88,8 @@ def check_even(channels: int) -> None:
     """Raise a ValueError unless `channels` can be split into two halves."""
     if channels % 2:
         raise ValueError(
-            f"The channels are split into two halves, but {channels} is odd. Use {channels - 1} or {channels + 1} channels."
+            f"The channels are split into two halves, but {channels} is odd. Use "
+            f"{f'{channels - 1} or ' if channels > 1 else ''}{channels + 1} channels."
         )
 
 

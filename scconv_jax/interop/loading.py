@@ -187,7 +187,7 @@ def _options_in_metadata(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
         if key in ("num_classes", "in_channels")
     }
     try:
-        if options.get("depth", 0) > len(checkpoint.arrays):  # to trace such a network would never end
+        if options.get("depth", 0) + sum(options.get("block_sizes", [])) > len(checkpoint.arrays):  # tracing would never end
             raise ValueError("it has more layers than the file has entries")
         template(create_model(name, **options))
     except Exception as error:  # options from a file can fail in any way

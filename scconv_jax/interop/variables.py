@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from scconv_jax.interop.conversion import Variables, to_torch
 from scconv_jax.messages import listed
+from scconv_jax.models.registry import PUBLISHED
 from scconv_jax.weights import WeightsError, read, runs, safetensors_files, torch_files
 
 _log = logging.getLogger("scconv_jax")
@@ -43,6 +44,8 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | int = "best") -> Loa
     Raises:
         WeightsError: The file cannot be read, or has PyTorch's keys: convert it first.
     """
+    if str(path) in PUBLISHED and not Path(path).exists():
+        raise WeightsError(f"load reads files of variables; load_model({str(path)!r}) downloads published weights.")
     source = read(path, checkpoint=checkpoint)
     if not source.is_flax:
         raise WeightsError(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from flax import linen as nn
 
-from scconv_jax.functional.checks import check_float_dtype, check_positive_int
+from scconv_jax.layers.checks import SIZES, checks_of
 from scconv_jax.messages import did_you_mean
 
 Dtype = Any
@@ -20,7 +20,8 @@ Dtype = Any
 _Value = TypeVar("_Value")
 _Class = TypeVar("_Class", bound="Layer")
 
-_SIZES = ("kernel_size", "cheap_size", "strides", "dilation", "pooling")
+_INSIDE = "Give it to the norm: norm=functools.partial(scconv_jax.layers.BatchNorm, axis_name=..., momentum=...)."
+_OUTSIDE = "Nothing follows the last convolution: apply it to the result, flax.linen.relu(layer(x))."
 _READ = "The channels of the input are read from the input: leave it out."
 _TRAIN = "Say it in the call: layer(x, train=True)."
 _FIXED = "The layer pads so that stride 1 keeps height and width: leave it out."
@@ -31,13 +32,25 @@ ADVICE = {
     **dict.fromkeys(("in_features", "in_channels"), _READ),
     **dict.fromkeys(("train", "training", "deterministic", "use_running_average"), _TRAIN),
     "rngs": "This is a Linen module; in NNX, wrap it: flax.nnx.bridge.ToNNX(layer, rngs=rngs).",
+    **dict.fromkeys(("key", "seed"), "Weights are made by layer.init(key, x)."),
+    **dict.fromkeys(("activation", "act"), _OUTSIDE),
+    "data_format": "Maps are (n, h, w, c), channels last: leave it out.",
+    "precision": "Use jax.default_matmul_precision.",
 }
-"""Answers to options of `flax.linen.Conv`, `flax.nnx.Conv` and `torch.nn.Conv2d` that a layer here does not have."""
+"""Answers to options of the convolutions of Flax, PyTorch and Keras that a layer here does not have."""
 _RENAMED = {
     **dict.fromkeys(("stride", "window_strides"), ("strides",)),
     **dict.fromkeys(("kernel_dilation", "rhs_dilation"), ("dilation",)),
-    "feature_group_count": ("conv_groups", "groups"),
-    **dict.fromkeys(("out_features", "out_channels"), ("features",)),
+    "dilation_rate": ("dilation",),
+    **dict.fromkeys(("feature_group_count", "group_size"), ("conv_groups", "groups")),
+    **dict.fromkeys(("out_features", "out_channels", "op_channel", "oup_channels", "filters", "units"), ("features",)),
+    **dict.fromkeys(("group_num", "num_groups"), ("groups",)),
+    "eps": ("epsilon",),
+    "gate_treshold": ("threshold",),
+    "squeeze_radio": ("squeeze",),
+    "group_kernel_size": ("kernel_size",),
+    "kernel_initializer": ("kernel_init",),
+    **dict.fromkeys(("pooling_r", "r"), ("pooling",)),
 }
 
 
@@ -73,25 +86,21 @@ class Layer(nn.Module, kw_only=True):
             known = [field for field in fields if field not in ("parent", "name")]
             new = next((new for new in _RENAMED.get(name, ()) if new in known), None)
             advice = cls.advice.get(name) or (f"Use {new}." if new else ADVICE.get(name))
+            if name in ("axis_name", "momentum") and "norm" in fields:
+                advice = _INSIDE
             hint = f" {advice}" if advice else did_you_mean(name, known)
             raise TypeError(f"{cls.__name__} has no option {name!r}.{hint} Its options: {', '.join(known)}.")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check sizes and dtypes, and turn a pair of equal sizes into one."""
-        fields = self.__dataclass_fields__
-        for name in _SIZES:
-            if name in fields:
-                setattr(self, name, one_number(name, getattr(self, name)))
-                check_positive_int(**{name: getattr(self, name)})
-        for name in ("dtype", "param_dtype"):
-            if name in fields and getattr(self, name) is not None:
-                check_float_dtype(name, getattr(self, name))
-        if self.kernel_init is not None and not callable(self.kernel_init):
-            raise ValueError(
-                f"kernel_init={self.kernel_init!r} must be a function (key, shape, dtype) → array, such as "
-                "flax.linen.initializers.he_normal()."
-            )
+        """Check the attributes, and turn a pair of equal sizes into one."""
+        for name, check, optional in checks_of(type(self)):
+            value = getattr(self, name)
+            if name in SIZES:
+                value = one_number(name, value)
+                setattr(self, name, value)
+            if value is not None or not optional:
+                check(**{name: value})
         super().__post_init__()
 
 

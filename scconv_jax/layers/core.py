@@ -20,7 +20,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_divides, check_positive_int
+from scconv_jax.functional.checks import check_divides
 from scconv_jax.functional.moments import moments, over_channels
 from scconv_jax.functional.symbolic import check_multiple, is_below, value
 from scconv_jax.layers.base import Dtype, Layer, inherited, one_number
@@ -63,7 +63,6 @@ class Conv(Layer):
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        check_positive_int(features=self.features)
         self.padding = one_number("padding", self.padding)
         if isinstance(self.padding, bool) or not isinstance(self.padding, Integral) or self.padding < 0:
             size = one_number("kernel_size", self.kernel_size)

@@ -17,7 +17,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import linen as nn
 
-from scconv_jax.functional.checks import check_odd, check_positive_int
+from scconv_jax.functional.checks import check_odd
 from scconv_jax.layers.base import Layer
 from scconv_jax.layers.core import ConvNorm, Dtype, Factory
 from scconv_jax.shapes import Array, Float
@@ -57,7 +57,6 @@ class GhostConv(Layer):
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        check_positive_int(features=self.features)
         super().__post_init__()
         check_odd(kernel_size=self.kernel_size, cheap_size=self.cheap_size)
 

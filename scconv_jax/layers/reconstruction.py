@@ -43,7 +43,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_choice, check_odd, check_positive_int
+from scconv_jax.functional.checks import check_choice, check_odd
 from scconv_jax.layers.base import Layer, inherited
 from scconv_jax.layers.core import Conv, Dtype, Factory, kaiming_normal
 from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS, CRUSplit, Variant, check_alpha
@@ -202,7 +202,6 @@ def _check_sru(module: SRU | ScConv) -> None:
         check_choice("gate", module.gate, ("soft", "hard"))
     if module.gated is not None:
         check_choice("gated", module.gated, ("input", "norm"))
-    check_positive_int(groups=module.groups)
 
 
 def _check_cru(module: CRU | ScConv) -> None:
@@ -210,7 +209,6 @@ def _check_cru(module: CRU | ScConv) -> None:
     if module.fuse is not None:
         check_choice("fuse", module.fuse, ("pair", "all"))
     check_alpha(module.alpha)
-    check_positive_int(features=module.features, squeeze=module.squeeze, conv_groups=module.conv_groups)
 
 
 class _Kernel(nn.Module):

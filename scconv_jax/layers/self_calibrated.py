@@ -20,7 +20,7 @@ from typing import ClassVar
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_divides, check_even, check_positive_int
+from scconv_jax.functional.checks import check_divides, check_even
 from scconv_jax.layers.base import Layer
 from scconv_jax.layers.core import BatchNorm, ConvNorm, Dtype, Factory
 from scconv_jax.shapes import Array, Float
@@ -39,7 +39,7 @@ class SelfCalibration(Layer):
         dilation: Dilation of K2, K3 and K4.
         groups: Groups of K2, K3 and K4.
         pooling: r, window and step of the average pool, in pixels. The map must not be smaller.
-        norm: Factory of the norm after each convolution.
+        norm: Factory of the norm after each convolution. If None, there are no norms.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
         param_dtype: See `Layer`.
         kernel_init: See `Layer`.
@@ -58,13 +58,13 @@ class SelfCalibration(Layer):
     dilation: int = 1
     groups: int = 1
     pooling: int = 4
-    norm: Factory = BatchNorm
+    norm: Factory | None = BatchNorm
     dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        _check(self, self.features)
         super().__post_init__()
+        _check_groups(self, self.features)
 
     def setup(self) -> None:
         """Create K2, K3 and K4."""
@@ -91,7 +91,7 @@ class SelfCalibratedConv(Layer):
         dilation: Dilation of all four convolutions.
         groups: Groups of all four convolutions.
         pooling: r, window and step of the average pool, in pixels. The map must not be smaller.
-        norm: Factory of the norm after each convolution.
+        norm: Factory of the norm after each convolution. If None, there are no norms.
         dtype: Computation dtype. If None, the promoted dtype of `x` and the parameters.
         param_dtype: See `Layer`.
         kernel_init: See `Layer`.
@@ -110,15 +110,14 @@ class SelfCalibratedConv(Layer):
     dilation: int = 1
     groups: int = 1
     pooling: int = 4
-    norm: Factory = BatchNorm
+    norm: Factory | None = BatchNorm
     dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        check_positive_int(features=self.features)
-        check_even(self.features)
-        _check(self, self.features // 2)
         super().__post_init__()
+        check_even(self.features)
+        _check_groups(self, self.features // 2)
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n p q c"]:
@@ -137,9 +136,8 @@ class SelfCalibratedConv(Layer):
         return F.self_calibrated_conv(x, *branches, pooling=self.pooling)
 
 
-def _check(module: SelfCalibration | SelfCalibratedConv, channels: int) -> None:
-    """Check the features and the groups of each convolution, which has as many input as output `channels`."""
-    check_positive_int(features=module.features, groups=module.groups)
+def _check_groups(module: SelfCalibration | SelfCalibratedConv, channels: int) -> None:
+    """Check the groups of each convolution, which has as many input as output `channels`."""
     check_divides("groups", module.groups, "the channels of input and output", channels, channels)
 
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from scconv_jax.layers.base import Layer
+
 
 class Part(NamedTuple):
     """One part of a network, named as in its variables (`layer1/0`)."""
@@ -48,13 +50,9 @@ def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int 
             outputs["/".join(context.module.path)] = type(context.module).__name__, last.shape
         return result
 
-    images = jax.ShapeDtypeStruct((1, height, width, getattr(model, "in_channels", 3)), jnp.float32)
-    short, repeated = shorten(model)
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(lambda x: short.init(jax.random.key(0), x, train=False), images)
-    sizes = jax.tree.map(lambda leaf: math.prod(leaf.shape), variables["params"])
+        leaves, repeated = _sizes(model, height, width)
     outputs = _repeat_blocks(outputs, repeated)
-    leaves: dict[str, Any] = _repeat_blocks(flatten_dict(sizes, sep="/"), repeated)
     # Each value of a kernel or scale is multiplied once per pixel of its module's output.
     counts = {
         path: number * math.prod(_output_of(path, outputs)[1:-1]) for path, number in leaves.items() if path.endswith(_MULTIPLIED)
@@ -64,6 +62,21 @@ def summarise(model: nn.Module, size: tuple[int, int] | None = None, depth: int 
         for name, (kind, shape) in outputs.items()
         if name and _is_listed(name, outputs, depth)
     ]
+
+
+def parameter_paths(model: nn.Module, smallest: int) -> list[tuple[str, ...]]:
+    """Return the path of each parameter of a network that takes images of `smallest` pixels."""
+    return [tuple(path.split("/")) for path in _sizes(model, smallest, smallest)[0]]
+
+
+def _sizes(model: nn.Module, height: int, width: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the size of each parameter by path, and the number of blocks per stage, as `shorten` does."""
+    channels = getattr(model, "in_channels", None) or (getattr(model, "features", None) if isinstance(model, Layer) else None)
+    images = jax.ShapeDtypeStruct((1, height, width, channels or 3), jnp.float32)
+    short, repeated = shorten(model)
+    variables = jax.eval_shape(lambda x: short.init(jax.random.key(0), x, train=False), images)
+    sizes = jax.tree.map(lambda leaf: math.prod(leaf.shape), variables["params"])
+    return _repeat_blocks(flatten_dict(sizes, sep="/"), repeated), repeated
 
 
 _MULTIPLIED = ("/kernel", "/scale", "/gamma")

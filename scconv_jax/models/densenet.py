@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
+from scconv_jax.layers.checks import check_positive_ints
 from scconv_jax.layers.core import BatchNorm, Dtype, Factory, check_images, conv1x1, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
 from scconv_jax.models.network import Feature, SmallNetwork, Stage
@@ -82,8 +83,8 @@ class DenseNet(SmallNetwork):
     head: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
-        """Turn a list, which JSON makes of a tuple, into a tuple."""
-        self.block_sizes = tuple(self.block_sizes) if isinstance(self.block_sizes, list) else self.block_sizes
+        """Check the sizes of the blocks."""
+        self.block_sizes = check_positive_ints("block_sizes", self.block_sizes, "the number of layers of each block")
         super().__post_init__()
 
     def setup(self) -> None:

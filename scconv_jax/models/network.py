@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -15,10 +16,11 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_float_dtype, check_fraction
+from scconv_jax.functional.checks import nearest_int
 from scconv_jax.layers.base import Layer
 from scconv_jax.layers.core import Dense, Dtype, Factory
 from scconv_jax.messages import did_you_mean
+from scconv_jax.models.complexity import parameter_paths
 from scconv_jax.shapes import Array, Float
 
 
@@ -83,17 +85,13 @@ class Network(Layer, kw_only=True):
         ):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, Integral) or number < lowest:
-                raise ValueError(f"{name}={number!r} must be {rule}.")
-        check_float_dtype("dtype", self.dtype)
-        check_fraction(dropout=self.dropout)
-        if not isinstance(self.rematerialise, bool):
-            raise ValueError(f"rematerialise={self.rematerialise!r} must be True or False.")
+                raise ValueError(f"{name}={number!r} must be {rule}.{nearest_int(number, lowest)}")
         if not isinstance(self.frozen, (tuple, list)) or not all(isinstance(name, str) for name in self.frozen):
             raise ValueError(f"frozen={self.frozen!r} must be a tuple of names, such as ('stem', 'layer1').")
         self.frozen = tuple(self.frozen)
+        super().__post_init__()
         if self.frozen:
             self.frozen_paths(self.frozen)
-        super().__post_init__()
 
     @property
     def smallest_image(self) -> int:
@@ -120,19 +118,34 @@ class Network(Layer, kw_only=True):
         """Return the patterns of module paths that stages and patterns of paths stand for.
 
         Raises:
-            ValueError: A name is no stage, and no module of the network begins like it.
+            ValueError: A name is no stage, and the network has no module or parameter with such a path.
         """
         stages, paths = self.stages(), []
-        modules = {path.partition("/")[0] for found in stages.values() for path in found}
+        modules = [path for found in stages.values() for path in found]
         for name in names:
-            if name not in stages and not any(fnmatchcase(module, name.partition("/")[0]) for module in modules):
-                hint = did_you_mean(name, dict.fromkeys([*stages, *sorted(modules)]))
+            if name not in stages and name not in modules and not any(path_matches(path, [name]) for path in self._paths()):
+                hint = did_you_mean(name, dict.fromkeys([*stages, *modules, *("/".join(path[:-1]) for path in self._paths())]))
                 raise ValueError(
                     f"frozen: the network has no stage or module {name!r}.{hint} Stages: {', '.join(stages)}; patterns of paths, "
                     "such as layer1/0 or */bn1, name modules."
                 )
             paths += stages.get(name, (name,))
         return tuple(paths)
+
+    @nn.nowrap
+    def _paths(self) -> list[tuple[str, ...]]:
+        """Return the path of each parameter. Every call of a network makes a copy of it: equal ones share the paths."""
+        unfrozen: Any = self.clone(frozen=(), parent=None, name=None)  # a network is hashable, unless it is bound
+        return _parameter_paths(unfrozen)
+
+    @nn.nowrap
+    def check_params(self, params: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless parameters have the modules of all stages, the head perhaps left out."""
+        modules = {path.partition("/")[0] for stage, paths in self.stages().items() if stage != "head" for path in paths}
+        if missing := sorted(modules - params.keys()):
+            raise ValueError(
+                f"The variables are of another network than {type(self).__name__}: they have no {', '.join(missing)}."
+            )
 
     @nn.nowrap
     def add_head(self) -> None:
@@ -199,6 +212,11 @@ class Network(Layer, kw_only=True):
     @nn.nowrap
     def _result(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         return x.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+
+@functools.lru_cache(maxsize=32)
+def _parameter_paths(network: Network) -> list[tuple[str, ...]]:
+    return parameter_paths(network, network.smallest_image)
 
 
 def path_matches(path: Sequence[str], patterns: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from scconv_jax.images import OneImage, Preparation, prepare
-from scconv_jax.messages import did_you_mean
+from scconv_jax.messages import did_you_mean, nearest
 from scconv_jax.models import densenet, ghostnet, resnet, scconv_resnet, scnet, wide_resnet
 from scconv_jax.models.network import Feature, Network
 from scconv_jax.models.spec import ModelSpec
@@ -42,9 +42,14 @@ ADVICE = {
     **dict.fromkeys(("features_only", "out_indices"), _MAPS),
     **dict.fromkeys(("checkpoint_path", "weights"), "Load weights with scconv_jax.load_model(SOURCE)."),
     "in_chans": "Use in_channels.",
-    **dict.fromkeys(("img_size", "input_size"), "A network accepts images of any size from its smallest on; see model_info."),
-    **dict.fromkeys(("act_layer", "norm_layer", "zero_init_residual"), _BUILD),
-    "global_pool": f'The head averages the last map; method="pooled" returns the average. {_MAPS}',
+    "classes": "Use num_classes.",
+    **dict.fromkeys(("key", "rngs", "seed"), "Weights are made by model.init(key, images, train=False)."),
+    **dict.fromkeys(("train", "training"), "Say it in the call: model.apply(variables, images, train=False)."),
+    **dict.fromkeys(
+        ("img_size", "input_size", "input_shape"), "A network accepts images of any size from its smallest on; see model_info."
+    ),
+    **dict.fromkeys(("act_layer", "norm_layer", "zero_init_residual", "groups", "cardinality", "base_width", "layers"), _BUILD),
+    **dict.fromkeys(("global_pool", "pooling"), f'The head averages the last map; method="pooled" returns the average. {_MAPS}'),
     "num_features": "The length of the pooled vector is model.num_features; the channels of maps are in feature_info.",
     "include_top": "Use num_classes=0 for a network without head.",
     "replace_stride_with_dilation": "Use output_stride=16 or output_stride=8.",
@@ -116,8 +121,9 @@ def create_model(name: str, **options: Any) -> Network:
         ValueError: There is no such network or option, or an option has an impossible value.
     """
     spec = model_info(name)
-    if options.get("pretrained") is False:
-        del options["pretrained"]
+    for option in ("pretrained", "weights"):  # of other libraries: without weights, as here
+        if options.get(option, True) in (False, None):
+            del options[option]
     for option in options:
         if option not in spec.options:
             advice = _advice(name, option, options)
@@ -158,6 +164,9 @@ def _advice(name: str, option: str, options: Mapping[str, Any]) -> str:
         return ADVICE.get(option, "") if "drop_path" in MODELS[name].options else _NO_DROP_PATH
     if option != "pretrained":
         fields = {field.name for field in dataclasses.fields(MODELS[name].build())}
+        others = [other for other, spec in MODELS.items() if option in spec.options]
+        if others:
+            return f"Networks that have it: {', '.join(nearest(name, others, cutoff=0))}."
         return ADVICE.get(option) or (_BUILD if option in fields else "")
     call = ", ".join(
         [repr(name) if name in PUBLISHED else "SOURCE"]

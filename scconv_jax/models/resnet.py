@@ -16,7 +16,8 @@ from typing import Any
 from flax import linen as nn
 
 from scconv_jax import functional as F
-from scconv_jax.functional.checks import check_fraction
+from scconv_jax.functional.checks import check_positive_int
+from scconv_jax.layers.checks import check_positive_ints
 from scconv_jax.layers.core import BatchNorm, Conv, Dtype, Factory, check_images, conv3x3
 from scconv_jax.models.blocks import BasicBlock, Bottleneck, drop_path_rates
 from scconv_jax.models.network import Feature, Network, Stage
@@ -88,13 +89,11 @@ class ResNet(Network):
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the widths, the output stride and the probability."""
-        check_fraction(drop_path=self.drop_path)
-        self.planes = tuple(self.planes) if isinstance(self.planes, list) else self.planes  # from JSON
-        if not hasattr(self.planes, "__len__") or len(self.planes) != len(self.stage_sizes):
-            raise ValueError(
-                f"planes={self.planes!r} must be a tuple with the width of each of the {len(self.stage_sizes)} stages."
-            )
+        """Check the stages and the output stride."""
+        self.stage_sizes = check_positive_ints("stage_sizes", self.stage_sizes, "the number of blocks of each stage")
+        stages = len(self.stage_sizes)
+        self.planes = check_positive_ints("planes", self.planes, f"the width of each of the {stages} stages", stages)
+        check_positive_int(stem_stride=self.stem_stride)
         natural = self.stem_stride << (len(self.stage_sizes) - 1)
         possible = [natural, natural // 2, natural // 4]
         if isinstance(self.output_stride, bool) or self.output_stride not in possible:

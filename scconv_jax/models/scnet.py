@@ -60,6 +60,12 @@ class SCBottleneck(ResidualBlock):
         """Apply the block. `train` selects the statistics of the norms."""
         features = 4 * self.planes
         width = int(self.planes * self.bottleneck_width / 64) * self.groups
+        if width == 0:
+            least = -(-64 // self.bottleneck_width)
+            raise ValueError(
+                f"planes={self.planes} leave no channels for the branches, of {self.bottleneck_width} per group at 64 planes. "
+                f"Nearest valid value: {least}."
+            )
         pools = self.avd and self.transition
         norm = partial(self.norm, dtype=self.dtype)
         pointwise = partial(Conv, kernel_size=1, dtype=self.dtype)

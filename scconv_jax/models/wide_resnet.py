@@ -11,12 +11,14 @@ weights are the same.
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from flax import linen as nn
 
-from scconv_jax.functional.checks import check_choice, check_fraction
+from scconv_jax.functional.checks import check_choice
 from scconv_jax.layers.core import BatchNorm, Conv, Dtype, Factory, check_images, conv3x3
 from scconv_jax.layers.reconstruction import scconv_factory
 from scconv_jax.models.blocks import drop_path, drop_path_rates
@@ -83,8 +85,12 @@ class WideResNet(SmallNetwork):
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check `strided` and the probability."""
-        check_fraction(drop_path=self.drop_path)
+        """Check the depth and `strided`."""
+        depth = self.depth
+        if isinstance(depth, bool) or not isinstance(depth, Integral) or depth < 10 or depth % 6 != 4:
+            number = isinstance(depth, Real) and not isinstance(depth, bool) and math.isfinite(depth)
+            near = max(10, 6 * round((depth - 4) / 6) + 4) if number else 28
+            raise ValueError(f"depth={depth!r} must be 6 k + 4, an integer from 10 on. Nearest valid value: {near}.")
         check_choice("strided", self.strided, ("conv1", "conv2"))
         super().__post_init__()
 

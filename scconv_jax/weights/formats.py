@@ -20,6 +20,7 @@ from scconv_jax.weights import hub, runs, safetensors_files, torch_files
 from scconv_jax.weights.files import Contents, WeightsError, describe_unknown
 from scconv_jax.weights.selection import select
 
+_MAX_ITEMS = 64  # options in the metadata, and values in an option that is a list
 _MAX_KEY_LENGTH = 500  # characters; a key may be a path in a tree, and a very deep tree takes too long to walk
 
 
@@ -152,7 +153,9 @@ def _check_keys(tensors: Mapping[str, np.ndarray], skipped: Mapping[str, str]) -
 
 def _check_arguments(metadata: Mapping[str, str]) -> None:
     if not _is_plain(metadata.get("arguments", "{}")):
-        raise WeightsError("the arguments in its metadata are not a JSON object of numbers and printable strings")
+        raise WeightsError(
+            "the arguments in its metadata are not a JSON object of numbers, printable strings and short lists of them"
+        )
 
 
 def _is_plain(arguments: str) -> bool:
@@ -160,9 +163,15 @@ def _is_plain(arguments: str) -> bool:
         found = json.loads(arguments)
     except (ValueError, RecursionError):
         return False
-    if not isinstance(found, dict) or not all(isinstance(value, (str, int, float, type(None))) for value in found.values()):
+    if not isinstance(found, dict):
         return False
-    return all(text.isprintable() for text in (*found, *found.values()) if isinstance(text, str))
+    values = [list(found)]  # each option, planes=[16, 32, 64] say, as a list
+    values += [value if isinstance(value, list) else [value] for value in found.values()]
+    return all(
+        len(items) <= _MAX_ITEMS
+        and all(isinstance(item, (int, float, type(None))) or (isinstance(item, str) and item.isprintable()) for item in items)
+        for items in values
+    )
 
 
 def _count_not_finite(tensors: Mapping[str, Any]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from scconv_jax import ConversionError, WeightsError, create_model, load_model, load_weights, save, to_torch
+from scconv_jax import ConversionError, WeightsError, create_model, load, load_model, load_weights, save, to_torch
 from scconv_jax.interop.recognition import template
 
 NAME = "scnet20_small"
@@ -82,7 +82,17 @@ def test_a_file_cannot_ask_for_a_head_that_it_does_not_have(tmp_path, variables,
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"nope": 1}, {"name": "x"}, {"planes": "x"}, {"planes": 10**9}, {"stem": 7}, {"output_stride": "8"}, {"dtype": 3}],
+    [
+        {"nope": 1},
+        {"name": "x"},
+        {"planes": [4, 4, -4]},
+        {"frozen": ["x"]},
+        {"planes": "x"},
+        {"planes": 10**9},
+        {"stem": 7},
+        {"output_stride": "8"},
+        {"dtype": 3},
+    ],
     ids=str,
 )
 def test_options_in_a_file_that_make_no_network(tmp_path, variables, arguments):
@@ -103,18 +113,32 @@ def test_a_file_without_a_head_cannot_ask_for_one_that_fills_the_memory(tmp_path
     )
 
 
-def test_a_file_cannot_ask_for_a_network_without_end(tmp_path, variables):
-    save(tmp_path / "x.safetensors", variables, {"model": "wrn28_10_small", "arguments": {"depth": 4 + 6 * 10**6}})
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("wrn28_10_small", {"depth": 4 + 6 * 10**6}), ("densenet121_small", {"block_sizes": [1, 10**7]})],
+)
+def test_a_file_cannot_ask_for_a_network_without_end(tmp_path, variables, name, arguments):
+    save(tmp_path / "x.safetensors", variables, {"model": name, "arguments": arguments})
     with pytest.raises(WeightsError, match=r"which cannot be built: it has more layers than the file has entries"):
         load_model(tmp_path / "x.safetensors")
 
 
-def test_a_file_says_the_structure_of_its_network(tmp_path):
-    arguments = {"depth": 10, "width": 1}
-    weights = filled("wrn28_10_small", num_classes=3, **arguments)
-    save(tmp_path / "x.safetensors", weights, {"model": "wrn28_10_small", "arguments": arguments})
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("wrn28_10_small", {"depth": 10, "width": 1}),
+        ("densenet121_small", {"block_sizes": (1, 2), "growth": 4}),
+        ("resnet20_small", {"planes": [4, 4, 8], "frozen": ["stem"], "dtype": "bfloat16"}),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_file_says_the_structure_of_its_network(tmp_path, name, arguments):
+    weights = filled(name, num_classes=3, **arguments)
+    save(tmp_path / "x.safetensors", weights, {"model": name, "arguments": arguments})
     loaded, variables = load_model(tmp_path / "x.safetensors")
-    assert loaded == create_model("wrn28_10_small", num_classes=3, **arguments)
+    assert loaded == create_model(name, num_classes=3, **arguments)
+    metadata = load(tmp_path / "x.safetensors").metadata  # as its docstring says
+    assert create_model(metadata["model"], num_classes=3, **metadata["arguments"]) == loaded
     jax.tree.map(np.testing.assert_array_equal, variables, weights)
 
 

@@ -51,6 +51,10 @@ def test_only_features_may_be_given_by_position(layer):
         (lambda: ScConv(32, rngs=0), "in NNX, wrap it: flax.nnx.bridge.ToNNX(layer, rngs=rngs)."),
         (lambda: SelfCalibratedConv(16, train=True), "Say it in the call: layer(x, train=True)."),
         (lambda: CRU(strides=2), "The unit keeps the size of the map; ScConv(strides=...) pools before it."),
+        (lambda: ScConv(op_channel=16), "no option 'op_channel'. Use features."),
+        (lambda: SRU(group_num=4), "no option 'group_num'. Use groups."),
+        (lambda: ScConv(32, activation="relu"), "apply it to the result, flax.linen.relu(layer(x))."),
+        (lambda: SelfCalibratedConv(16, axis_name="batch"), "Give it to the norm: norm=functools.partial("),
         (lambda: ScConv(strids=2), "ScConv has no option 'strids'. Did you mean 'strides'?"),
     ],
 )
@@ -63,6 +67,15 @@ def test_habits_of_other_libraries_are_answered(make, message):
     ("make", "message"),
     [
         (lambda: SelfCalibratedConv(15), "15 is odd. Use 14 or 16 channels."),
+        (lambda: SelfCalibratedConv(1), "1 is odd. Use 2 channels."),
+        (lambda: SelfCalibratedConv(16, norm="batch"), "norm='batch' must be the class of a module"),
+        (lambda: ScConv(threshold=2), "threshold=2 must be a number from 0 to 1. Nearest valid value: 1."),
+        (lambda: ScConv(threshold="half"), "threshold='half' must be a number from 0 to 1."),
+        (lambda: SRU(epsilon=-1), "epsilon=-1 must be 0 or a positive number. Nearest valid value: 0."),
+        (lambda: layers.BatchNorm(momentum=-1), "momentum=-1 must be a number from 0 to 1. Nearest valid value: 0."),
+        (lambda: layers.Conv(8, 3, use_bias="no"), "use_bias='no' must be True or False."),
+        (lambda: layers.SqueezeExcitation(0), "hidden=0 must be one positive integer. Nearest valid value: 1."),
+        (lambda: ScConv("16"), "features='16' must be one positive integer. Nearest valid value: 16."),
         (lambda: SelfCalibratedConv(True), "features=True must be one positive integer."),
         (lambda: SelfCalibratedConv(16, groups=3), "groups=3 must divide the channels of input and output, 8 and 8."),
         (
@@ -123,6 +136,20 @@ def test_a_layer_follows_the_layers_around_it_but_no_other_module():
     params = Mine().init(jax.random.key(0), X)["params"]["ScConv_0"]
     assert params["CRU"]["GWC"]["kernel"].dtype == jnp.float32
     assert not params["CRU"]["GWC"]["kernel"].any()
+
+
+def test_a_layer_of_ones_own_may_use_the_names_of_checked_attributes_for_other_things():
+    class Scaled(layers.Layer):
+        width: float = 0.5
+        block: str = "mine"
+
+    assert (Scaled().width, Scaled(block="x").block) == (0.5, "x")
+
+
+def test_calibration_without_norms():
+    layer = SelfCalibratedConv(16, norm=None)
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), X, train=False))
+    assert set(shapes) == {"params"}
 
 
 def test_the_layers_are_public():

@@ -200,9 +200,50 @@ def test_parameters_of_another_dtype_and_with_other_initial_values():
         ({"rematerialise": "yes"}, "rematerialise='yes' must be True or False."),
         ({"param_dtype": jnp.int8}, "is not a floating-point dtype. Use jnp.float32"),
         ({"kernel_init": 0.1}, "kernel_init=0.1 must be a function (key, shape, dtype) → array"),
-        ({"in_channels": 0}, "in_channels=0 must be one positive integer."),
+        ({"kernel_init": nn.initializers.he_normal}, "kernel_init=he_normal must be a function (key, shape, dtype) → array"),
+        ({"kernel_init": nn.initializers.he_normal}, "It returns a function: give he_normal()."),
+        ({"kernel_init": lambda *, shape: shape}, "Called so, it fails: too many positional arguments."),
+        ({"in_channels": 0}, "in_channels=0 must be one positive integer. Nearest valid value: 1."),
+        ({"num_classes": 2.5}, "num_classes=2.5 must be 0, for no head, or a positive integer. Nearest valid value: 2 or 3."),
+        ({"axis_name": ["batch"]}, "axis_name=['batch'] must be the name of a mapped axis, or a tuple of names. Use ('batch',)."),
+        ({"dtype": "bf16"}, "dtype='bf16' is not a floating-point dtype. Did you mean 'bfloat16'?"),
+        (
+            {"planes": (8, 8, 8, 0.5)},
+            "the width of each of the 4 stages, each a positive integer; got 0.5. Nearest valid value: 1.",
+        ),
+        ({"planes": "abcd"}, "planes='abcd' must be a tuple with the width of each of the 4 stages."),
+        ({"frozen": ("layer1/9",)}, "the network has no stage or module 'layer1/9'."),
+        ({"frozen": ("*/bn1_c",)}, "the network has no stage or module '*/bn1_c'. Did you mean"),
+        ({"alpha": 0.5}, "no option 'alpha'. Networks that have it: scconv_resnet50, scconv_"),
+        ({"layers": (3, 4)}, "no option 'layers'. A network by name has a fixed structure"),
+        ({"pooling": "avg"}, "no option 'pooling'. The head averages the last map; method=\"pooled\" returns the average."),
     ],
 )
 def test_values_that_are_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         create_model("scnet50", **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WideResNet(depth=27), "depth=27 must be 6 k + 4, an integer from 10 on. Nearest valid value: 28."),
+        (lambda: WideResNet(depth="28"), "depth='28' must be 6 k + 4"),
+        (lambda: WideResNet(width=1.5), "width=1.5 must be one positive integer. Nearest valid value: 1 or 2."),
+        (lambda: DenseNet(block_sizes=()), "block_sizes=() must be a tuple with the number of layers of each block."),
+        (lambda: DenseNet(growth=0), "growth=0 must be one positive integer. Nearest valid value: 1."),
+        (lambda: ResNet(Bottleneck, (2, 0)), "the number of blocks of each stage, each a positive integer; got 0."),
+        (lambda: ResNet("bottleneck", (2, 2), (8, 8), output_stride=8), "block='bottleneck' must be the class of a module"),
+        (lambda: ResNet(Bottleneck, (2,), (8,), stem_stride=0), "stem_stride=0 must be one positive integer."),
+        (lambda: Bottleneck(8, drop_path=1), "drop_path=1 must be a probability from 0 to below 1"),
+        (lambda: Bottleneck(8, norm="batch"), "norm='batch' must be the class of a module, such as scconv_jax.layers.BatchNorm"),
+        (lambda: SCBottleneck(1).init(jax.random.key(0), X, train=False), "planes=1 leave no channels for the branches"),
+    ],
+)
+def test_parts_of_networks_check_their_values(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_no_weights_may_be_asked_for():
+    assert create_model("scnet50", pretrained=False, weights=None) == create_model("scnet50")

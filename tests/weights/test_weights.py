@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -119,6 +120,12 @@ def test_the_same_weights_are_the_same_file(tmp_path, variables):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
 
+def test_load_takes_no_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=re.escape("load_model('scnet50') downloads published weights.")):
+        scconv_jax.load("scnet50")
+
+
 def test_pytorchs_names_are_not_loaded_as_variables(tmp_path, variables):
     path = tmp_path / "x.pth"
     scconv_jax.save(path, variables)
@@ -127,7 +134,11 @@ def test_pytorchs_names_are_not_loaded_as_variables(tmp_path, variables):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["{", "[" * 100_000, "[1]", "3", "null", '{"a": [1]}', '{"a": {}}', '{"a": "\\u001b[2J"}', '{"\x9b": 1}']
+    "arguments",
+    [
+        *("{", "[" * 100_000, "[1]", "3", "null", '{"a": {}}', '{"a": [[1]]}', f'{{"a": [{"1," * 64}1]}}'),
+        *('{"a": "\\u001b[2J"}', '{"\x9b": 1}', '{"a": ["\\u001b[2J"]}'),
+    ],
 )
 def test_arguments_that_are_no_options(tmp_path, variables, arguments):
     scconv_jax.save(tmp_path / "x.safetensors", variables, {"arguments": arguments})
