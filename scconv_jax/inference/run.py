@@ -160,7 +160,7 @@ def load_run(source: str | os.PathLike[str], *, checkpoint: str | int = "best", 
         What was assumed is in `notes`, and logged as warnings under `scconv_jax`.
 
     Raises:
-        WeightsError: The source cannot be read or downloaded, has no such checkpoint, or says nonsense about its images.
+        WeightsError: The source cannot be read or downloaded, has no such checkpoint, no head, or says nonsense about its images.
         ConversionError: The source fits no network here.
     """
     trained = open_run(source, checkpoint=checkpoint, key=key)
@@ -173,6 +173,12 @@ def open_run(source: str | os.PathLike[str], *, checkpoint: str | int = "best", 
     """Open a trained network as `load_run` does, and log nothing."""
     loaded = build_model(open_checkpoint(source, key=key, checkpoint=checkpoint), None, {}, fused=True)
     model = loaded.module or create_model(loaded.name, **loaded.options)
+    head = f"{model_info(loaded.name).classifier}."
+    if loaded.options.get("num_classes") == 0 or any(key.startswith(head) for key in loaded.conversion.kept):
+        raise WeightsError(
+            f"{loaded.checkpoint.source.path} is {loaded.name} without its head ({head[:-1]}), so it knows no classes. "
+            "scconv_jax.load_model(..., num_classes=0) opens it for its features."
+        )
     names, note = _class_names(loaded, _num_classes(model, loaded.variables))
     preparation, other_note = _preparation(loaded, model.in_channels)
     notes = (*loaded.notes, *(text for text in (note, other_note) if text))

@@ -221,6 +221,18 @@ def test_published_weights_leave_nothing_to_assume(tmp_path):
     assert trained.notes == ()
 
 
+@pytest.mark.parametrize("metadata", [{"model": "scnet20_small", "arguments": {"num_classes": 0}}, {}])
+def test_a_network_without_head_has_no_answers(run, tmp_path, capsys, metadata):
+    _, variables = scconv_jax.load_model(run, num_classes=0)
+    path = tmp_path / "features.safetensors"
+    scconv_jax.save(path, variables, metadata)
+    for command, images, out in (("predict", [__file__], "x.csv"), ("explain", [__file__], "x"), ("export", [], "x.onnx")):
+        assert main([command, *images, "--weights", str(path), "--out", str(tmp_path / out)]) == 2
+        error = capsys.readouterr().err
+        assert f"{path} is scnet20_small without its head (fc), so it knows no classes." in error
+    assert [file.name for file in tmp_path.iterdir()] == ["features.safetensors"]
+
+
 def test_the_classes_of_imagenet():
     names = imagenet.synsets()
     assert len(names) == len(set(names.values())) == 1000
