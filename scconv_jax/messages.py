@@ -23,6 +23,11 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
+def shortened(text: str, most: int = 80) -> str:
+    """Return text of at most `most` letters, the last of them "…" if some were left out."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def printable(text: object) -> str:
     """Return text with `?` for what cannot be printed, such as a terminal's control sequences in the name of a file."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(text))

@@ -116,7 +116,7 @@ def export(
         raise ExportError("The file is compared on the CPU before success is said: name cpu among the platforms.")
     if not tolerance > 0:
         raise ExportError(f"tolerance={tolerance:g} must be above 0.")
-    if missing := [package for package in _PACKAGES[format] if importlib.util.find_spec(package) is None]:
+    if missing := [package for package in _PACKAGES[format] if not _is_installed(package)]:
         raise ModuleNotFoundError(f"The format {format} needs the package {missing[0]}: pip install 'scconv-jax[export]'")
     if os.path.lexists(path) and not force:
         raise ExportError(f"{path} exists. Give another name, or replace it with force (--force).")
@@ -139,7 +139,7 @@ def export(
     images = jax.ShapeDtypeStruct(sizes.shape(), jnp.float32)
     given, logits = _plain(images.shape), _plain(jax.eval_shape(apply, images).shape)
     given = tuple(given[axis] for axis in ((0, 3, 1, 2) if channels_first else (0, 1, 2, 3)))
-    about = _about(trained) | {"fused": fuse, "images": given, "logits": logits}
+    about = _about(trained) | {"fused": is_fused(variables), "images": given, "logits": logits}
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(replacing(path))
         if format == "onnx":
@@ -154,10 +154,17 @@ def export(
             run = _deserialized(temporary)
             beside = stack.enter_context(replacing(path.with_name(f"{path.name}.json")))
             about |= {"platforms": list(platforms), "jax": jax.__version__}
-            beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            hub_folder.write_json(beside, about)
         comparison = compare(run, model, trained.variables, sizes, tolerance)
         written = temporary.stat().st_size
     return Exported(path, format, given, logits, details, comparison, written)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # from a hook that hides the package
+        return False
 
 
 def _format(path: Path, name: str | None) -> str:

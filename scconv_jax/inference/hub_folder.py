@@ -23,6 +23,7 @@ from scconv_jax import files
 from scconv_jax.inference.onnx_conversion import ExportError
 from scconv_jax.inference.run import TrainedModel, load_run
 from scconv_jax.interop.variables import save
+from scconv_jax.messages import printable, shortened
 from scconv_jax.models.complexity import multiply_adds
 from scconv_jax.weights import WeightsError, runs
 
@@ -77,8 +78,8 @@ def write(path: Path, trained: TrainedModel, record: RunRecord) -> int:
         metadata |= {} if trained.class_names is None else {"class_names": list(trained.class_names)}
         metadata |= {} if record.step is None else {"step": str(record.step)}
         save(temporary / FILES[0], trained.variables, {**metadata, "version": f"scconv_jax {config['scconv_jax_version']}"})
-        (temporary / FILES[1]).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (temporary / FILES[2]).write_text(_card(path.name, trained, record), encoding="utf-8")
+        write_json(temporary / FILES[1], config)
+        (temporary / FILES[2]).write_text(_card(path.name, trained, record), encoding="utf-8", errors="backslashreplace")
         _check(temporary, trained)
         size = sum(file.stat().st_size for file in temporary.iterdir())
         if not path.exists():
@@ -92,6 +93,11 @@ def write(path: Path, trained: TrainedModel, record: RunRecord) -> int:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return size
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """Write a JSON file in UTF-8. What UTF-8 cannot have, from the names of folders, becomes JSON's escape of it."""
+    path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _check(folder: Path, trained: TrainedModel) -> None:
@@ -155,7 +161,8 @@ def _card(title: str, trained: TrainedModel, record: RunRecord) -> str:
     known = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value)
     unknown = [key for key, value in facts.items() if not value]
     listed = "\n".join(
-        f"    {label}: {json.dumps(name, ensure_ascii=False)}" for label, name in enumerate(names[:_SHOWN_CLASSES])
+        f"    {label}: {printable(json.dumps(shortened(name), ensure_ascii=False))}"
+        for label, name in enumerate(names[:_SHOWN_CLASSES])
     )
     more = f"\n\n`id2label` in `config.json` has all {len(names)}." if len(names) > _SHOWN_CLASSES else ""
     front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items())

@@ -23,7 +23,12 @@ from scconv_jax.inference.export import PLATFORMS
 from scconv_jax.weights import safetensors_files
 from tests.inference.test_onnx import random_variables
 
-NAMES = ("cat", "<script>alert(1)</script>", "../../etc/passwd", "a | b `c`")
+NAMES = (
+    "caf\udce9",
+    "<script>alert(1)</script>",
+    "../../etc/passwd",
+    "a | b `c`",
+)  # the first is the name of a folder that is not UTF-8
 PREPARATION = Preparation(size=32, resize=35, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
 RNG = np.random.default_rng(7)
 
@@ -146,6 +151,7 @@ def test_a_folder_of_the_hub(weights, tmp_path, capsys):
     assert config["id2label"] == {str(label): name for label, name in enumerate(NAMES)}
     assert config["architecture"] == "scnet20_small"
     card = (folder / "README.md").read_text()
+    assert '    0: "caf?"' in card
     assert f"| parameters | {sum(leaf.size for leaf in jax.tree.leaves(variables['params'])):,} |" in card
     assert "| multiply-adds | " in card
     assert "not recorded: data, test accuracy (top-1), checkpoint, epochs of the run, date of the checkpoint" in card

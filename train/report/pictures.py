@@ -41,8 +41,7 @@ def draw_all(results: Results, names: Sequence[str], image: Callable[[int], np.n
 
 def shortened(name: str, most: int = 26) -> str:
     """Return a name for a picture: printable, short, and without matplotlib's sign of a formula."""
-    text = scconv_jax.messages.printable(name)
-    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+    return scconv_jax.messages.shortened(scconv_jax.messages.printable(name), most).replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -106,6 +105,7 @@ def _bars(axes: Any, labels: Sequence[str], values: Sequence[float], colour: str
     bars = axes.barh(range(len(labels)), values, color=colour, height=0.7)
     axes.bar_label(bars, [style.format(value) for value in values], padding=3, fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
 
 
