@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from scconv_jax.cli.convert import add_checkpoint
+from scconv_jax.files import local_path
 from scconv_jax.inference.predict import Prediction, list_images, predict_each
 from scconv_jax.inference.run import BATCH_SIZE, TrainedModel, open_run
-from scconv_jax.messages import printable
+from scconv_jax.messages import printable, shortened
 from scconv_jax.programs import keep_programs
 from scconv_jax.weights.files import WeightsError, check_writable, replacing
 
@@ -97,7 +98,7 @@ def _predict(options: argparse.Namespace) -> int:
     if not predictions:
         raise ValueError(f"None of the {len(paths)} files is an image that can be read.")
     if options.out:
-        _write(Path(options.out), options, trained, predictions, skipped)
+        _write(local_path(options.out), options, trained, predictions, skipped)
     seconds = time.perf_counter() - started
     where = f"; answers in {printable(options.out)}" if options.out else ""
     print(f"{len(predictions):,} images in {seconds:.1f} s, {len(skipped):,} skipped{where}", file=sys.stderr)
@@ -111,7 +112,7 @@ def _check(options: argparse.Namespace) -> None:
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} {number} must be 1 or more.")
     if options.out:
-        out = Path(options.out)
+        out = local_path(options.out)
         if out.suffix not in SUFFIXES:
             raise WeightsError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}, to give the format.")
         check_writable(out)
@@ -130,7 +131,7 @@ def _with_progress(predictions: Iterable[Prediction], count: int) -> Iterator[Pr
 
 
 def _line(prediction: Prediction) -> str:
-    answers = (f"{answer.name} {answer.probability:.1%}" for answer in prediction.answers)
+    answers = (f"{shortened(answer.name)} {answer.probability:.1%}" for answer in prediction.answers)
     return printable(f"{prediction.image}: {', '.join(answers)}")
 
 

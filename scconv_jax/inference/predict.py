@@ -70,7 +70,8 @@ def predict(
 def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Return the image files that paths name, each once: the files, and the images in the folders, sorted by path.
 
-    Hidden files and folders are left out. A file that is named itself may have any suffix.
+    Hidden files and folders are left out. A file that is named itself may have any suffix. A link to nothing is listed too, as
+    a file that cannot be read.
 
     Raises:
         ValueError: A path does not exist, a folder holds no image, or there is no path.
@@ -82,7 +83,7 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
             if not inside:
                 raise ValueError(f"The folder {path} holds no image files (.jpg, .png and the like), and its folders hold none.")
             found |= dict.fromkeys(inside)
-        elif os.path.isfile(path):
+        elif os.path.lexists(path):
             found[path] = None
         else:
             raise ValueError(f"There is no file or folder {path}.")
@@ -96,7 +97,7 @@ def _images_in(folder: str) -> list[str]:
     for inside, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         paths = (os.path.join(inside, name) for name in names if name[0] != "." and name.lower().endswith(SUFFIXES))
-        found += filter(os.path.isfile, paths)
+        found += (path for path in paths if os.path.isfile(path) or not os.path.exists(path))  # no pipes, which would wait
     return sorted(found)
 
 

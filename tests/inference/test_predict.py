@@ -13,9 +13,11 @@ from PIL import Image
 
 import scconv_jax
 from scconv_jax.cli import main
+from scconv_jax.cli.predict import _line
 from scconv_jax.images import SUFFIXES
 from scconv_jax.inference import predict as predictions
-from scconv_jax.inference.predict import list_images, predict_each
+from scconv_jax.inference.predict import Prediction, list_images, predict_each
+from scconv_jax.inference.run import Answer
 from tests.image_files import encoded, photo
 from train.data import index
 
@@ -124,6 +126,13 @@ def test_images_are_listed_once_and_a_named_file_may_have_any_suffix(folder):
     ]  # fmt: skip
 
 
+def test_links_to_nothing_are_named_and_pipes_are_left_out(trained, tmp_path):
+    (tmp_path / "gone.png").symlink_to("/absent")
+    os.mkfifo(tmp_path / "pipe.png")
+    [found] = scconv_jax.predict(tmp_path, trained)
+    assert found == (str(tmp_path / "gone.png"), (), "No such file or directory")
+
+
 def test_suffixes_are_those_of_the_trainer():
     assert SUFFIXES == index.SUFFIXES
 
@@ -182,6 +191,7 @@ def test_answers_in_a_file(run, folder, tmp_path, capsys):
     [
         (["--out", "x.txt"], "--out x.txt: its name must end in .csv or .json, to give the format."),
         (["--out", "absent/x.csv"], "There is no folder absent to write x.csv in; make it first."),
+        (["--out", "gs://bucket/x.csv"], "gs://bucket/x.csv is an address, not a folder of this machine"),
         (["--top", "0"], "--top 0 must be 1 or more."),
         (["--batch-size", "-1"], "--batch-size -1 must be 1 or more."),
         (["--threads", "0"], "--threads 0 must be 1 or more."),
@@ -194,6 +204,11 @@ def test_mistakes_in_the_command(run, folder, tmp_path, monkeypatch, capsys, arg
     out, err = capsys.readouterr()
     assert message in err
     assert (out, len(err.splitlines()), list(tmp_path.iterdir())) == ("", 1, [])
+
+
+def test_a_long_name_of_a_class_is_cut_in_a_line():
+    answers = (Answer(0, "a" * 200, 0.75), Answer(1, "b", 0.25))
+    assert _line(Prediction("x.png", answers)) == f"x.png: {'a' * 79}… 75.0%, b 25.0%"
 
 
 def test_no_image_can_be_read(run, tmp_path, capsys):
