@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,15 +15,19 @@ import numpy as np
 from scconv_jax.cli.predict import add_weights, prepare_pillow
 from scconv_jax.explanation.explained import Explained, explain
 from scconv_jax.explanation.maps import networks_with, require_operator
-from scconv_jax.explanation.report import build, write
+from scconv_jax.explanation.report import PAGE, PAGES, build, write
 from scconv_jax.files import local_path
+from scconv_jax.images import SUFFIXES
 from scconv_jax.inference.predict import list_images
 from scconv_jax.inference.run import TrainedModel, open_run
 from scconv_jax.messages import did_you_mean, listed, printable
 from scconv_jax.programs import keep_programs
+from scconv_jax.weights.files import check_writable
 
 LIMIT = 64
 """Most images of one page."""
+FILES = (*SUFFIXES, ".pdf", ".svg", ".json", ".csv", ".txt", ".zip")
+"""Suffixes that are no names of folders."""
 NEEDS = {"gates": "gates", "sru": "separations", "cru": "fusions"}
 """Operators that --needs can name, and where `Explained` has what they compute."""
 
@@ -96,19 +101,25 @@ def _explain(options: argparse.Namespace) -> int:
     if len(trained) == 2:
         networks.append(explain(trained[1], images, first.classes, top=0))
     sources = " and ".join(Path(source).name or source for source in (options.weights, options.beside) if source)
-    paths = write(out, build(_names(images), networks, source=f"Weights: {sources}."))
+    contents = build(_names(images), networks, source=f"Weights: {sources}.")
+    try:
+        paths = write(out, contents)
+    except OSError as error:
+        raise ValueError(f"Cannot write {out}: {error.strerror or error}.") from error
     seconds = time.perf_counter() - started
     print(f"Wrote {printable(listed([str(path) for path in paths]))} ({len(images)} images, {seconds:.0f} s).")
     return 0
 
 
 def _check_place(out: Path) -> None:
-    """Raise a ValueError if --out cannot be what it must be."""
-    is_page = out.suffix.lower() in (".html", ".htm")
-    if is_page and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}.")
-    if is_page is out.is_dir() and out.exists():
+    """Raise a ValueError if --out cannot be what it must be, or cannot be written."""
+    is_page = out.suffix.lower() in PAGES
+    if os.path.lexists(out) and is_page is out.is_dir():
         raise ValueError(f"--out {out} is a {'folder' if is_page else 'file'}; name a folder, or a page that ends in .html.")
+    if not is_page and out.suffix.lower() in FILES and not out.exists():
+        raise ValueError(f"--out {out}: name a folder, or a page that ends in .html; nothing else is written.")
+    existing = out if is_page else next((folder for folder in (out, *out.parents) if folder.exists()), out)
+    check_writable(existing if is_page else existing / PAGE)
 
 
 def _class(trained: TrainedModel, text: str) -> int:

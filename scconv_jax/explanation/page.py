@@ -17,6 +17,7 @@ import numpy as np
 
 from scconv_jax.explanation.explained import Explained, extent
 from scconv_jax.explanation.pictures import COLOURS, encoded, quantized
+from scconv_jax.messages import printable, shortened
 
 CHANNELS = 8
 """Channels of each gate and map in the page, beside their mean: those that vary most between pixels."""
@@ -65,7 +66,7 @@ def page(files: Sequence[str], networks: Sequence[Explained], *, title: str, sum
     data = {
         "title": title,
         "summary": summary,
-        "files": list(files),
+        "files": [plain(file) for file in files],
         "colours": _base64(COLOURS),
         "views": VIEWS,
         "networks": [_network(network) for network in networks],
@@ -82,11 +83,16 @@ def label(path: str) -> str:
     return f"{parts[0]}, block {parts[1]}" if len(parts) == 2 and parts[1].isdecimal() else path
 
 
+def plain(name: str) -> str:
+    """Return a name for a page or picture: one line, no sign that turns the direction of what follows, not very long."""
+    return shortened(printable(name))
+
+
 def class_texts(network: Explained, option: int) -> list[str]:
     """Return "class NAME (12.3 %)" of each image, for one of the classes that were explained."""
     names = network.trained.readable_names
     return [
-        f"class {names[row[option]]} ({100 * share[row[option]]:.1f} %)"
+        f"class {plain(names[row[option]])} ({100 * share[row[option]]:.1f} %)"
         for row, share in zip(network.classes, network.probabilities, strict=True)
     ]
 
@@ -109,7 +115,8 @@ def _network(network: Explained) -> dict[str, Any]:
         "name": network.trained.name,
         "images": [_image(image) for image in network.images],
         "answers": [
-            [(names[i], round(float(share[i]), 4)) for i in row] for row, share in zip(best, network.probabilities, strict=True)
+            [(plain(names[i]), round(float(share[i]), 4)) for i in row]
+            for row, share in zip(best, network.probabilities, strict=True)
         ],
         "views": views,
         "fusions": [
@@ -134,7 +141,7 @@ def _cam(network: Explained, layer: str) -> dict[str, Any]:
     for k in range(maps.shape[1]):
         texts = class_texts(network, k)
         same = len(set(network.classes[:, k].tolist())) == 1 and len(texts) > 1
-        name = f"class {network.trained.readable_names[network.classes[0, k]]}" if same else RANKS[min(k, len(RANKS) - 1)]
+        name = f"class {plain(network.trained.readable_names[network.classes[0, k]])}" if same else RANKS[min(k, len(RANKS) - 1)]
         pixels = np.stack([quantized(heat, 0, float(heat.max())) for heat in maps[:, k]])
         options.append({"label": name, "texts": texts, "each": True, "low": 0, "high": 1, "data": _base64(pixels)})
     return {"label": layer, "shape": maps.shape[2:], "options": options}

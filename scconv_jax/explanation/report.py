@@ -14,6 +14,8 @@ from scconv_jax.explanation.page import class_texts, label, page
 from scconv_jax.explanation.pictures import Row, bars, coloured, overlay, sheet, tile
 
 PAGE = "explain.html"
+PAGES = (".html", ".htm")
+"""Suffixes of a page."""
 ACROSS = 8
 """Most images beside each other in the comparison of two networks."""
 
@@ -53,7 +55,7 @@ def write(out: Path, contents: Mapping[str, bytes]) -> list[Path]:
     Raises:
         OSError: A folder or file cannot be written.
     """
-    if out.suffix.lower() in (".html", ".htm"):
+    if out.suffix.lower() in PAGES:
         targets = {out: contents[PAGE]}
         made = []
     else:

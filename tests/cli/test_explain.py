@@ -1,6 +1,8 @@
 """The command `explain` with two small networks of random weights, and every error as one line."""
 
 import dataclasses
+import errno
+import os
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +109,10 @@ def test_errors_of_weights_and_classes(photos, tmp_path, capsys, arguments, mess
     assert not out.exists()
 
 
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_errors_of_images_and_places(photos, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "folder").mkdir()
@@ -116,9 +122,13 @@ def test_errors_of_images_and_places(photos, tmp_path, capsys, monkeypatch):
         ([str(tmp_path / "folder")], "out", "holds no image files"),
         (photos, "out", "3 images are too many for one page; give at most 2."),
         ([photos[0]], "a.png", "a.png is a file; name a folder, or a page that ends in .html."),
-        ([photos[0]], "none/page.html", f"there is no folder {tmp_path}/none."),
+        ([photos[0]], "none/page.html", f"There is no folder {tmp_path}/none to write page.html in; make it first."),
         ([photos[0]], "gs://bucket", "is an address"),
+        ([photos[0]], "new.png", "new.png: name a folder, or a page that ends in .html; nothing else is written."),
+        ([photos[0]], "a.png/page", f"There is no folder {tmp_path}/a.png to write explain.html in; make it first."),
+        ([photos[0]], "full", "full: No space left on device."),
     ]
+    monkeypatch.setattr(explain, "write", full_disk)
     monkeypatch.setattr(explain, "LIMIT", 2)
     before = sorted(tmp_path.rglob("*"))
     for images, out, message in cases:

@@ -15,7 +15,7 @@ from tests.browser import PHONE, assert_fits
 
 HOSTILE = "</script><script>window.broken = 1</script>"
 FILES = ["<img src=x onerror='window.broken = 2'>.png", '../../two & "three".png', "三.png"]
-CLASSES = ("cat", HOSTILE, "../../etc", "dog")
+CLASSES = ("cat", HOSTILE, "../../etc", "dog\u202e" + 100 * "o")
 
 
 def explained(name="scnet20_small", *, gates=True, units=True):
@@ -105,6 +105,7 @@ def test_the_page_fits_a_phone_and_shows_hostile_names_as_text(open_page, writte
     texts = page.locator("#gallery figcaption strong").all_inner_texts()
     assert texts == FILES
     assert HOSTILE in page.locator("#gallery").inner_text()
+    assert f"dog?{75 * 'o'}… (70.0 %)" in page.locator("#gallery").inner_text()
     assert page.locator("script").count() == 2
     assert page.locator("#gallery img").count() == 0
 
