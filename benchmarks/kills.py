@@ -32,7 +32,7 @@ config = Config(
     log=Log(report=False),
 )
 """
-TIMES = {"images_per_second", "waiting_for_data", "multiply_adds_per_second", "peak_share"}
+TIMES = {"images_per_second", "waiting_for_data", "multiply_adds_per_second", "peak_share", "seconds"}
 KILLS = 20
 
 

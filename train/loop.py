@@ -106,7 +106,7 @@ def train(config: Config, workdir: Path) -> int:
         )
         with (
             DevicePrefetcher(batches, setup.parallel.put_batch, signals.stopping) as prefetcher,
-            Metrics(written and written / "metrics.jsonl", first_step, trackers) as metrics,
+            Metrics(written and written / "metrics.jsonl", first_step, trackers, began=began) as metrics,
             Profiler(config.log.profile_steps if is_host_0 else (), workdir / "profile") as profiler,
             Progress(plan.total_steps, first_step, batch_size, shown=is_host_0) as progress,
             contextlib.suppress(StoppedError),  # a signal has come while a batch was expected
@@ -192,10 +192,9 @@ def train(config: Config, workdir: Path) -> int:
             f"Ended after epoch {step // plan.steps_per_epoch} of {config.epochs}: no better test accuracy for {config.patience} "
             "epochs (patience)"
         )
-    seconds = time.perf_counter() - began
-    print(summary(workdir, seconds))
+    print(summary(workdir, metrics.seconds))
     if config.log.report:
-        print(try_report(config, workdir, setup, seconds))
+        print(try_report(config, workdir, setup))
     return 0
 
 
@@ -253,7 +252,6 @@ def report(
     workdir: Path,
     checkpoint: str | int = "best",
     setup: TrainingSetup | None = None,
-    seconds: float | None = None,
 ) -> Path:
     """Test a checkpoint in `workdir`, write its report and return the path of the page.
 
@@ -262,7 +260,6 @@ def report(
         workdir: The run's folder.
         checkpoint: "best", "latest" or a step.
         setup: The run's data, network and devices. If None, they are made.
-        seconds: How long the run took, if known.
     """
     from train.report.results import make_results
     from train.report.write import write_report
@@ -276,16 +273,16 @@ def report(
     step = int(state.step)
     best = scconv_jax.runs.best_step(workdir)
     kind = "best checkpoint" if step == best else "latest checkpoint" if checkpoint == "latest" or best is None else "checkpoint"
-    return write_report(workdir, config, setup.dataset, results, step=step, checkpoint=f"{kind}, step {step:,}", seconds=seconds)
+    return write_report(workdir, config, setup.dataset, results, step=step, checkpoint=f"{kind}, step {step:,}")
 
 
-def try_report(config: Config, workdir: Path, setup: TrainingSetup, seconds: float) -> str:
+def try_report(config: Config, workdir: Path, setup: TrainingSetup) -> str:
     """Write the report of a finished run and return a line about it. A failure is no failure of the run."""
     again = f"python -m train.report {shlex.quote(str(workdir))}"
     if jax.process_count() > 1:
         return f"No report was written, because the run has several hosts. One machine writes it: {again}"
     try:
-        return f"Report: {report(config, workdir, setup=setup, seconds=seconds)}"
+        return f"Report: {report(config, workdir, setup=setup)}"
     except Exception as error:  # of any kind: the network is trained
         return f"warning: no report was written ({type(error).__name__}: {error!s:.300}). To try again: {again}"
 
@@ -312,15 +309,15 @@ def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
     )
 
 
-def summary(workdir: Path, seconds: float) -> str:
-    """Return the line to print at the end of a run."""
+def summary(workdir: Path, seconds: float | None) -> str:
+    """Return the line to print at the end of a run. `seconds` is the time of training, if known."""
     tested = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/top1" in line]
     if not tested:  # a finished run whose metrics were lost
         return f"No test result in {workdir / 'metrics.jsonl'}. The checkpoints are complete; --evaluate tests the best"
-    last, best = tested[-1], best_line(tested)
+    last, best, took = tested[-1], best_line(tested), "" if seconds is None else f"; {seconds:.0f} s"
     return (
         f"Test accuracy {accuracy(last)} after the last epoch, "
-        f"{best['eval/top1']:.2%} at best (epoch {best['epoch']}); {seconds:.0f} s. Curves: {workdir / 'curves.png'}"
+        f"{best['eval/top1']:.2%} at best (epoch {best['epoch']}){took}. Curves: {workdir / 'curves.png'}"
     )
 
 

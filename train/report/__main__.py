@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: no report was written: {error.filename or arguments.run}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130

@@ -18,15 +18,14 @@ from train.report import page as html
 from train.report.pictures import FEW_CLASSES, accuracy_by_class, draw_all
 from train.report.results import Results
 from train.run.curves import draw_curves
+from train.run.metrics import seconds_of
 
 NUMBERS = "numbers.json"
 MISTAKES = 24
 """Mistakes that the page shows."""
 
 
-def write_report(
-    workdir: Path, config: Config, dataset: Dataset, results: Results, *, step: int, checkpoint: str, seconds: float | None = None
-) -> Path:
+def write_report(workdir: Path, config: Config, dataset: Dataset, results: Results, *, step: int, checkpoint: str) -> Path:
     """Write the report of a run and return the path of its page.
 
     Args:
@@ -36,7 +35,6 @@ def write_report(
         results: What the network says about the test images.
         step: The step of the checkpoint.
         checkpoint: Which one it is, in words.
-        seconds: How long the run took. If None, what an earlier report says.
     """
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
@@ -52,7 +50,7 @@ def write_report(
     metrics = workdir / "metrics.jsonl"
     if metrics.exists():
         draw_curves(metrics, workdir / "curves.png", title=title)
-    numbers = _numbers(results, dataset, step, _earlier_seconds(folder / NUMBERS) if seconds is None else seconds)
+    numbers = _numbers(results, dataset, step, seconds_of(workdir))
     with scconv_jax.files.replacing(folder / NUMBERS) as file:
         file.write_text(json.dumps(numbers, indent=1) + "\n")
     with scconv_jax.files.replacing(workdir / "report.html") as file:
@@ -77,13 +75,6 @@ def _numbers(results: Results, dataset: Dataset, step: int, seconds: float | Non
     }
 
 
-def _earlier_seconds(path: Path) -> float | None:
-    try:
-        return float(json.loads(path.read_text())["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _page(
     workdir: Path,
     config: Config,
@@ -103,7 +94,7 @@ def _page(
         "calibration error (ECE)": f"{numbers['ece']:.2%}",
     }
     if numbers["seconds"] is not None:
-        figures["the run took"] = _duration(numbers["seconds"])
+        figures["training time"] = _duration(numbers["seconds"])
     left_out = f" {numbers['unreadable']:,} test images could not be read." if numbers["unreadable"] else ""
     rows = [
         (

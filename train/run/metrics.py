@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: one JSON object per line, each with `step` and `epoch`.
+"""`metrics.jsonl`: one JSON object per line, each with `step`, `epoch` and `seconds`, the time of training so far.
+
+`seconds` counts everything since the run began, in all its parts: start-up, compilation, training, tests. Not counted is what a
+killed part did after its last line: the next part repeats it. A run that an earlier version began has no `seconds`.
 
 Training lines hold means since the previous training line:
 
@@ -33,17 +36,26 @@ SLOW_INPUT = 0.1
 class Metrics:
     """Writes metrics to `metrics.jsonl`, flushed after every line, and to trackers."""
 
-    def __init__(self, path: Path | None, first_step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
-        """Append to `path`, if given. Lines after `first_step`, which a resumed run repeats, are removed."""
+    def __init__(
+        self, path: Path | None, first_step: int = 0, trackers: Sequence[Tracker] = (), *, began: float | None = None
+    ) -> None:
+        """Append to `path`, if given. Lines after `first_step`, which a resumed run repeats, are removed.
+
+        `began` is when this part of the run began, by `time.perf_counter`. If None, now.
+        """
         self._trackers = trackers
         self._file = None
+        self._began: float | None = time.perf_counter() if began is None else began
         if path is None:
             return
         lines = read_metrics(path) if path.exists() else []
         if path.exists() and (damaged := path.read_bytes().count(b"\n") - len(lines)):
             print(f"warning: {damaged} damaged lines of {path} were left out", file=sys.stderr)
+        kept = [line for line in lines if line["step"] <= first_step]
+        before = _seconds(kept)
+        self._began = None if before is None else self._began - before
         with scconv_jax.files.replacing(path) as file:
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first_step))
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def __enter__(self) -> Self:
@@ -55,10 +67,16 @@ class Metrics:
         for tracker in self._trackers:
             tracker.close()
 
+    @property
+    def seconds(self) -> float | None:
+        """Time of training so far, in all parts of the run; None if it is not known of the earlier parts."""
+        return None if self._began is None else time.perf_counter() - self._began
+
     def write(self, step: int, **values: float) -> None:
         """Write one line: `write(3, **{"train/loss": 0.1})`."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            seconds = {} if self.seconds is None else {"seconds": round(self.seconds, 1)}
+            self._file.write(json.dumps({"step": step, **values, **seconds}, allow_nan=False) + "\n")
             self._file.flush()
         for tracker in self._trackers:
             tracker.write(step, values)
@@ -71,6 +89,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int) and "epoch" in line]
+
+
+def seconds_of(workdir: Path) -> float | None:
+    """Return the time of training of a run so far. None if it is not known."""
+    path = workdir / "metrics.jsonl"
+    return _seconds(read_metrics(path)) or None if path.exists() else None
+
+
+def _seconds(lines: list[dict[str, Any]]) -> float | None:
+    found = lines[-1].get("seconds") if lines else 0
+    return float(found) if isinstance(found, int | float) else None
 
 
 class MetricsWindow:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from train.run.curves import draw_curves
-from train.run.metrics import Metrics, MetricsWindow, best_line, read_metrics
+from train.run.metrics import Metrics, MetricsWindow, best_line, read_metrics, seconds_of
 from train.run.progress import Progress
 
 
@@ -16,9 +16,28 @@ def test_metrics_are_one_json_object_per_line_written_at_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with Metrics(path) as metrics:
         metrics.write(1, epoch=0.5, **{"train/loss": 2.25})
-        assert json.loads(path.read_text()) == {"step": 1, "epoch": 0.5, "train/loss": 2.25}
+        assert json.loads(path.read_text()) == {"step": 1, "epoch": 0.5, "train/loss": 2.25, "seconds": 0.0}
         metrics.write(2, epoch=1)
-    assert read_metrics(path) == [{"step": 1, "epoch": 0.5, "train/loss": 2.25}, {"step": 2, "epoch": 1}]
+    assert [line | {"seconds": 0} for line in read_metrics(path)] == [
+        {"step": 1, "epoch": 0.5, "train/loss": 2.25, "seconds": 0}, {"step": 2, "epoch": 1, "seconds": 0},
+    ]  # fmt: skip
+
+
+def test_the_time_of_training_counts_all_parts_of_a_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert seconds_of(tmp_path) is None
+    began = time.perf_counter() - 100
+    with Metrics(path, began=began) as metrics:
+        metrics.write(4, epoch=1)
+        metrics.write(9, epoch=2)
+    with Metrics(path, first_step=4, began=time.perf_counter() - 30) as metrics:  # step 9 was lost
+        metrics.write(8, epoch=2)
+    assert seconds_of(tmp_path) == pytest.approx(130, abs=5)
+    path.write_text('{"step": 4, "epoch": 1}\n')  # of an earlier version
+    with Metrics(path, first_step=4) as metrics:
+        assert metrics.seconds is None
+        metrics.write(8, epoch=2)
+    assert seconds_of(tmp_path) is None
 
 
 def test_metrics_refuse_what_is_not_json(tmp_path):
