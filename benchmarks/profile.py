@@ -1,4 +1,4 @@
-"""Where the time of a network's program goes: `python -m benchmarks.profile MODEL [--mode infer] [--batch 8] [--size 224]`.
+"""Where the time of a network's program goes: `python -m benchmarks.profile MODEL [--mode infer|fused] [--batch 8]`.
 
 XLA's own trace gives the begin and end of every instruction on every thread. Instructions that run at the same moment share that
 moment equally, so the times add up to the run's. Each instruction's kind and source line come from the text of the compiled
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import scconv_jax
 from benchmarks.programs import Program, inference, training_step
 from benchmarks.timing import environment, table
 
@@ -41,23 +42,31 @@ def main() -> None:
     """Profile a program and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="name of a network, as in scconv_jax.list_models()")
-    parser.add_argument("--mode", choices=("train", "infer"), default="train", help="training step or inference")
+    parser.add_argument(
+        "--mode", choices=("train", "infer", "fused"), default="train", help="training step, inference, or that after `fuse`"
+    )
     parser.add_argument("--batch", type=int, default=8, help="images")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images in pixels")
     parser.add_argument("--top", type=int, default=30, help="number of source lines to print")
     options = parser.parse_args()
-    make = training_step if options.mode == "train" else inference
+    train = options.mode == "train"
     try:
-        program = make(options.model, options.batch, options.size)
+        program = (
+            training_step(options.model, options.batch, options.size)
+            if train
+            else inference(options.model, options.batch, options.size, fused=options.mode == "fused")
+        )
     except ValueError as error:  # an unknown network, images too small for it
         parser.error(str(error))
     print(f"{options.model}, {options.mode}, batch {options.batch} at {options.size} px, float32; {environment()}\n")
-    print(report(program, options.mode == "train", options.top))
+    print(report(program, train, options.top))
 
 
-def report(program: Program, keeps_state: bool, top: int) -> str:
-    """Return the tables of a program. If `keeps_state`, its results replace its first arguments in the next run."""
-    compiled = program.function.lower(*program.arguments).compile()
+def report(program: Program, train: bool, top: int) -> str:
+    """Return the tables of a program. In training, its results replace its first arguments in the next run."""
+    compiled = program.function.lower(*program.arguments).compile(
+        compiler_options=None if train else scconv_jax.inference_options()
+    )
     known = instructions(compiled.as_text(), kernel_shapes(program.arguments[0]))
     arguments = program.arguments
     runs = []
@@ -67,7 +76,7 @@ def report(program: Program, keeps_state: bool, top: int) -> str:
                 results = jax.block_until_ready(compiled(*arguments))
             if i:
                 runs.append(shares(events(folder)))
-        if keeps_state:
+        if train:
             arguments = (*results, *arguments[len(results) :])
     run = sorted(runs, key=lambda times: sum(times.values()))[RUNS // 2]
     nowhere = Instruction("waiting", "", 0)

@@ -4,7 +4,7 @@ Paper: Lavin, Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 20
 
     F(4×4, 3×3)    Y = Aᵀ [ (G K Gᵀ) · (Bᵀ X B) ] A     X a tile of 6×6 pixels, K the kernel, Y a tile of 4×4 outputs
 
-The products, summed over the input channels, are 36 matmuls. `winograd_kernel` computes G K Gᵀ, which inference needs only once.
+The products, summed over the input channels, are 36 matmuls. `winograd_kernel` computes (G K Gᵀ)ᵀ, which inference needs only once.
 
 Differences: the polynomials are interpolated at 0, ±2/3, ±3/2 and infinity, not at 0, ±1, ±2 and infinity. This halves the
 rounding error in float32.
@@ -45,15 +45,15 @@ _B[np.abs(_B) < 1e-12] = 0.0
 
 
 def winograd_kernel(kernel: np.ndarray) -> np.ndarray:
-    """Return G K Gᵀ, `(6, 6, i, o)`, for a 3×3 kernel `(3, 3, i, o)`; the dtype stays."""
-    wide = np.einsum("ai,bj,ijco->abco", _G, _G, np.asarray(kernel, np.float64), optimize=True)
+    """Return (G K Gᵀ)ᵀ, `(6, 6, i, o)`, for a 3×3 kernel `(3, 3, i, o)`; the dtype stays. Columns come before rows."""
+    wide = np.einsum("ai,bj,ijco->baco", _G, _G, np.asarray(kernel, np.float64), optimize=True)
     return wide.astype(kernel.dtype)
 
 
 def plain_kernel(transformed: Float[Array, "6 6 i o"]) -> Float[Array, "3 3 i o"]:
     """Return the 3×3 kernel of a transformed one, up to rounding: the inverse of `winograd_kernel`."""
     inverse = jnp.asarray(np.linalg.pinv(_G), transformed.dtype)
-    return jnp.einsum("ia,jb,abco->ijco", inverse, inverse, transformed)
+    return jnp.einsum("ia,jb,baco->ijco", inverse, inverse, transformed)
 
 
 def winograd_product(transformed: Float[Array, "6 6 i o"], x: Float[Array, "n h w i"]) -> Float[Array, "n h w o"]:
@@ -72,7 +72,7 @@ def winograd_product(transformed: Float[Array, "6 6 i o"], x: Float[Array, "n h 
     columns = [lax.slice_in_dim(x, j, j + last, TILE, axis=3) for j in range(_SIZE)]
     tiles = lax.optimization_barrier(_combine(_B, columns).reshape(_SIZE**2, -1, channels))
 
-    kernels = jnp.swapaxes(transformed, 0, 1).reshape(_SIZE**2, channels, features)
+    kernels = transformed.reshape(_SIZE**2, channels, features)  # columns first, as the tiles: another order would be a copy
     y = lax.dot_general(tiles, kernels, (((2,), (1,)), ((0,), (0,))))
     y = lax.optimization_barrier(y).reshape(_SIZE, _SIZE, n, down, across, features)  # column, row, ...
 
