@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax import export as jax_export
 
 from scconv_jax.inference.onnx_conversion import ExportError
+from scconv_jax.layers.reconstruction import SRU
 
 DYNAMIC = "dynamic"
-_UNIT = 2.0**-24  # largest relative error of one rounding in float32
-_PERTURBATIONS = 4
-_MARGIN = 4  # a program rounds at every operation, a perturbation at the pixels only
+_SHIFTS = (-1e-5, 1e-5)  # of the gates' threshold: rounding in float32, as layers before the gate enlarge it
+_MARGIN = 4  # a shift moves all gates near the threshold to one side; rounding moves some to each
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Comparison(NamedTuple):
     rounding: float
     """The network's own rounding error; 0 if the difference is within tolerance.
 
-    It is the distance from its logits in float64, or how far they move if its pixels change by one rounding, if that is more.
+    It is the distance from its logits in float64, or how far they move if the gates' threshold does by 1e-5, if that is more.
     """
     images: tuple[tuple[int, ...], ...]
     """Shapes of the images that were compared."""
@@ -123,10 +124,9 @@ def compare(
             difference = float(np.abs(found - expected).max() / scale)
             if not difference <= tolerance:
                 rounding = max(rounding, float(np.abs(_in_float64(model, variables, images) - expected).max() / scale))
-                for _ in range(_PERTURBATIONS):
-                    moved = images * (1 + 2 * _UNIT * rng.choice((-1.0, 1.0), shape))
-                    change = np.abs(np.asarray(network(variables, moved.astype(np.float32))) - expected).max() / scale
-                    rounding = max(rounding, float(change))
+                for shift in _SHIFTS:
+                    moved = _with_shifted_gates(model, variables, images, shift)
+                    rounding = max(rounding, float(np.abs(moved - expected).max() / scale))
                 if not difference <= _MARGIN * rounding:
                     raise ExportError(
                         f"The exported file differs from the network by {difference:.1e} of the largest logit on images {shape}; "
@@ -142,6 +142,20 @@ def _in_float64(model: Any, variables: Any, images: np.ndarray) -> np.ndarray:
         wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
         apply = functools.partial(model.clone(dtype=np.dtype("float64")).apply, train=False)
         return np.asarray(jax.jit(apply)(wide, images.astype(np.float64)))
+
+
+def _with_shifted_gates(model: Any, variables: Any, images: np.ndarray, shift: float) -> np.ndarray:
+    """Return the network's logits with the threshold of each spatial reconstruction unit moved."""
+
+    def move(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        unit = context.module
+        if not isinstance(unit, SRU) or not unit.path:  # without a path, it is the moved unit itself
+            return next_call(*args, **kwargs)
+        moved = unit.clone(parent=None, name=None, threshold=unit.threshold + shift)
+        return moved.apply({"params": unit.variables["params"]}, *args, **kwargs)
+
+    with nn.intercept_methods(move):
+        return np.asarray(jax.jit(functools.partial(model.apply, train=False))(variables, images))
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ def test_small_networks_are_equal_in_float64(name):
     assert fused.feature_info() == model.feature_info()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "stride"),
@@ -86,6 +87,7 @@ def test_networks_for_imagenet_are_equal_in_float64(name, stride):
     assert_equal_fused(model, maps(1, 101, 97, 3, dtype=np.float64), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_ghostnet_is_equal_in_float64():
     assert_equal_fused(scconv_jax.create_model("ghostnet_100", dtype=jnp.float64), maps(1, 37, 45, 3, dtype=np.float64), 1e-10)

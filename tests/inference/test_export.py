@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from flax import linen as nn
 
 import scconv_jax
 from scconv_jax import functional as F
@@ -261,34 +264,33 @@ def test_what_exists_stays_after_an_error(weights, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
 
 
-def test_a_difference_is_accepted_only_if_the_network_itself_jumps():
-    """A gate of ScConv at its threshold: the smallest change of a pixel moves the logit by 1."""
+class Gate(nn.Module):
+    """A spatial reconstruction unit as a network."""
 
-    class Model:
-        def __init__(self, jumps):
-            self.jumps = jumps
+    threshold: float
+    dtype: Any = None
 
-        def clone(self, dtype):
-            del dtype
-            return self
+    @nn.compact
+    def __call__(self, x, *, train):
+        return scconv_jax.SRU(threshold=self.threshold, groups=1)(x).reshape(len(x), -1)
 
-        def apply(self, variables, images, *, train):
-            del variables, train
-            total = images.sum(axis=(1, 2, 3))
-            gate = jnp.floor(images[:, 0, 0, 0] * 2.0**23) % 2
-            return jnp.stack([total, total + self.jumps * gate], axis=1)
 
-    sizes = export_check.ImageSizes(2, (4, 4), 3, 1, 1)
+def test_a_difference_is_accepted_only_if_a_gate_lies_at_its_threshold():
+    sizes = export_check.ImageSizes(2, (4, 4), 4, 1, 1)
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32)  # the images that are compared
+    normal = (x - x.mean((1, 2, 3), keepdims=True)) / x.std((1, 2, 3), keepdims=True)
+    weight = float(np.quantile(1 / (1 + np.exp(-normal / 4)), 0.7, method="nearest"))
+    variables = Gate(weight).init(jax.random.key(0), jnp.asarray(x), train=False)
 
-    def run(images):
-        first, second = np.asarray(Model(1).apply(None, jnp.asarray(images), train=False)).T
-        return np.stack([first, 1 + 2 * first - second], axis=1)  # where the gate is open, it is shut
+    def found(threshold, factor):
+        apply = jax.jit(partial(Gate(threshold).apply, train=False))
+        return lambda images: factor * np.asarray(apply(variables, images))
 
-    found = export_check.compare(run, Model(1), None, sizes, 1e-5)
-    assert found.difference > 1e-3
-    assert found.rounding > found.difference / 4
-    with pytest.raises(scconv_jax.ExportError, match=r"differs from the network by .* on images \(2, 4, 4, 3\)"):
-        export_check.compare(run, Model(0), None, sizes, 1e-5)
+    compared = export_check.compare(found(weight - 5e-6, 1), Gate(weight + 5e-6), variables, sizes, 1e-5)
+    assert compared.difference > 1e-2
+    assert compared.rounding > compared.difference / 4
+    with pytest.raises(scconv_jax.ExportError, match=r"differs from the network by .* on images \(2, 4, 4, 4\)"):
+        export_check.compare(found(0.9, 1.001), Gate(0.9), variables, sizes, 1e-5)
 
 
 def test_metadata_is_what_the_format_can_hold(weights, tmp_path):

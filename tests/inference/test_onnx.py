@@ -17,10 +17,8 @@ from scconv_jax.inference.export_check import ExportError, compare, image_sizes
 from scconv_jax.inference.onnx_conversion import to_onnx
 from scconv_jax.inference.onnx_graph import Graph
 from scconv_jax.layers.core import BatchNorm
-from scconv_jax.models.complexity import shorten
-from scconv_jax.models.registry import MODELS
 from tests.functional.test_symbolic import CHANNELS, LAYERS, OPERATORS, SIZES, kernel, maps
-from tests.models.test_symbolic_sizes import FAMILIES
+from tests.models.test_symbolic_sizes import FAMILIES, SHORT
 
 FIXED_ONLY = {  # other forms than with open sizes
     "avg_pool, ceiling and a rest": partial(F.avg_pool, window=3, strides=2, ceil_mode=True, count_include_pad=False),
@@ -130,6 +128,7 @@ def check_network(name, model, size, **options):
     return compare(lambda x: run.run(None, {"images": x})[0], model, variables, sizes, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(33, 47), "dynamic"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name, size):
@@ -138,11 +137,10 @@ def test_families(name, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SHORT)
 def test_every_network(name):
     """With random weights, a gate of ScConv may lie within rounding of its threshold; `compare` measures that."""
-    model, _ = shorten(scconv_jax.create_model(name))
-    check_network(name, model, (model.image_size, model.image_size))
+    check_network(name, SHORT[name], (min(SHORT[name].image_size, 97),) * 2)
 
 
 def test_a_converted_norm_is_part_of_constants():
