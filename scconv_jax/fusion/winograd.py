@@ -4,7 +4,7 @@ Paper: Lavin, Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 20
 
     F(4×4, 3×3)    Y = Aᵀ [ (G K Gᵀ) · (Bᵀ X B) ] A     X a tile of 6×6 pixels, K the kernel, Y a tile of 4×4 outputs
 
-The products, summed over the input channels, are 36 matmuls. `winograd_kernel` computes (G K Gᵀ)ᵀ, which inference needs only once.
+The products, summed over the input channels, are 36 matmuls. `winograd_kernel` computes (G K Gᵀ)ᵀ, which inference needs once.
 
 Differences: the polynomials are interpolated at 0, ±2/3, ±3/2 and infinity, not at 0, ±1, ±2 and infinity. This halves the
 rounding error in float32.

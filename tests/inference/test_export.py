@@ -272,7 +272,7 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train):
-        return scconv_jax.SRU(threshold=self.threshold, groups=1)(x).reshape(len(x), -1)
+        return scconv_jax.SRU(threshold=self.threshold, groups=1)(x, train=train).reshape(len(x), -1)
 
 
 def test_a_difference_is_accepted_only_if_a_gate_lies_at_its_threshold():
