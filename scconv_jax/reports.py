@@ -12,7 +12,7 @@ from flax import linen as nn
 from scconv_jax.functional.checks import check_positive_int
 from scconv_jax.models.complexity import Part, summarise, total
 from scconv_jax.models.registry import MODELS, create_model
-from scconv_jax.models.spec import COMMON, ModelSpec, Row
+from scconv_jax.models.spec import ModelSpec, Row
 
 PAPERS = {2020: "SC-Conv (Liu et al., CVPR 2020)", 2023: "ScConv (Li et al., CVPR 2023)"}
 HEADINGS = ("part", "kind", "output", "parameters", "share", "multiply-adds", "share")
@@ -181,23 +181,27 @@ import optax
 
 import scconv_jax
 
-model = scconv_jax.create_model("resnet20_small", num_classes=10, drop_path=0.1, dropout=0.2, frozen=("stem", "layer1"))
+options = {"num_classes": 10, "drop_path": 0.1, "dropout": 0.2, "frozen": ("stem", "layer1")}
+model = scconv_jax.create_model("resnet20_small", **options)
 images = jnp.zeros((2, 32, 32, 3))
 variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
 
 logits = model.apply(variables, images, train=False)
-vector = model.apply(variables, images, train=False, method="pooled")  # (2, model.num_features), the input of the head
-maps = model.apply(variables, images, train=False, method="features")  # {"layer1": (2, 32, 32, 64), ...}
+# The input of the head, (2, model.num_features), and the map of each stage, {"layer1": (2, 32, 32, 64), ...}
+vector = model.apply(variables, images, train=False, method="pooled")
+maps = model.apply(variables, images, train=False, method="features")
 
-# Dropout and stochastic depth need a key in training. The norms of frozen stages keep their running statistics.
-options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
-logits, new = model.apply(variables, images, **options)
+# Dropout and stochastic depth need a key in training.
+# The norms of frozen stages keep their running statistics.
+call = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
+logits, new = model.apply(variables, images, **call)
 
-# Their parameters are kept by optax, with weight decay and momentum too.
+# optax keeps the parameters of frozen stages, with weight decay and momentum too.
 mask = scconv_jax.frozen_mask(model, variables["params"])
 optimizer = optax.selective_transform(optax.sgd(0.01, momentum=0.9), freeze_mask=mask)
 
-model, variables = scconv_jax.reset_classifier(model, variables, 100)  # another head; 0: none, the network returns `vector`
+# Another head. 0 removes it: the network then returns `vector`.
+model, variables = scconv_jax.reset_classifier(model, variables, 100)
 print(scconv_jax.summary(model, 32, depth=1), scconv_jax.count_parameters(variables))
 ```
 
@@ -213,10 +217,9 @@ def networks_page() -> Iterator[str]:
     """Yield the lines of docs/networks.md."""
     yield "# Networks\n"
     yield "<!-- Do not edit: `python -m scconv_jax summary --markdown > docs/networks.md` writes this page. -->\n"
-    yield "After this page you can choose a network, and you know its size, its maps, its options and its weights.\n"
     yield (
-        "`scconv_jax.create_model(NAME)` returns a network, `scconv_jax.model_info(NAME)` its record, from which this page is\n"
-        "made, and `scconv_jax.feature_info(NAME)` the channels and strides of its maps.\n"
+        "`scconv_jax.create_model(NAME)` returns a network. `scconv_jax.model_info(NAME)` returns its record, from which this\n"
+        "page is made, and `scconv_jax.feature_info(NAME)` the channels and strides of its maps.\n"
         '`scconv_jax.list_models("scnet*", pretrained=True)` lists the names that match a pattern and have published weights.\n'
     )
     yield _USE
@@ -234,15 +237,19 @@ def networks_page() -> Iterator[str]:
                 "parameters": f"{spec.parameters:,}",
                 "multiply-adds": f"{spec.multiply_adds / 1e9:.3g} G",
                 "smallest image": f"{spec.smallest_image} px",
-                "channels / stride of each map": ", ".join(f"{channels}/{stride}" for channels, stride in spec.features.values()),
+                "channels / stride of each map": ",\u00a0".join(
+                    f"{channels}/{stride}" for channels, stride in spec.features.values()
+                ),
                 "key conventions": ", ".join(spec.conventions) or "its own",
-                "options": ", ".join(f"`{option}`" for option in spec.options if option not in COMMON) or "–",
             }
             for spec in specs
         )
-    yield "All networks have the options from `num_classes` to `kernel_init`:\n"
+    yield "## Options\n"
+    yield "`create_model(NAME, option=value)` and `load_model` take them.\n"
     meanings = {option: meaning for spec in MODELS.values() for option, meaning in spec.options.items()}
-    yield from _table({"option": f"`{option}`", "meaning": meaning} for option, meaning in meanings.items())
+    yield from _table(
+        {"option": f"`{option}`", "meaning": meaning, "networks": _owners(option)} for option, meaning in meanings.items()
+    )
     yield "## Published weights\n"
     yield "`scconv_jax.load_model(NAME)` downloads them and checks their SHA-256.\n"
     published = [spec for spec in MODELS.values() if spec.weights]
@@ -251,14 +258,46 @@ def networks_page() -> Iterator[str]:
     )
     yield "## The papers' tables\n"
     yield (
-        "Parameters in millions and multiply-adds in billions, the paper's and ours. Multiply-adds follow the papers:\n"
-        "convolutions, linear layers and the scales of norms; additions, activations, pooling and gates are excluded.\n"
-        "Top-1 accuracy is the paper's, in percent: on ImageNet at 224 px, on CIFAR-100 at 32 px.\n"
+        "Each count is the paper's, ours, and the difference. Multiply-adds follow the papers: convolutions, linear layers and\n"
+        "the scales of norms; additions, activations, pooling and gates are excluded. Top-1 accuracy is the paper's: on\n"
+        "CIFAR-100 at 32 px for the names that end in `_small`, on ImageNet at 224 px for the others. The last column gives the\n"
+        "reason for a difference, and the limits of a test for both differences.\n"
     )
     records = list(paper_records())
     for year, title in PAPERS.items():
         yield f"### {title}\n"
-        yield from _table(paper_cells(record) for record in records if record["paper"] == year)
+        yield from _table(
+            {
+                "network": record["network"],
+                "name": f"`{record['model']}`",
+                "parameters, millions": _both("parameters", record, ".2f"),
+                "multiply-adds, billions": _both("multiply_adds", record, ".3g"),
+                "top-1, %": f"{record['top1_paper']:.2f}",
+                "reason (limits)": f"{record['note']} ({' / '.join(f'{margin:g}' for margin in record['margins_percent'])} %)",
+            }
+            for record in records
+            if record["paper"] == year
+        )
+
+
+def _owners(option: str) -> str:
+    """Return the networks that have an option: all, all but some, all of one prefix, or their names."""
+    owners = [name for name, spec in MODELS.items() if option in spec.options]
+    others = [name for name in MODELS if name not in owners]
+    prefix = owners[0].partition("_")[0] + "_"
+    if owners == [name for name in MODELS if name.startswith(prefix)]:
+        return f"`{prefix}*`"
+    fewer = owners if len(owners) <= len(others) else others
+    pairs = {f"scconv_{name}": f"*{name}" for name in fewer if f"scconv_{name}" in fewer}  # a network and its ScConv form
+    named = ", ".join(f"`{pairs.get(f'scconv_{name}', name)}`" for name in fewer if name not in pairs)
+    return "all" if not others else named if fewer is owners else f"all but {named}"
+
+
+def _both(count: str, record: dict[str, Any], form: str) -> str:
+    """Return the paper's count, ours, and the difference in percent, without a line break."""
+    percent = f"{record[f'{count}_percent']:+.1f}"
+    percent = "0.0" if percent in ("+0.0", "-0.0") else percent.replace("-", "−")
+    return f"{record[f'{count}_paper']:{form}} → {record[count]:{form}} ({percent} %)".replace(" ", "\u00a0")
 
 
 def _table(rows: Iterable[dict[str, str]]) -> Iterator[str]:

@@ -22,6 +22,7 @@ def _extension(name):
     return module
 
 
+sys.path.append(str(ROOT / "docs" / "extensions"))  # the extensions import one another
 reference = _extension("reference")
 NAMES = [name for module in reference.public_modules() for name in reference.public_names(module)]
 CODE = [name for name in NAMES if inspect.isroutine(name.value) or (isinstance(name.value, type) and name.docstring)]
@@ -83,7 +84,9 @@ def test_the_reference_has_every_field_and_command():
             assert f"`--{group}.{field}`".replace("_", "-") in fields
     from scconv_jax.cli import _parser
 
+    assert "| `-a`, `--arch` | `--model.name` |" in fields
     text = reference.expand(PAGES["commands"], "reference/commands")
+    assert r"| `IMAGE\|DIR` |" in text  # a bar within a cell does not end it
     assert re.findall(r"^## `(\S+)`$", text, re.MULTILINE) == list(_parser()._subparsers._group_actions[0].choices)
 
 
@@ -91,3 +94,16 @@ def test_indented_blocks_of_docstrings_become_code():
     lines = reference.restructured("First.\n\n    x = 1\n\nArgs:\n    a: A number.\n")
     assert lines[:5] == ["First.", "", "::", "", "    x = 1"]
     assert ":param a: A number." in lines
+
+
+def test_what_is_returned_stays_as_it_is_written():
+    lines = reference.restructured('First.\n\nReturns:\n    `{"layer1": (n, h, w, c)}`, a map: the last.\n')
+    assert ':returns: `{"layer1": (n, h, w, c)}`, a map: the last.' in lines
+
+
+def test_signatures_can_be_read():
+    for name in CODE:
+        signature = reference._signature(name.value)
+        assert " at 0x" not in signature, label(name)
+        assert "ForwardRef" not in signature, label(name)
+        assert not isinstance(name.value, type) or "->" not in signature, label(name)

@@ -10,10 +10,13 @@ import ast
 import importlib
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from flag_tables import commands, fields, short_names, string_of, table
 
 ROOT = Path(__file__).parents[2]
 MARKER = re.compile(r"^<!-- (\w+)(?:: (\S+))? -->$", re.MULTILINE)
@@ -101,14 +104,8 @@ def _constant(file: Path, name: str) -> tuple[Path, int, str]:
             return _constant(Path(importlib.import_module(node.module or "").__file__ or ""), name)
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         if name in [getattr(target, "id", None) for target in targets]:
-            return file, node.lineno, _string(following)
+            return file, node.lineno, string_of(following)
     raise LookupError(f"{file} defines no {name}")
-
-
-def _string(node: ast.AST | None) -> str:
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-        return inspect.cleandoc(node.value.value)
-    return ""
 
 
 # --- reStructuredText of one name
@@ -125,9 +122,10 @@ def _signature(value: Any) -> str:
         if parameter.name in ("self", "parent") or (parameter.name == "name" and isinstance(value, type)):
             continue
         if parameter.default is not parameter.empty:
-            parameter = parameter.replace(default=_Written(_default(parameter.default)))
+            parameter = parameter.replace(default=_Written(_default(parameter.default, value)))
         parameters.append(parameter.replace(annotation=_annotation(parameter.annotation)))
-    return str(signature.replace(parameters=parameters, return_annotation=_annotation(signature.return_annotation)))
+    returned = signature.empty if isinstance(value, type) else _annotation(signature.return_annotation)
+    return str(signature.replace(parameters=parameters, return_annotation=returned))
 
 
 class _Written:
@@ -141,20 +139,30 @@ class _Written:
 def _annotation(annotation: Any) -> Any:
     if annotation is inspect.Parameter.empty:
         return annotation
-    return _Written(annotation if isinstance(annotation, str) else inspect.formatannotation(annotation))
+    annotation = getattr(annotation, "__forward_arg__", annotation)
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return _Written(re.sub(r"(\[\w+, ['\"]) ", r"\1", text))  # jaxtyping's " c" of one axis
 
 
-def _default(value: Any) -> str:
+def _default(value: Any, owner: Any) -> str:
+    """Return a default as a reader would write it: a long one by the name of its constant in the module of `owner`."""
     if inspect.isroutine(value) or isinstance(value, type):
         return value.__name__
-    if hasattr(value, "func") and hasattr(value, "keywords"):
-        return "..."
-    return repr(value)
+    text = repr(value)
+    if len(text) <= 40 and " at 0x" not in text:
+        return text
+    return next((name for name, known in vars(sys.modules[owner.__module__]).items() if known is value), "...")
 
 
 def restructured(docstring: str) -> list[str]:
     """Return a Google-style docstring as lines of reStructuredText. Indented blocks of the free text become code."""
     from sphinx.ext.napoleon import Config, GoogleDocstring
+
+    class Docstring(GoogleDocstring):
+        def _consume_returns_section(self, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
+            """Keep what is returned as it is written: a colon in it ends no type."""
+            del preprocess_types
+            return [("", "", self._dedent(self._consume_to_next_section()))]
 
     lines: list[str] = []
     in_section = in_code = False
@@ -166,7 +174,7 @@ def restructured(docstring: str) -> list[str]:
         in_code = indented or (in_code and not line)
         lines.append(line)
     config = Config(napoleon_custom_sections=[("Attributes", "params_style")], napoleon_use_rtype=False, napoleon_use_param=True)
-    return GoogleDocstring(lines, config).lines()
+    return Docstring(lines, config).lines()
 
 
 def _kind(value: Any) -> str:
@@ -177,11 +185,18 @@ def _kind(value: Any) -> str:
     return "exception" if issubclass(value, Exception) else "class"
 
 
+def _keys(table: dict[str, Any]) -> str:
+    short = {key: repr(value) if len(repr(value)) <= 40 else "..." for key, value in table.items()}
+    return f"{{{', '.join(f'{key!r}: {value}' for key, value in short.items())}}}"
+
+
 def _entry(name: Name, prefix: str) -> Iterator[str]:
     """Yield the entry of a name. `prefix` leads from the page to the root of the site."""
     kind = _kind(name.value)
     yield f".. py:{kind}:: {name.name}{_signature(name.value) if kind in ('class', 'function') else ''}"
     yield f"   :module: {name.module}"
+    if kind == "data" and isinstance(name.value, tuple | dict):
+        yield f"   :value: {name.value if isinstance(name.value, tuple) else _keys(name.value)}"
     yield ""
     for line in restructured(name.docstring):
         yield f"   {line}"
@@ -211,7 +226,7 @@ def names(module: str | None, prefix: str) -> Iterator[str]:
         again = [name for name in found if name.name in top]
         if again:
             links = ", ".join(f"{{py:obj}}`~scconv_jax.{name.name}`" for name in again)
-            yield f"These names are in `scconv_jax` too, which has their entries: {links}."
+            yield f"`scconv_jax` exports these names too and has their entries: {links}."
             yield ""
         yield from _block([name for name in found if name not in again], prefix)
         return
@@ -229,7 +244,7 @@ def _folder(name: Name) -> str:
 
 def _block(found: list[Name], prefix: str) -> Iterator[str]:
     yield "````{eval-rst}"
-    for name in found:
+    for name in sorted(found, key=lambda name: name.name.lower()):
         yield from _entry(name, prefix)
     yield "````"
     yield ""
@@ -241,72 +256,18 @@ def overview(_: str | None, prefix: str) -> Iterator[str]:
     for module in public_modules():
         yield f"## `{module}`"
         yield ""
-        yield "| name | what it is |"
-        yield "|---|---|"
+        rows = []
         for name in sorted(public_names(module), key=lambda name: name.name.lower()):
-            first = " ".join(name.docstring.split("\n\n")[0].split()).replace("|", r"\|")
             home = "scconv_jax" if name.name in importlib.import_module("scconv_jax").__all__ else module
-            yield f"| {{py:obj}}`{name.name} <{home}.{name.name}>` | {first} |"
-        yield ""
-
-
-def fields(file: str | None, prefix: str) -> Iterator[str]:
-    """Yield a table of the fields of each dataclass in a file, with the string below each field as its meaning."""
-    del prefix
-    groups = [node for node in ast.parse((ROOT / str(file)).read_text()).body if isinstance(node, ast.ClassDef)]
-    for group in groups:
-        rows = list(_fields(group))
-        if not rows or group.name == "Plan":
-            continue
-        dot = "" if group.name in ("Config", "Flags") else f"{group.name.lower()}."
-        yield f"## `{dot.rstrip('.') or group.name}`"
-        yield ""
-        yield ast.get_docstring(group) or ""
-        yield ""
-        yield "| flag | default | meaning |"
-        yield "|---|---|---|"
-        for name, default, meaning in rows:
-            cells = f"`--{dot}{name}`".replace("_", "-"), default, meaning.replace("|", r"\|").replace("\n", " ")
-            yield f"| {' | '.join(cells)} |"
-        yield ""
-
-
-def _fields(group: ast.ClassDef) -> Iterator[tuple[str, str, str]]:
-    for node, following in zip(group.body, [*group.body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _string(following):
-            written = ast.unparse(node.value) if node.value else ""
-            if "default_factory" not in written:
-                yield node.target.id, f"`{written}`" if written not in ("", "''", "()") else "empty", _string(following)
-
-
-def commands(_: str | None, prefix: str) -> Iterator[str]:
-    """Yield each command of `python -m scconv_jax` with its arguments."""
-    import argparse
-
-    from scconv_jax.cli import _parser
-
-    del prefix
-    subparsers = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    for name, parser in subparsers[0].choices.items():
-        yield f"## `{name}`"
-        yield ""
-        yield str(parser.description)
-        yield ""
-        yield "| argument | meaning |"
-        yield "|---|---|"
-        for action in parser._actions:
-            if action.help and "-h" not in action.option_strings:
-                value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
-                value = " ".join(value) if isinstance(value, tuple) else value
-                written = " ".join([", ".join(action.option_strings), value]).strip()
-                yield f"| `{written}` | {(action.help % vars(action)).replace('|', chr(92) + '|')} |"
-        yield ""
+            rows.append((f"{{py:obj}}`{name.name} <{home}.{name.name}>`", " ".join(name.docstring.split("\n\n")[0].split())))
+        yield from table(("name", "what it is"), rows)
 
 
 MARKERS: dict[str, Callable[[str | None, str], Iterator[str]]] = {
     "names": names,
     "overview": overview,
     "fields": fields,
+    "short_names": short_names,
     "commands": commands,
 }
 

@@ -20,9 +20,9 @@ COMMON = {
     "num_classes": "Number of classes: the length of the logits. 1000 by default, 10 for the small networks. 0: no head.",
     "in_channels": "Channels of the images: 3 by default, 1 for grey ones, 4 or more for others.",
     "dtype": "Computation dtype: `jnp.float32` (default), `jnp.bfloat16`, `jnp.float16` or, with 64-bit JAX, `jnp.float64`.",
-    "axis_name": "Mapped axis over which BatchNorm computes its statistics. None (default): each device computes its own.",
+    "axis_name": "Mapped axis over which BatchNorm computes statistics. None (default): each device computes its own.",
     "dropout": "Probability that training sets a pooled feature to zero, before the head. 0 by default.",
-    "frozen": 'Stages, ("stem", "layer1"), or patterns of module paths whose norms training runs by their running statistics.',
+    "frozen": 'Stages, `("stem", "layer1")`, or patterns of module paths. Training runs their norms by the running statistics.',
     "rematerialise": "Recompute blocks in the backward pass instead of storing their activations. False by default.",
     "param_dtype": "Dtype of the parameters. None (default): `jnp.float32`.",
     "kernel_init": "Initialiser of all kernels, `(key, shape, dtype)` to an array. None (default): PyTorch's initial values.",
@@ -38,7 +38,7 @@ DILATED = {
 }
 RECONSTRUCTION = {
     "alpha": "ScConv's α, between 0 and 1: share of the channels in the branch with the k×k convolution. 0.5 by default.",
-    "variant": 'Version of ScConv: "paper" (default), "2023-07", "2023-09" or "2023-10".',
+    "variant": 'Version of ScConv: `"paper"` (default), `"2023-07"`, `"2023-09"` or `"2023-10"`.',
 }
 
 IMAGENET = Preparation(size=224, resize=resize_for(224))

@@ -143,7 +143,7 @@ _OPTIONS = (
     | {
         "depth": "Number of layers, 6 k + 4. 28 by default.",
         "width": "Channels divided by those of a plain network (16, 32, 64). 10 by default.",
-        "strided": 'Convolution of a block with the stride: "conv2" (default), as the ScConv paper counts, or "conv1".',
+        "strided": 'Convolution of a block with the stride: `"conv2"` (default), as the ScConv paper counts, or `"conv1"`.',
     }
 )
 _CIFAR100 = {"num_classes": 100}
