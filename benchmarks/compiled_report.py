@@ -13,6 +13,7 @@ DATA = RESULTS / "compiled.json"
 # Bytes per second and direction of a chip's or GPU's links to the others, by data sheet: NVLink 4, ICI of TPU v5e.
 LINKS = {"h100": 450e9, "v5e": 200e9}
 CHIPS = (8, 64, 1024)
+BATCHES = (32, 64, 128, 256, 512)
 PAGE = """\
 # Programs compiled for GPUs and TPUs
 
@@ -37,6 +38,19 @@ and l the bandwidth of a device's links by data sheet. Reduction and computation
 between hosts are left out.
 
 {efficiency}
+
+## Memory by batch size, calculated
+
+GB of one device for other batches, from the one batch that each network above was compiled for:
+
+    memory(b) = s + g + b (i + (T - g) / B)
+
+with B the images of the compiled program, T its temporaries, s the training state (parameters, momentum and statistics: its
+arguments without the images), g the gradients (as large as the parameters, in float32) and i the bytes of an image. The
+activations grow with the batch; state and gradients do not. XLA plans every batch anew, so a compiled program may need more or
+less.
+
+{memory}
 """
 
 
@@ -95,7 +109,7 @@ def page(entries: list[dict[str, Any]]) -> str:
             if entry["short"] and "error" not in entry
         ),
     ]
-    parts = {"networks": rows, "scale": scale, "efficiency": efficiency(whole)}
+    parts = {"networks": rows, "scale": scale, "efficiency": efficiency(whole), "memory": memory(whole)}
     return PAGE.format(**{name: "\n".join(lines) for name, lines in parts.items()})
 
 
@@ -116,6 +130,30 @@ def efficiency(whole: list[dict[str, Any]]) -> list[str]:
         shares = " | ".join(f"{limit / (limit + spent[count]):.1%}" for count in CHIPS)
         rows.append(f"| {entry['target']} | {entry['network']} | {shares} | {needed:.0f} |")
     return rows
+
+
+def memory(whole: list[dict[str, Any]]) -> list[str]:
+    """Return the rows of the table of memory by batch size."""
+    rows = ["| target | network | " + " | ".join(f"{batch} images" for batch in BATCHES) + " | images that fit |"]
+    rows.append("|" + " --- |" * (len(BATCHES) + 3))
+    for entry in whole:
+        if "error" not in entry:
+            fixed, per_image = memory_parts(entry)
+            size = TARGETS[entry["target"]].memory
+            needs = [fixed + batch * per_image for batch in BATCHES]
+            cells = [f"{need / 1e9:.1f}" if need <= size else "–" for need in needs]
+            fits = f"about {int((size - fixed) / per_image) // 10 * 10:,} in {size / 1e9:.0f} GB"
+            rows.append(f"| {entry['target']} | {entry['network']} | {' | '.join(cells)} | {fits} |")
+    return rows
+
+
+def memory_parts(entry: dict[str, Any]) -> tuple[float, float]:
+    """Return the bytes of a training step that do not depend on the batch, and those for each of its images."""
+    images = entry["batch"] or TARGETS[entry["target"]].batch
+    image = entry["size"] ** 2 * 3 + 4  # uint8 pixels and a label of four bytes
+    state = entry["arguments"] - images * image
+    gradients = state - entry["reduced_bytes"]  # as many as the momentum, which is the state without parameters and statistics
+    return state + gradients, image + (entry["temporaries"] - gradients) / images
 
 
 def lower_limit(entry: dict[str, Any]) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import compiled, hlo_text
+from benchmarks import compiled, compiled_report, hlo_text
 
 TEXT = """HloModule jit_step
 
@@ -74,3 +74,17 @@ def test_every_short_program_is_recorded_once():
         compiled.Program(**entry["program"]) for entry in compiled.json.loads(compiled.SHORT_RECORD.read_text())["programs"]
     ]
     assert sorted(recorded, key=repr) == sorted(compiled.SHORT, key=repr)
+
+
+def test_memory_by_batch_is_that_of_the_compiled_batch_and_grows_with_the_images_alone():
+    image, weights, statistics, activations = 4 * 4 * 3 + 4, 1000, 10, 700
+    entry = {"target": "h100", "network": "x", "size": 4, "batch": 8, "reduced_bytes": weights + statistics}
+    entry |= {"arguments": 2 * weights + statistics + 8 * image, "temporaries": weights + 8 * activations}
+    fixed, per_image = compiled_report.memory_parts(entry)
+    assert (fixed, per_image) == (3 * weights + statistics, image + activations)
+    assert fixed + 8 * per_image == entry["arguments"] + entry["temporaries"]
+
+
+def test_the_recorded_report_is_that_of_the_record():
+    entries = compiled.json.loads(compiled_report.DATA.read_text())["programs"]
+    assert (compiled.RESULTS / "compiled.md").read_text() == compiled_report.page(entries)
