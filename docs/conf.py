@@ -29,7 +29,6 @@ python_maximum_signature_line_length = 78
 toc_object_entries_show_parents = "hide"
 napoleon_custom_sections = [("Attributes", "params_style"), ("Example", "example")]
 napoleon_use_rtype = False
-smartquotes_action = "qe"  # quotes and ellipses: two hyphens begin a flag
 
 html_theme = "furo"
 html_title = "scconv_jax"

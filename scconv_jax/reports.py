@@ -258,10 +258,10 @@ def networks_page() -> Iterator[str]:
     )
     yield "## The papers' tables\n"
     yield (
-        "Each count is the paper's, ours, and the difference. Multiply-adds follow the papers: convolutions, linear layers and\n"
-        "the scales of norms; additions, activations, pooling and gates are excluded. Top-1 accuracy is the paper's: on\n"
-        "CIFAR-100 at 32 px for the names that end in `_small`, on ImageNet at 224 px for the others. The last column gives the\n"
-        "reason for a difference, and the limits of a test for both differences.\n"
+        "Counts are the paper's, ours, and in brackets the difference in percent. Multiply-adds follow the papers:\n"
+        "convolutions, linear layers and the scales of norms; additions, activations, pooling and gates are excluded. Top-1\n"
+        "accuracy is the paper's: on CIFAR-100 at 32 px for the names that end in `_small`, on ImageNet at 224 px for the\n"
+        "others. The last column gives the reason for a difference, and the limits of a test for both differences.\n"
     )
     records = list(paper_records())
     for year, title in PAPERS.items():
@@ -272,7 +272,7 @@ def networks_page() -> Iterator[str]:
                 "name": f"`{record['model']}`",
                 "parameters, millions": _both("parameters", record, ".2f"),
                 "multiply-adds, billions": _both("multiply_adds", record, ".3g"),
-                "top-1, %": f"{record['top1_paper']:.2f}",
+                "top\u20111, %": f"{record['top1_paper']:.2f}",
                 "reason (limits)": f"{record['note']} ({' / '.join(f'{margin:g}' for margin in record['margins_percent'])} %)",
             }
             for record in records
@@ -297,7 +297,7 @@ def _both(count: str, record: dict[str, Any], form: str) -> str:
     """Return the paper's count, ours, and the difference in percent, without a line break."""
     percent = f"{record[f'{count}_percent']:+.1f}"
     percent = "0.0" if percent in ("+0.0", "-0.0") else percent.replace("-", "−")
-    return f"{record[f'{count}_paper']:{form}} → {record[count]:{form}} ({percent} %)".replace(" ", "\u00a0")
+    return f"{record[f'{count}_paper']:{form}} → {record[count]:{form}} ({percent})".replace(" ", "\u00a0")
 
 
 def _table(rows: Iterable[dict[str, str]]) -> Iterator[str]:

@@ -96,9 +96,14 @@ def test_indented_blocks_of_docstrings_become_code():
     assert ":param a: A number." in lines
 
 
+def test_code_that_is_no_name_keeps_its_first_character():
+    text = "Takes `.pth`, `module.` and `(n, h)`; see `load` and `images.prepare`."
+    assert reference.restructured(text)[0] == "Takes ``.pth``, ``module.`` and ``(n, h)``; see `load` and `images.prepare`."
+
+
 def test_what_is_returned_stays_as_it_is_written():
     lines = reference.restructured('First.\n\nReturns:\n    `{"layer1": (n, h, w, c)}`, a map: the last.\n')
-    assert ':returns: `{"layer1": (n, h, w, c)}`, a map: the last.' in lines
+    assert ':returns: ``{"layer1": (n, h, w, c)}``, a map: the last.' in lines
 
 
 def test_signatures_can_be_read():

@@ -1,4 +1,7 @@
-"""Puts the drawings in `figures/` into the page itself, so that they follow the page's light or dark colours."""
+"""Puts the drawings in `figures/` into the page itself, so that they follow the page's light or dark colours.
+
+Wide pictures get a class: on a narrow screen they keep a width at which their text can be read, and scroll.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 FIGURES = Path(__file__).parents[1] / "figures"
+WIDE = 700
+"""Pixels of a PNG file, which has its width in bytes 16 to 20."""
 
 
 def inline(path: Path, description: str) -> str:
@@ -26,6 +31,8 @@ def setup(app: Any) -> dict[str, bool]:
             path = FIGURES / Path(image["uri"]).name
             if app.builder.format == "html" and path.suffix == ".svg" and path.is_file():
                 image.replace_self(nodes.raw("", inline(path, image.get("alt", "")), format="html"))
+            elif path.suffix == ".png" and path.is_file() and int.from_bytes(path.read_bytes()[16:20], "big") > WIDE:
+                image["classes"].append("wide")
 
     app.connect("doctree-resolved", replace)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

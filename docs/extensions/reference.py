@@ -20,6 +20,8 @@ from flag_tables import commands, fields, short_names, string_of, table
 
 ROOT = Path(__file__).parents[2]
 MARKER = re.compile(r"^<!-- (\w+)(?:: (\S+))? -->$", re.MULTILINE)
+CODE = re.compile(r"(?<![`:\w])`([^`\n]+)`(?!`)")
+NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*(\(\))?")
 # Headings of the names in `scconv_jax`, by the folder or file that defines them, in this order.
 SECTIONS = {
     "layers": "Layers",
@@ -29,8 +31,10 @@ SECTIONS = {
     "finetuning": "Fine-tuning",
     "reports": "Parameters and multiply-adds",
     "bridge": "NNX",
+    "fusion": "Fusing",
     "inference": "Inference and export",
     "explanation": "Explanation",
+    "programs": "Compiled programs",
 }
 
 
@@ -166,7 +170,8 @@ def restructured(docstring: str) -> list[str]:
 
     lines: list[str] = []
     in_section = in_code = False
-    for line in docstring.splitlines():
+    # Sphinx would take `.pth` and `~` for names, and their first character for a sign of its own.
+    for line in CODE.sub(lambda code: code[0] if NAME.fullmatch(code[1]) else f"`{code[0]}`", docstring).splitlines():
         in_section = (in_section and (not line or line.startswith(" "))) or bool(re.fullmatch(r"[A-Z]\w+:", line))
         indented = line.startswith("    ") and not in_section
         if indented and not in_code and (not lines or not lines[-1]):
