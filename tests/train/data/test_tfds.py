@@ -9,17 +9,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import scconv_jax
 from train import prepare
-from train.config import ConfigError, Data
+from train.config import Config, ConfigError, Data
 from train.data.batches import UnreadableImageError, train_batches
 from train.data.datasets import load_dataset
 from train.data.folder import FolderRecords, open_folder
 from train.data.tfds import open_tfds
 from train.prepare import prepare_folder
+from train.setup import make_setup, save_record
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="a test of the extra tfds")
 
@@ -442,3 +445,27 @@ def test_writing_the_digits_goes_on_where_it_was_stopped(tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["digits.partial"]
     assert prepare.main(["--digits", str(tmp_path / "digits")]) == 0
     assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["train", "val"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"channels": 1}, {"image_size": 24, "resize": 24, "mean": (0.1, 0.2, 0.3), "std": (1, 2, 3)}]
+)
+def test_a_file_is_prepared_for_answers_as_in_the_test_of_the_run(folder, made, tmp_path, options):
+    config = Config(data=Data(**{"name": "tfds", "dir": str(made), "image_size": 32, "batch_size": 4} | options))
+    setup = make_setup(config)
+    save_record(tmp_path, config, setup)
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert record["class_names"] == ["cat", "dog", "élan"]
+    preparation = scconv_jax.images.Preparation(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in record["preparation"].items()}
+    )
+    _, records = open_tfds(str(made), "", "train", "")
+    source = {records.read(i)[0]: i for i in range(len(records))}
+    paths = sorted((folder / "val").rglob("*.*"))
+    assert len(paths) == len(source) == 7
+    for path in paths:
+        expected = np.empty(setup.dataset.image_shape, np.uint8)
+        setup.dataset.test.load(source[path.read_bytes()], (), expected)
+        np.testing.assert_array_equal(scconv_jax.images.pixels(path, preparation), expected)
+        ours = scconv_jax.prepare_images(path, preparation)
+        np.testing.assert_array_equal(ours, jax.jit(setup.normalize)(expected[None]))
