@@ -21,7 +21,7 @@ import numpy as np
 
 from scconv_jax import files
 from scconv_jax.inference.onnx_conversion import ExportError
-from scconv_jax.inference.run import TrainedModel, load_run
+from scconv_jax.inference.run import TrainedModel, open_run
 from scconv_jax.interop.variables import save
 from scconv_jax.messages import printable, shortened
 from scconv_jax.models.complexity import multiply_adds
@@ -101,7 +101,7 @@ def write_json(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def _check(folder: Path, trained: TrainedModel) -> None:
-    found = load_run(folder)
+    found = open_run(folder)
     same = jax.tree.structure(found.variables) == jax.tree.structure(trained.variables) and all(
         np.array_equal(ours, theirs, equal_nan=True)
         for ours, theirs in zip(jax.tree.leaves(found.variables), jax.tree.leaves(trained.variables), strict=True)
@@ -190,12 +190,16 @@ model, variables = scconv_jax.load_model("FOLDER")
 
 ## Images
 
-{images} `load_run` does this.
+{images} `load_run` does this.{_if_assumed(trained, "its images", " This is not recorded but assumed.")}
 
 ## Classes
 
-{listed or "    none"}{more}
+{_if_assumed(trained, "classes", f"These names are not recorded but assumed.{chr(10) * 2}")}{listed}{more}
 """
+
+
+def _if_assumed(trained: TrainedModel, what: str, text: str) -> str:
+    return text if any(what in note and "assumed" in note for note in trained.notes) else ""
 
 
 def _options(options: Mapping[str, Any]) -> str:

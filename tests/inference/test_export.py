@@ -180,6 +180,15 @@ def test_the_card_of_a_run_has_what_was_measured(weights, tmp_path):
     assert card.count("\n---\n") == 1
     index = json.loads(next(line for line in card.splitlines() if line.startswith("model-index")).partition(": ")[2])
     assert index[0]["results"][0]["metrics"][0]["value"] == 97.53
+    assert "assumed" not in card
+
+
+def test_the_card_says_what_is_assumed(weights):
+    notes = ("It does not say how its images are prepared: ImageNet's mean is assumed.", "ImageNet's 1,000 classes are assumed.")
+    trained = dataclasses.replace(scconv_jax.load_run(weights), notes=notes)
+    card = hub_folder._card("hub", trained, hub_folder.RunRecord())
+    assert "`load_run` does this. This is not recorded but assumed.\n" in card
+    assert "## Classes\n\nThese names are not recorded but assumed.\n\n    0: " in card
 
 
 def test_a_folder_that_exists_is_replaced_only_if_asked(weights, tmp_path, capsys):
