@@ -12,7 +12,7 @@ import scconv_jax
 from train.report.results import Results
 
 FEW_CLASSES = 25
-"""Most classes for which the whole confusion matrix is drawn; for more, the most frequent confusions."""
+"""Most classes for which the confusion matrix has names and numbers. For more, the most frequent confusions stand below it."""
 ROWS = 30
 """Bars in a picture."""
 MISTAKES = 12
@@ -44,14 +44,15 @@ def shortened(name: str, most: int = 26) -> str:
     return scconv_jax.messages.shortened(scconv_jax.messages.printable(name), most).replace("$", r"\$")
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, **several: Any) -> tuple[Any, Any]:
     try:
         import matplotlib.figure as mpl
     except ImportError as error:
         raise ModuleNotFoundError("a report needs matplotlib: pip install 'scconv-jax[train]'") from error
     figure = mpl.Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(**several)
+    for one in np.atleast_1d(axes):
+        one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
@@ -81,12 +82,18 @@ def _confusion(results: Results, names: Sequence[str]) -> Any:
 def _pairs(matrix: np.ndarray, names: Sequence[str]) -> Any:
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     order = [place for place in np.argsort(-wrong, axis=None, kind="stable")[:ROWS] if wrong.flat[place]]
     pairs = [divmod(int(place), len(names)) for place in order]
-    figure, axes = _figure(7.4, 1.4 + 0.24 * max(1, len(pairs)))
+    height = 1.4 + 0.24 * max(1, len(pairs))
+    figure, (whole, axes) = _figure(7.4, 6.6 + height, nrows=2, height_ratios=(6.6, height))
+    whole.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="antialiased")
+    whole.set(xlabel="predicted class, by number", ylabel="true class, by number")
+    whole.set_title(f"Confusion matrix of {len(names):,} classes")
     labels = [f"{names[true]} → {names[predicted]}" for true, predicted in pairs]
     _bars(axes, labels, [int(wrong[pair]) for pair in pairs], ORANGE, "{:d}")
-    axes.set(xlabel="test images", title=f"Most frequent confusions of {len(names):,} classes (true → predicted)")
+    axes.locator_params(axis="x", integer=True)
+    axes.set(xlabel="test images", title="Most frequent confusions (true → predicted)")
     return figure
 
 

@@ -21,6 +21,10 @@ from train.run.curves import draw_curves
 from train.run.metrics import seconds_of
 
 NUMBERS = "numbers.json"
+WHOLE = (
+    "Above, the confusion matrix: the darker a place, the larger its share of the true class (by the square root). "
+    "Below, the pairs that are confused most often."
+)
 MISTAKES = 24
 """Mistakes that the page shows."""
 
@@ -113,7 +117,7 @@ def _page(
             for name, row in of_class
         ],
     )
-    kind = "Row: true class. Column: predicted class." if classes <= FEW_CLASSES else "The pairs that are confused most often."
+    kind = "Row: true class. Column: predicted class." if classes <= FEW_CLASSES else WHOLE
     calibration = (
         "A network is calibrated if, of the images that it is 80 % sure of, 80 % are right. ECE is the mean difference between "
         f"confidence and accuracy, in {len(results.calibration()[0])} bins. Here the mean confidence is "

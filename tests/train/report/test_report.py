@@ -61,4 +61,5 @@ def test_a_thousand_classes_and_no_mistakes(tmp_path):
         path = write_report(tmp_path, Config(), dataset(names, 3000), found, step=7, checkpoint="best")
         assert said in path.read_text()
         assert "1 min 1 s" in path.read_text()
+        assert "Above, the confusion matrix: " in path.read_text()
     assert path.stat().st_size < 2_000_000
