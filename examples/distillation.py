@@ -28,11 +28,13 @@ import scconv_jax
 from scconv_jax.models import NARROW, Bottleneck, ResNet
 
 TEMPERATURE = 3.0
+# Initial values are computed once: a program that compiles quickly is better than a fast one.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def train(model, loss, images, targets, steps, batch=64):
     """Returns the variables of a network after `steps` steps. `loss(logits, targets)` gives the loss of each image."""
-    optimiser = optax.adam(1e-2)
+    optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
     @jax.jit
     def step(variables, momentum, images, targets):
@@ -44,7 +46,7 @@ def train(model, loss, images, targets, steps, batch=64):
         updates, momentum = optimiser.update(gradient, momentum, variables["params"])
         return {"params": optax.apply_updates(variables["params"], updates), **new}, momentum, value
 
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images[:1])
+    variables = jax.jit(partial(model.init, train=False), compiler_options=QUICK)(jax.random.key(0), images[:1])
     momentum, generator = jax.jit(optimiser.init)(variables["params"]), np.random.default_rng(0)
     for i in range(steps):
         chosen = generator.choice(len(images), batch, replace=False)

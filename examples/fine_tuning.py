@@ -25,6 +25,8 @@ import scconv_jax
 from scconv_jax.models import NARROW, Bottleneck, ResNet
 
 FROZEN = ("stem", "layer1")
+# Initial values are computed once: a program that compiles quickly is better than a fast one.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def train(model, variables, optimiser, images, labels, steps, batch=64):
@@ -77,7 +79,7 @@ def main(arguments=None):
     block = partial(Bottleneck, conv=scconv_jax.SelfCalibratedConv)
     small = {**NARROW, "planes": (16, 32), "output_stride": 2}  # two stages, at strides 1 and 2
     model = ResNet(block, (blocks, blocks), **{**small, "num_classes": 5, "in_channels": 1})
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    variables = jax.jit(partial(model.init, train=False), compiler_options=QUICK)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     print("the digits 0 to 4, all parameters:")
     variables = train(model, variables, optax.adam(1e-2), images[old], labels[old], steps)
 

@@ -93,7 +93,8 @@ def main(arguments=None):
         updates, momentum = optimiser.update(gradient, momentum, params)
         return optax.apply_updates(params, updates), statistics, momentum, value, iou
 
-    state = jax.jit(initial)(jax.random.key(0))
+    # Initial values are computed once: a program that compiles quickly is better than a fast one.
+    state = jax.jit(initial, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(0))
     generator, history = np.random.default_rng(0), []
     for i in range(steps):  # every image is new, so these are test figures too
         *state, loss, iou = step(*state, *draw(generator, n, size))

@@ -190,7 +190,7 @@ def train(config: Config, workdir: Path) -> int:
     if step < plan.total_steps:
         print(
             f"Ended after epoch {step // plan.steps_per_epoch} of {config.epochs}: no better test accuracy for {config.patience} "
-            "epochs (patience)"
+            f"epoch{'s' * (config.patience > 1)} (patience)"
         )
     print(summary(workdir, metrics.seconds))
     if config.log.report:

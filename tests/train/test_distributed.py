@@ -103,7 +103,7 @@ def assert_equal(actual, expected):
 def test_two_hosts_of_four_devices_equal_one_device():
     """Both engines give the result of one device. A signal to one host stops both, and one device can go on with the run."""
     alone = start("--workdir", "alone", devices=1)
-    for workdir, flags in (("hosts", []), ("hosts-pmap", ["--parallel", "pmap"])):
+    for workdir, flags in (("hosts", []), ("hosts-pmap", ["--parallel", "pmap", "--patience", "4"])):  # patience waits for host 0
         for code, _, err in map(finish, start_hosts("--workdir", workdir, *flags)):
             assert (code, errors(err)) == (0, []), err
     assert finish(alone)[0] == 0
