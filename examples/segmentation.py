@@ -7,8 +7,8 @@ parameters. A 1×1 convolution turns it into class scores, and a bilinear resize
 The made task: tell discs, squares and the background apart, pixel by pixel.
 
 Command    python examples/segmentation.py [--small]
-Time       --small: 18 s of processor time on a busy AMD EPYC, compiled as in the tests. Full form: not measured
-Result     --small, seed 0: mean IoU over three classes 0.18 in the first five steps, 0.53 in the last five
+Time       --small: 14 s of processor time on two busy cores of an AMD EPYC. Full form: not measured
+Result     --small, seed 0: mean IoU over three classes 0.18 in the first five steps, 0.55 in the last five
 """
 
 import argparse
