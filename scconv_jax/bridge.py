@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imported late: users of Linen need no NNX
 
 
 def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: Rngs | jax.Array | int | None = None) -> ToNNX:
-    """Return a network or layer as an NNX module with these weights: a `flax.nnx.bridge.ToNNX`, filled.
+    """Return a network or layer as an NNX module with these weights: a filled `flax.nnx.bridge.ToNNX`.
 
     `ToNNX` keeps a leaf `params/layer1/0/conv1/kernel` as an `nnx.Param` at `module.layer1["0"]["conv1"]["kernel"]`, so
     `nnx.update(module, variables)` would put leaves where no call finds them.
@@ -25,7 +25,7 @@ def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: Rngs | jax.Arra
     Args:
         model: A network or layer of this library, or another Linen module.
         variables: `{"params": ..., "batch_stats": ...}`, as `model.init`, `load_model` and `load` return them.
-        rngs: Random numbers for `dropout` and `drop_path`, as `nnx.Rngs(dropout=0)`, or a key or seed. If None, there are none.
+        rngs: Random numbers for `dropout` and `drop_path`: `nnx.Rngs(dropout=0)`, a key (a scalar) or a seed, or None.
 
     Returns:
         The module. `module(images, train=False)` evaluates; `module(images, train=True)` also updates its running statistics,

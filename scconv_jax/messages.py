@@ -29,5 +29,5 @@ def shortened(text: str, most: int = 80) -> str:
 
 
 def printable(text: object) -> str:
-    """Return text with `?` for what cannot be printed, such as a terminal's control sequences in the name of a file."""
+    """Return text with `?` for characters that cannot be printed, such as a terminal's control sequences in a file name."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(text))

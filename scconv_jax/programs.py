@@ -22,7 +22,7 @@ LEAST_FREE_BYTES = 256 << 20
 
 
 def keep_programs() -> Path | None:
-    """Keep the programs that JAX compiles in the cache folder, and return their folder; None if they are not kept there.
+    """Keep compiled programs of JAX in the cache folder, and return their folder, or None if nothing is kept there.
 
     What the user has set takes precedence: `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=0`
     keeps none. JAX tells programs of its versions, settings and devices apart. Each kind of processor has its own folder, since

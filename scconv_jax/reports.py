@@ -91,7 +91,7 @@ def summary(model: str | nn.Module, size: int | tuple[int, int] | None = None, *
 
 
 def count_parameters(model: str | nn.Module | Mapping[str, Any], **options: Any) -> int:
-    """Return the number of parameters; running statistics are none.
+    """Return the number of parameters, without running statistics.
 
     Args:
         model: Name of a network, a network, variables `{"params": ..., "batch_stats": ...}`, or parameters alone.

@@ -22,7 +22,7 @@ BATCH = 16
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """What a network does with n images: NumPy arrays, float32 unless they are said to be others.
+    """The explanation of a network's answers for n images, as NumPy arrays: float32 unless another dtype is given.
 
     Attributes:
         trained: The network.
@@ -48,7 +48,7 @@ class Explained:
 
 
 def explain(trained: TrainedModel, images: Sequence[Any], classes: np.ndarray | None = None, *, top: int = 3) -> Explained:
-    """Explain images by a trained network.
+    """Return Grad-CAM, receptive fields, gates, maps and weights of a trained network for images.
 
     Args:
         trained: The network, from `load_run`.

@@ -28,7 +28,7 @@ def grad_cam(
     classes: int | Sequence[int] | np.ndarray | jax.Array | None = None,
     layer: str | None = None,
 ) -> jax.Array:
-    """Return where a network sees a class: Grad-CAM.
+    """Return Grad-CAM: the areas of a layer's map that speak for a class.
 
     Paper: Selvaraju, Cogswell, Das, Vedantam, Parikh, Batra, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
     Localization", ICCV 2017, Eqs. 1-2: ReLU(Σ_c α_c A_c), where A is the layer's map and α_c the average, over all pixels, of the

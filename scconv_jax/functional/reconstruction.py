@@ -62,7 +62,7 @@ def scconv(
     dilation: int = 1,
     fuse: Literal["pair", "all"] = "pair",
 ) -> Array:
-    """Apply the whole operator, SRU then CRU (Li et al., CVPR 2023, Fig. 1). The defaults are those of the layer `ScConv`.
+    """Apply ScConv, SRU then CRU (Li et al., CVPR 2023, Fig. 1). The defaults are those of the layer `ScConv`.
 
     Args:
         x: X, `(n, h, w, c)`.

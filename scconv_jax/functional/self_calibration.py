@@ -57,7 +57,7 @@ def self_calibration(x: Float[Array, "n h w c"], k2: Branch, k3: Branch, k4: Bra
 def self_calibrated_conv(
     x: Float[Array, "n h w c"], k1: Branch, k2: Branch, k3: Branch, k4: Branch, *, pooling: int = 4
 ) -> Array:
-    """Apply the whole operator, X to Y (Liu et al., CVPR 2020, Fig. 2).
+    """Apply the self-calibrated convolution, X to Y (Liu et al., CVPR 2020, Fig. 2).
 
     Args:
         x: X, `(n, h, w, c)`, c even.

@@ -44,7 +44,7 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it was checked.
+    """The record of an export: the file and its check.
 
     Attributes:
         path: The file or folder.

@@ -20,7 +20,7 @@ def synsets() -> Mapping[str, str]:
 
 
 def imagenet_name(name: str) -> str:
-    """Return the readable name of a class of ImageNet if `name` is its synset, as its folders are called; else `name`.
+    """Return the readable name of the ImageNet class with this synset (`n01440764`), or `name` itself if there is none.
 
     `imagenet_name("n01440764")` is "tench". The names are the first lemmas of WordNet 3.0.
     """

@@ -36,7 +36,7 @@ _log = logging.getLogger("scconv_jax")
 def load_model(
     source: str | os.PathLike[str], model: str | None = None, *, key: str = "", checkpoint: str | int = "best", **options: Any
 ) -> tuple[nn.Module, Variables]:
-    """Make a network with the weights of a file.
+    """Return a network and its variables, with the weights of a file.
 
     Args:
         source: A file (`.pth`, `.pt` or `.ckpt` of PyTorch, `.safetensors` with PyTorch's keys or ours), the index of a model in

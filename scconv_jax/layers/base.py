@@ -16,7 +16,7 @@ from scconv_jax.layers.checks import SIZES, checks_of
 from scconv_jax.messages import did_you_mean
 
 Dtype = Any
-"""What JAX takes as a dtype: `jnp.bfloat16`, `"float32"`, `np.dtype(...)`."""
+"""Anything that JAX accepts as a dtype: `jnp.bfloat16`, `"float32"`, `np.dtype(...)`."""
 _Value = TypeVar("_Value")
 _Class = TypeVar("_Class", bound="Layer")
 

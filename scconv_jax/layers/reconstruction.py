@@ -225,7 +225,7 @@ class _Kernel(nn.Module):
 
 
 class ScConv(Layer):
-    """The whole operator, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, ⌈h / s⌉, ⌈w / s⌉, features)`.
+    """ScConv of 2023, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, ⌈h / s⌉, ⌈w / s⌉, features)`.
 
     Source: Li et al., CVPR 2023, Eqs. 1-9.
 

@@ -29,7 +29,7 @@ _ADVICE = {"kernel_size": "K1 to K4 are 3×3 convolutions: leave kernel_size out
 
 
 class SelfCalibration(Layer):
-    """The calibrated branch, X1 to Y1: `(n, h, w, c)` to `(n, h / strides, w / strides, c)`.
+    """The calibrated branch of SC-Conv, X1 to Y1: `(n, h, w, c)` to `(n, h / strides, w / strides, c)`.
 
     Source: Liu et al., CVPR 2020, Eqs. 3-6.
 
@@ -81,7 +81,7 @@ class SelfCalibration(Layer):
 
 
 class SelfCalibratedConv(Layer):
-    """The whole operator, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, c)`.
+    """SC-Conv of 2020, a replacement for a 3×3 convolution: `(n, h, w, c)` to `(n, h / strides, w / strides, c)`.
 
     Source: Liu et al., CVPR 2020, Fig. 2.
 

@@ -145,7 +145,7 @@ def shapes(state: Path) -> dict[str, tuple[int, ...]]:
 
 
 def complete(state: Path) -> bool:
-    """Merge what each process wrote of one `checkpoints/STEP/state`, if Orbax left that out, and return whether it did.
+    """Merge the files of each process in one `checkpoints/STEP/state` if Orbax did not, and return whether this was so.
 
     No file is changed, some are added. Orbax leaves it out, without an error, in folders whose absolute path has a pattern
     character: `[`, `]`, `*` or `?`.
