@@ -40,6 +40,10 @@ def open_page():
         else:
             route.continue_()
 
+    def failed(request):
+        if request.failure != "net::ERR_ABORTED":  # the browser itself stops loading the icon when a page is left or loaded again
+            problems.append(f"failed: {request.url} ({request.failure})")
+
     def open_(target, *, width=1280, height=900, dark=False):
         if not started:
             playwright = api.sync_playwright().start()
@@ -55,7 +59,7 @@ def open_page():
         page = context.new_page()
         page.on("console", lambda message: message.type == "error" and problems.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
-        page.on("requestfailed", lambda request: problems.append(f"failed: {request.url} ({request.failure})"))
+        page.on("requestfailed", failed)
         page.goto(target if "://" in str(target) else Path(target).resolve().as_uri())
         return page
 
