@@ -77,6 +77,25 @@ def _nearest_fraction(value: Any) -> str:
     return f" Nearest valid value: {0 if value < 0 else 0.99}{percent}."
 
 
+def check_between(low: float, high: float, **values: Any) -> None:
+    """Raise a ValueError unless each value is a number from `low` to `high`, both included."""
+    for name, value in values.items():
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not low <= float(value) <= high:
+            near = f" Nearest valid value: {low if value < low else high:g}." if number and not math.isnan(value) else ""
+            rule = "0 or a positive number" if math.isinf(high) else f"a number from {low:g} to {high:g}"
+            raise ValueError(f"{name}={value!r} must be {rule}.{near}")
+
+
+def check_padding(padding: Any) -> None:
+    """Raise a ValueError unless `padding` is 0 or a positive integer."""
+    if isinstance(padding, bool) or not isinstance(padding, Integral) or padding < 0:
+        raise ValueError(
+            f"padding={padding!r} must be one number, the zeros on each side: dilation * (kernel size // 2) keeps the size at "
+            'stride 1, 0 is "VALID".'
+        )
+
+
 def check_maps(function: str, x: Array) -> None:
     """Raise a ValueError unless `x` has four axes, `(n, h, w, c)`."""
     if x.ndim != 4:
@@ -104,3 +123,48 @@ def check_divides(name: str, divisor: int, what: str, *channels: int) -> None:
             f"{name}={divisor} must divide {what}, {' and '.join(map(str, channels))}. "
             f"Nearest valid values: {' and '.join(str(d) for d in (below, above) if d)}."
         )
+
+
+def check_spatial(
+    x: Array, gamma: Array, beta: Array, *, groups: int, threshold: float, epsilon: float, gate: str, gated: str
+) -> None:
+    """Raise a ValueError unless the arguments of `spatial_reconstruction` fit one another."""
+    check_maps("spatial_reconstruction", x)
+    channels = x.shape[-1]
+    check_even(channels)
+    check_positive_int(groups=groups)
+    check_divides("groups", groups, "the channels", channels)
+    for name, vector in (("gamma", gamma), ("beta", beta)):
+        if vector.shape != (channels,):
+            hint = " Maps are (n, h, w, c), channels last." if vector.shape == x.shape[1:2] else ""
+            raise ValueError(
+                f"{name} must have one value for each of the {channels} channels of x, ({channels},); got {vector.shape}.{hint}"
+            )
+    check_between(0.0, 1.0, threshold=threshold)
+    check_between(0.0, math.inf, epsilon=epsilon)
+    check_choice("gate", gate, ("soft", "hard"))
+    check_choice("gated", gated, ("input", "norm"))
+
+
+def check_channel(
+    x: Array, squeeze1: Array, squeeze2: Array, gwc: Array, gwc_bias: Array, pwc1: Array, pwc2: Array | None,
+    conv_groups: int, dilation: int,
+) -> None:  # fmt: skip
+    """Raise a ValueError unless the arguments of `channel_reconstruction` fit one another."""
+    check_maps("channel_reconstruction", x)
+    check_positive_int(conv_groups=conv_groups, dilation=dilation)
+    (upper, squeezed), (lower, low), features = squeeze1.shape[2:], squeeze2.shape[2:], pwc1.shape[3]
+    if upper + lower != x.shape[-1]:
+        raise ValueError(f"squeeze1 and squeeze2 take {upper} and {lower} channels; their sum must be those of x, {x.shape[-1]}.")
+    check_divides("conv_groups", conv_groups, "the channels of squeeze1's output and of gwc's", squeezed, gwc.shape[3])
+    expected = {
+        "gwc": (gwc, (*gwc.shape[:2], squeezed // conv_groups, features)),
+        "gwc_bias": (gwc_bias, (features,)),
+        "pwc1": (pwc1, (1, 1, squeezed, features)),
+        "pwc2": (pwc2, (1, 1, low, features - low)),
+    }
+    for name, (array, shape) in expected.items():
+        found = (1, 1, low, 0) if array is None else array.shape
+        if found != shape:
+            got = "None" if array is None else found
+            raise ValueError(f"{name} must have the shape {shape}, to which the other kernels lead; got {got}.")

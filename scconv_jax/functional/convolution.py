@@ -29,7 +29,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from scconv_jax.functional.checks import check_maps
+from scconv_jax.functional.checks import check_maps, check_padding, check_positive_int
 from scconv_jax.functional.platforms import by_platform
 from scconv_jax.functional.windows import taps
 from scconv_jax.shapes import Array, Float
@@ -61,11 +61,14 @@ def conv(
         ValueError: If `x` does not have four axes, or its channels do not fit the kernel.
     """
     check_maps("conv", x)
+    check_positive_int(strides=strides, dilation=dilation, groups=groups)
+    check_padding(padding)
     channels, per_group = x.shape[-1], kernel.shape[2]
     if channels != per_group * groups:
+        hint = " Kernels are (kh, kw, i, o): PyTorch's are (o, i, kh, kw)." if kernel.shape[1] == channels // groups else ""
         raise ValueError(
             f"conv: the input has {channels} channels, but a kernel of shape {kernel.shape} with groups={groups} takes "
-            f"{per_group * groups}."
+            f"{per_group * groups}.{hint}"
         )
     options: dict[str, Any] = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
     form = form_on_cpu(kernel.shape, padding, groups)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from scconv_jax.functional.checks import check_choice, check_divides, check_even, check_maps, check_positive_int
+from scconv_jax.functional.checks import check_channel, check_choice, check_maps, check_positive_int, check_spatial
 from scconv_jax.functional.convolution import conv, reconstruction_conv
 from scconv_jax.functional.pooling import avg_pool, global_avg_pool
 from scconv_jax.functional.symbolic import value
@@ -198,10 +198,7 @@ def spatial_separation(
     Returns:
         X1 = W1 · X and X2 = W2 · X, each of the shape of `x`, float32, or float64 for float64 maps.
     """
-    check_maps("spatial_reconstruction", x)
-    channels = x.shape[-1]
-    check_even(channels)
-    check_divides("groups", groups, "the channels", channels)
+    check_spatial(x, gamma, beta, groups=groups, threshold=threshold, epsilon=epsilon, gate=gate, gated=gated)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     gamma, beta = gamma.astype(wide.dtype), beta.astype(wide.dtype)
     mean, deviation = _group_statistics(wide, groups, epsilon, unbiased)
@@ -329,6 +326,7 @@ def _transform(
     dilation: int,
 ) -> tuple[Float[Array, "n h w o"], Float[Array, "n h w o"]]:
     """Return Y1 and Y2 (Eqs. 5-6)."""
+    check_channel(x, squeeze1, squeeze2, gwc, gwc_bias, pwc1, pwc2, conv_groups, dilation)
     split = squeeze1.shape[2]
     upper = conv(x[..., :split], squeeze1)
     lower = conv(x[..., split:], squeeze2)
@@ -339,5 +337,6 @@ def _transform(
 
 
 def _weights(y1: Array, y2: Array, fuse: Literal["pair", "all"]) -> Float[Array, "n two o"]:
+    check_choice("fuse", fuse, ("pair", "all"))
     averages = jnp.stack([global_avg_pool(y1), global_avg_pool(y2)], axis=1)  # (n, 2, o)
     return jax.nn.softmax(averages, axis=1 if fuse == "pair" else (1, 2))

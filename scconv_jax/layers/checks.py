@@ -8,27 +8,17 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from scconv_jax.functional.checks import check_float_dtype, check_fraction, check_positive_int, nearest_int
+from scconv_jax.functional.checks import check_between, check_float_dtype, check_fraction, check_positive_int, nearest_int
 
 SIZES = ("kernel_size", "cheap_size", "strides", "dilation", "pooling")
 """Attributes of one number for height and width, for which a pair of equal numbers is accepted."""
-
-
-def check_between(low: float, high: float, **values: Any) -> None:
-    """Raise a ValueError unless each value is a number from `low` to `high`, both included."""
-    for name, value in values.items():
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not low <= float(value) <= high:
-            near = f" Nearest valid value: {low if value < low else high:g}." if number and not math.isnan(value) else ""
-            rule = "0 or a positive number" if math.isinf(high) else f"a number from {low:g} to {high:g}"
-            raise ValueError(f"{name}={value!r} must be {rule}.{near}")
 
 
 def check_flag(**values: Any) -> None:

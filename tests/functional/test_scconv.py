@@ -73,20 +73,41 @@ def test_the_function_is_the_layer(options):
         ({"arrangement": "S"}, "Unknown arrangement 'S'."),
         ({"strides": 0}, "strides=0 must be one positive integer."),
         ({"groups": 5}, "groups=5 must divide the channels, 16."),
+        ({"gate": "sharp"}, "Unknown gate 'sharp'."),
+        ({"gated": "output"}, "Unknown gated 'output'."),
+        ({"fuse": "none"}, "Unknown fuse 'none'."),
+        ({"threshold": 2}, "threshold=2 must be a number from 0 to 1. Nearest valid value: 1."),
+        ({"epsilon": -1}, "epsilon=-1 must be 0 or a positive number. Nearest valid value: 0."),
+        ({"conv_groups": 3}, "conv_groups=3 must divide the channels of squeeze1's output and of gwc's, 4 and 16."),
+        ({"conv_groups": 1}, "gwc must have the shape (3, 3, 4, 16), to which the other kernels lead; got (3, 3, 2, 16)."),
+        ({"dilation": 0}, "dilation=0 must be one positive integer."),
+        ({"gamma": jnp.ones(8)}, "gamma must have one value for each of the 16 channels of x, (16,); got (8,)."),
+        ({"pwc2": None}, "pwc2 must have the shape (1, 1, 4, 12), to which the other kernels lead; got None."),
+        ({"squeeze1": jnp.ones((1, 1, 6, 4))}, "squeeze1 and squeeze2 take 6 and 8 channels; their sum must be those of x, 16."),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_what_it_refuses(options, message):
     vector = jnp.ones(16)
-    kernels = [
-        jnp.ones((1, 1, 8, 4)),
-        jnp.ones((1, 1, 8, 4)),
-        jnp.ones((3, 3, 2, 16)),
-        vector,
-        jnp.ones((1, 1, 4, 16)),
-        jnp.ones((1, 1, 4, 12)),
-    ]
+    shapes = {
+        "squeeze1": (1, 1, 8, 4),
+        "squeeze2": (1, 1, 8, 4),
+        "gwc": (3, 3, 2, 16),
+        "pwc1": (1, 1, 4, 16),
+        "pwc2": (1, 1, 4, 12),
+    }
+    kernels = {name: jnp.ones(shape) for name, shape in shapes.items()} | {"gwc_bias": vector, "gamma": vector, "beta": vector}
     with pytest.raises(ValueError, match=re.escape(message)):
-        F.scconv(X, vector, vector, *kernels, **options)
+        F.scconv(X, **(kernels | options))
     with pytest.raises(ValueError, match="scconv: expected maps of shape"):
-        F.scconv(X[0], vector, vector, *kernels)
+        F.scconv(X[0], **kernels)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_conv_refuses():
+    with pytest.raises(ValueError, match=re.escape("padding='SAME' must be one number, the zeros on each side")):
+        F.conv(X, jnp.ones((3, 3, 16, 16)), padding="SAME")
+    with pytest.raises(ValueError, match=re.escape("strides=(2, 2) must be one positive integer.")):
+        F.conv(X, jnp.ones((3, 3, 16, 16)), strides=(2, 2))
+    with pytest.raises(ValueError, match=re.escape("Kernels are (kh, kw, i, o): PyTorch's are (o, i, kh, kw).")):
+        F.conv(X, jnp.ones((16, 16, 3, 3)))
