@@ -8,7 +8,7 @@ So that the example runs anywhere, it first trains the teacher and writes that f
 teacher would be `scconv_jax.load_model("scnet50-dc6a7e87.pth")`.
 
 Command    python examples/distillation.py [--small]
-Time       --small: 29 s of processor time on two busy cores of an AMD EPYC. Full form: not measured
+Time       --small: 24 s on two cores of an AMD EPYC. Full form: not measured
 Result     --small, seed 0, on digits that were not trained on: the teacher has 114,746 parameters and 96.7 % right, the student
            21,530 and 92.5 %
 """

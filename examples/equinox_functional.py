@@ -7,7 +7,7 @@ four convolutions as functions: here each is a convolution followed by a norm of
 Equinox maps single examples with `jax.vmap`; the operators take batches `(n, h, w, c)`, so these modules do too.
 
 Command    python examples/equinox_functional.py [--small]        needs: pip install equinox
-Time       --small: 16 s of processor time on two busy cores of an AMD EPYC. Full form: not measured
+Time       --small: 17 s on two cores of an AMD EPYC. Full form: not measured
 Result     --small, seed 0, on digits that were not trained on: 9.7 % right before training, 95.6 % after
 """
 

@@ -9,7 +9,7 @@ The made task: find a small square on the finest level, a large one on the coars
 of all levels.
 
 Command    python examples/feature_pyramid.py [--small] [--output-stride 8]
-Time       --small: 29 s of processor time on two busy cores of an AMD EPYC. Full form: not measured
+Time       --small: 22 s on two cores of an AMD EPYC. Full form: not measured
 Result     --small, seed 0: the right cell for 18 % of the images in the first five steps, 98 % in the last five
 """
 

@@ -8,7 +8,7 @@ neither update nor momentum nor weight decay.
 With published weights the first lines would be `model, variables = scconv_jax.load_model("scnet50")`.
 
 Command    python examples/fine_tuning.py [--small]
-Time       --small: 21 s of processor time on two busy cores of an AMD EPYC. Full form: not measured
+Time       --small: 23 s on two cores of an AMD EPYC. Full form: not measured
 Result     --small, seed 0, on digits that were not trained on: 15.6 % of 5 to 9 right before, 90.6 % after
 """
 

@@ -7,7 +7,7 @@ paper also used). The loss compares the softmax of a map with a Gaussian around 
 points that are found to within two pixels.
 
 Command    python examples/keypoints.py [--small]
-Time       --small: 21 s of processor time on two busy cores of an AMD EPYC. Full form: not measured
+Time       --small: 21 s on two cores of an AMD EPYC. Full form: not measured
 Result     --small, seed 0, on digits that were not trained on: PCK 8 % before training, 90 % after
 """
 

@@ -7,7 +7,7 @@ parameters. A 1×1 convolution turns it into class scores, and a bilinear resize
 The made task: tell discs, squares and the background apart, pixel by pixel.
 
 Command    python examples/segmentation.py [--small]
-Time       --small: 14 s of processor time on two busy cores of an AMD EPYC. Full form: not measured
+Time       --small: 20 s on two cores of an AMD EPYC. Full form: not measured
 Result     --small, seed 0: mean IoU over three classes 0.18 in the first five steps, 0.55 in the last five
 """
 

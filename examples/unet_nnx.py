@@ -5,7 +5,7 @@ Fischer, Brox, "U-Net", MICCAI 2015). `lazy_init` makes its parameters; after it
 other.
 
 Command    python examples/unet_nnx.py [--small]
-Time       --small: 21 s of processor time on two busy cores of an AMD EPYC. Full form: not measured
+Time       --small: 17 s on two cores of an AMD EPYC. Full form: not measured
 Result     --small, seed 0, on digits that were not trained on: mean squared error 0.244 with noise, 0.044 after the U-Net
 """
 
