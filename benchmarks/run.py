@@ -5,13 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import device, endurance, fuzz_weights, index, input, kills, memory, networks, operators, sources, weights
+from benchmarks import (
+    device,
+    endurance,
+    fuzz_weights,
+    index,
+    inference,
+    input,
+    kills,
+    memory,
+    networks,
+    operators,
+    sources,
+    weights,
+)
 
 BENCHMARKS: dict[str, Callable[[], object]] = {
     "device": lambda: device.main([]),
     "endurance": endurance.main,
     "fuzz_weights": fuzz_weights.main,
     "index": index.main,
+    "inference": inference.main,
     "input": input.main,
     "kills": kills.main,
     "memory": memory.main,

@@ -21,9 +21,18 @@ FAMILIES = {  # attributes that make the network small
     "densenet121_small": {"block_sizes": (1, 1), "growth": 8},
     "wrn28_10_small": {"depth": 10, "width": 1},
 }
-SHORT = {model: name for name in MODELS for model, _ in [shorten(scconv_jax.create_model(name))]}
-SHORT = {name: model for model, name in SHORT.items()}
-"""Networks by name with at most two blocks per stage. Those that differ in the number of blocks alone are one."""
+
+
+def short(name):
+    """Returns a network with at most two blocks per stage."""
+    model, _ = shorten(scconv_jax.create_model(name))
+    if hasattr(model, "block_sizes"):
+        return model.clone(block_sizes=(2,) * len(model.block_sizes))
+    return model.clone(depth=16) if hasattr(model, "depth") else model
+
+
+SHORT = {name: model for model, name in {short(name): name for name in MODELS}.items()}
+"""Short networks by name. Those that differ in the number of blocks alone are one."""
 SIZES = ((32, 64), (96, 32), (64, 64))
 
 
