@@ -84,6 +84,8 @@ def check_between(low: float, high: float, **values: Any) -> None:
         if not number or not low <= float(value) <= high:
             near = f" Nearest valid value: {low if value < low else high:g}." if number and not math.isnan(value) else ""
             rule = "0 or a positive number" if math.isinf(high) else f"a number from {low:g} to {high:g}"
+            if math.isinf(low):
+                rule = "a number"
             raise ValueError(f"{name}={value!r} must be {rule}.{near}")
 
 
@@ -140,7 +142,7 @@ def check_spatial(
             raise ValueError(
                 f"{name} must have one value for each of the {channels} channels of x, ({channels},); got {vector.shape}.{hint}"
             )
-    check_between(0.0, 1.0, threshold=threshold)
+    check_between(-math.inf, math.inf, threshold=threshold)
     check_between(0.0, math.inf, epsilon=epsilon)
     check_choice("gate", gate, ("soft", "hard"))
     check_choice("gated", gated, ("input", "norm"))

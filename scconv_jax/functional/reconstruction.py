@@ -145,7 +145,7 @@ def spatial_reconstruction(
         groups: Groups of the group norm; must divide c.
         epsilon: ε, added to the variance, or to the standard deviation if `unbiased`.
         unbiased: Divide by the unbiased standard deviation plus ε, not by the root of the variance plus ε.
-        threshold: t, between 0 and 1.
+        threshold: t. Weights are between 0 and 1.
         gate: Weights W above t give W1 = 1 and W2 = 0. Other weights give W1 = W2 = W ("soft"), or W1 = 0 and W2 = 1 ("hard").
         inclusive: Treat a weight equal to t as above t.
         gated: The map that W1 and W2 multiply: X ("input") or GN(X) ("norm").

@@ -96,7 +96,8 @@ _CHECKS: Mapping[str, Mapping[str, Callable[..., None]]] = {
     ),
     "float": {
         **dict.fromkeys(("dropout", "drop_path"), check_fraction),
-        **dict.fromkeys(("momentum", "threshold"), functools.partial(check_between, 0.0, 1.0)),
+        "momentum": functools.partial(check_between, 0.0, 1.0),
+        "threshold": functools.partial(check_between, -math.inf, math.inf),
         "epsilon": functools.partial(check_between, 0.0, math.inf),
     },
     "bool": dict.fromkeys(

@@ -1,6 +1,7 @@
 """`functional.scconv` is the layer `ScConv`, and the defaults of the functions are those of the layers."""
 
 import inspect
+import math
 import re
 
 import jax
@@ -76,7 +77,7 @@ def test_the_function_is_the_layer(options):
         ({"gate": "sharp"}, "Unknown gate 'sharp'."),
         ({"gated": "output"}, "Unknown gated 'output'."),
         ({"fuse": "none"}, "Unknown fuse 'none'."),
-        ({"threshold": 2}, "threshold=2 must be a number from 0 to 1. Nearest valid value: 1."),
+        ({"threshold": math.nan}, "threshold=nan must be a number."),
         ({"epsilon": -1}, "epsilon=-1 must be 0 or a positive number. Nearest valid value: 0."),
         ({"conv_groups": 3}, "conv_groups=3 must divide the channels of squeeze1's output and of gwc's, 4 and 16."),
         ({"conv_groups": 1}, "gwc must have the shape (3, 3, 4, 16), to which the other kernels lead; got (3, 3, 2, 16)."),

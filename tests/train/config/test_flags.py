@@ -380,7 +380,7 @@ def test_the_hosts_by_either_name(monkeypatch, argv):
 
 
 def test_the_page_has_a_row_for_each_flag():
-    flags, _ = PAGE.read_text().split("\n## Networks")
+    flags, _ = PAGE.read_text().split("\n## Other differences")
     rows = re.findall(r"^\| `([^|]*)` \|", flags, re.MULTILINE)
     rows = [row.replace("`", "") for row in rows]
     assert sorted(rows) == sorted([*ROWS, *ACTIONS, *HOSTS])
