@@ -5,7 +5,8 @@
     jax        this project; inference with `inference_options()`
     fused      inference after `scconv_jax.fuse`
 
-All run in one process and in turn, so that disturbances affect all alike; the ratios are medians of those of neighbours. Both
+All run in one process and in turn, so that disturbances affect all alike; the ratios are medians of those of neighbours.
+`torch.compile` has a turn with eager PyTorch only, at the end: beside it, the other kinds take up to 1.5 times as long. Both
 sides run the same network on the same images and the same step: cross-entropy, SGD with momentum 0.9 and weight decay 1e-4. The
 time to the first result, from the start of building the network, and the peak memory, above that of the imports, are measured in
 a process for each.
@@ -63,15 +64,23 @@ def main(arguments: list[str] | None = None) -> None:
         return
     began = time.perf_counter()
     batches = (8,) if options.quick else options.batches
-    record: dict[str, Any] = {"size": options.size, "speed": [], "start": []}
-    for name, batch in [(name, batch) for name in options.networks for batch in batches] + [(name, 8) for name in OPERATORS]:
-        for work in WORKS:
-            # Another batch compiles anew, in a minute or more for each step.
-            kinds = [kind for kind in kinds_of(work) if kind != "compiled" or (batch == 8 and not options.quick)]
-            kinds = [kind for kind in kinds if kind != "fused" or name not in OPERATORS]  # `fuse` is for networks
-            found = compare(kinds, name, work, batch, options.size, 2 if options.quick else SECONDS)
-            record["speed"].append({"name": name, "batch": batch, "work": work, **found})
-            print(name, batch, work, found, flush=True)
+    command = " ".join(["python -m benchmarks.networks", *(arguments or [])])
+    record: dict[str, Any] = {"command": command, "size": options.size, "speed": [], "start": []}
+    jobs = [(name, batch, work) for name in options.networks for batch in batches for work in WORKS]
+    # The norm of a pooled map of 1 px needs two images in training.
+    jobs = [job for job in jobs if job[1:] != (1, "step")] + [(name, 8, work) for name in OPERATORS for work in WORKS]
+    for name, batch, work in jobs:
+        kinds = [kind for kind in kinds_of(work) if kind != "compiled" and (kind != "fused" or name not in OPERATORS)]
+        found = compare(kinds, name, work, batch, options.size, 2 if options.quick else SECONDS)
+        record["speed"].append({"name": name, "batch": batch, "work": work, **found})
+        print(name, batch, work, found, flush=True)
+    # Last, because threads of a compiled network keep a core busy for a while after each call. Another batch compiles anew, in a
+    # minute or more for each step.
+    for row in [] if options.quick else record["speed"]:
+        if row["batch"] == 8 and "compiled" in kinds_of(row["work"]):
+            found = compare(("eager", "compiled"), row["name"], row["work"], 8, options.size, SECONDS)
+            row["compiled"] = found["compiled"]
+            print(row["name"], 8, row["work"], found, flush=True)
     for name in () if options.quick else options.networks:
         for work in WORKS:
             for kind in kinds_of(work):

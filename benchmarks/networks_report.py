@@ -25,12 +25,10 @@ def write(record: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "networks.json").write_text(json.dumps(record, indent=1) + "\n")
     page = (
-        f"# Networks against PyTorch\n\n`make bench`, or `python -m benchmarks.networks`. {record['environment']}; "
+        f"# Networks against PyTorch\n\n`{record['command']}`. {record['environment']}; "
         f"{record['minutes']} minutes.\n\n"
         f"{explanation(record)}\n\n{speed_table(record['speed'])}\n\n{twins(record['speed'])}\n\n"
-        "## Start and memory\n\nBatch 8. Seconds from building the network to its first result, compilation included, with empty "
-        "caches; peak memory of later calls, above that of the imports.\n\n"
-        f"{start_table(record['start'])}\n\n![time relative to PyTorch](networks.png)\n"
+        f"![time relative to PyTorch](networks.png)\n\n{start_table(record['start'])}\n"
     )
     print(page)
     (RESULTS / "networks.md").write_text(page)
@@ -42,7 +40,8 @@ def explanation(record: dict[str, Any]) -> str:
     return (
         f"Networks at {record['size']} px, operators on 256 channels of 14 px; float32; alternating in one process. Median times "
         "and, in brackets, medians of the ratios to PyTorch's eager time in the same round. PyTorch is in channels_last; "
-        "inference in JAX uses `inference_options()`; a step is forward, backward and SGD with momentum."
+        "inference in JAX uses `inference_options()`; a step is forward, backward and SGD with momentum. `torch.compile` was timed "
+        "beside eager PyTorch alone, because its threads disturb the others."
     )
 
 
@@ -73,12 +72,18 @@ def twins(speed: list[dict[str, Any]]) -> str:
 
 
 def start_table(start: list[dict[str, Any]]) -> str:
-    """Return times to the first result and peak memory as a Markdown table."""
+    """Return times to the first result and peak memory under a heading, as a Markdown table."""
+    if not start:
+        return "Start and memory were not measured."
     kinds = [kind for kind in COLUMNS if any(row["kind"] == kind for row in start)]
     found = {(row["name"], row["work"], row["kind"]): f"{row['first_s']:.1f} s, {row['peak_mb']:,} MB" for row in start}
     places = dict.fromkeys((row["name"], row["work"]) for row in start)
     rows = [[*place, *(found.get((*place, kind), "") for kind in kinds)] for place in places]
-    return table(["network", "work", *(COLUMNS[kind].removesuffix(", ms") for kind in kinds)], rows)
+    return (
+        "## Start and memory\n\nBatch 8. Seconds from building the network to its first result, compilation included, with empty "
+        "caches; peak memory of later calls, above that of the imports.\n\n"
+        + table(["network", "work", *(COLUMNS[kind].removesuffix(", ms") for kind in kinds)], rows)
+    )
 
 
 def draw(speed: list[dict[str, Any]], path: Path) -> None:
@@ -114,7 +119,8 @@ def quote() -> None:
     """Write the recorded figures of batch 8 between the markers in the README."""
     record = json.loads((RESULTS / "networks.json").read_text())
     rows = [row for row in record["speed"] if row["batch"] == 8]
-    text = f"{explanation(record)} {record['environment']}.\n\n{speed_table(rows)}\n\n{twins(record['speed'])}"
+    source = f"`{record['command']}`; {record['environment']}"
+    text = f"{explanation(record)} {source}.\n\n{speed_table(rows)}\n\n{twins(record['speed'])}"
     page = README.read_text()
     new = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{text}\n{END}", page, flags=re.DOTALL)
     if BEGIN not in page:
