@@ -6,10 +6,10 @@
     fused      inference after `scconv_jax.fuse`
 
 All run in one process and in turn, so that disturbances affect all alike; the ratios are medians of those of neighbours.
-`torch.compile` has a turn with eager PyTorch only, at the end: beside it, the other kinds take up to 1.5 times as long. Both
-sides run the same network on the same images and the same step: cross-entropy, SGD with momentum 0.9 and weight decay 1e-4. The
-time to the first result, from the start of building the network, and the peak memory, above that of the imports, are measured in
-a process for each.
+`torch.compile` has its turns with eager PyTorch only, at the end: in turn with it, a step of SCNet-50 in JAX took 1.6 times as
+long. Both sides run the same network on the same images and the same step: cross-entropy, SGD with momentum 0.9 and weight decay
+1e-4. The time to the first result, from the start of building the network, and the peak memory, above that of the imports, are
+measured in a process for each.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = compare(kinds, name, work, batch, options.size, 2 if options.quick else SECONDS)
         record["speed"].append({"name": name, "batch": batch, "work": work, **found})
         print(name, batch, work, found, flush=True)
-    # Last, because threads of a compiled network keep a core busy for a while after each call. Another batch compiles anew, in a
-    # minute or more for each step.
+    # Last, because it slows the other kinds down (see above). Another batch compiles anew, in a minute or more for each step.
     for row in [] if options.quick else record["speed"]:
         if row["batch"] == 8 and "compiled" in kinds_of(row["work"]):
             found = compare(("eager", "compiled"), row["name"], row["work"], 8, options.size, SECONDS)

@@ -40,8 +40,8 @@ def explanation(record: dict[str, Any]) -> str:
     return (
         f"Networks at {record['size']} px, operators on 256 channels of 14 px; float32; alternating in one process. Median times "
         "and, in brackets, medians of the ratios to PyTorch's eager time in the same round. PyTorch is in channels_last; "
-        "inference in JAX uses `inference_options()`; a step is forward, backward and SGD with momentum. `torch.compile` was "
-        "timed beside eager PyTorch alone, because its threads disturb the others."
+        "inference in JAX uses `inference_options()`; a step is forward, backward and SGD with momentum. `torch.compile` had "
+        "its turns with eager PyTorch alone, because the other kinds are slower in turn with it."
     )
 
 
