@@ -1,7 +1,7 @@
 """`metrics.jsonl`: one JSON object per line, each with `step`, `epoch` and `seconds`, the time of training so far.
 
-`seconds` counts everything since the run began, in all its parts: start-up, compilation, training, tests. Not counted is what a
-killed part did after its last line: the next part repeats it. A run that an earlier version began has no `seconds`.
+`seconds` includes start-up, compilation, training and tests, in all parts of a run that was resumed. It leaves out the work of a
+killed part after its last line, because the next part repeats that work. A run that an earlier version began has no `seconds`.
 
 Training lines hold means since the previous training line:
 
