@@ -83,9 +83,8 @@ def check_between(low: float, high: float, **values: Any) -> None:
         number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not low <= float(value) <= high:
             near = f" Nearest valid value: {low if value < low else high:g}." if number and not math.isnan(value) else ""
-            rule = "0 or a positive number" if math.isinf(high) else f"a number from {low:g} to {high:g}"
-            if math.isinf(low):
-                rule = "a number"
+            rules = {(-math.inf, math.inf): "a number", (0.0, math.inf): "0 or a positive number"}
+            rule = rules.get((low, high), f"a number from {low:g} to {high:g}")
             raise ValueError(f"{name}={value!r} must be {rule}.{near}")
 
 
