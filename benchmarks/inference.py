@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +33,7 @@ def main() -> None:
                 "`fuse`, norms and joined convolutions": (*folded, scconv_jax.inference_options()),
                 "`fuse` with Winograd's form": (*fused, scconv_jax.inference_options()),
             }
-            calls = {}
-            for form, (network, own, options) in forms.items():
-                program = jax.jit(functools.partial(network.apply, train=False)).lower(own, x).compile(compiler_options=options)
-                calls[form] = functools.partial(lambda program, own, x: program(own, x).block_until_ready(), program, own, x)
-            times = alternate(calls, rounds)
+            times = alternate({form: call(network, own, options, x) for form, (network, own, options) in forms.items()}, rounds)
             before = "XLA's defaults"
             for form, own in times.items():
                 rows.append([name, str(images), form, milliseconds(own), ratio(own, times[before])])
@@ -43,6 +41,12 @@ def main() -> None:
                 print(*rows[-1], flush=True)
     text = table(["network", "images", "form", "ms", "÷ the form before (least to greatest)"], rows)
     record("inference", "Steps of fast inference, float32, 224 px", text)
+
+
+def call(model: Any, variables: Any, options: Any, x: jax.Array) -> Callable[[], object]:
+    """Return a call that computes the logits once and waits for them."""
+    program = jax.jit(functools.partial(model.apply, train=False)).lower(variables, x).compile(compiler_options=options)
+    return lambda: program(variables, x).block_until_ready()
 
 
 if __name__ == "__main__":
