@@ -12,7 +12,7 @@ from flax import linen as nn
 import scconv_jax
 from scconv_jax.functional import conv
 from scconv_jax.fusion.fuse import is_fused
-from scconv_jax.fusion.winograd import plain_kernel, winograd_conv, winograd_kernel
+from scconv_jax.fusion.winograd import plain_kernel, winograd_conv, winograd_kernel, winograd_product
 from scconv_jax.layers import ARRANGEMENTS, VARIANTS, BatchNorm, Conv, ConvNorm, Dense, SelfCalibratedConv
 from scconv_jax.models import ResNet
 
@@ -212,3 +212,10 @@ def test_winograd_rounds_within_float32():
     found = winograd_conv(x, jnp.asarray(winograd_kernel(kernel)))
     expected = conv(jnp.asarray(x, jnp.float64), jnp.asarray(kernel, jnp.float64), padding=1)
     assert np.abs(found - expected).max() < 1e-5  # outputs of standard deviation 1; a direct convolution: 2e-6
+
+
+def test_a_stored_kernel_is_in_the_order_of_the_matmuls():
+    """Another order would be a copy of all kernels in each run."""
+    kernel, x = jnp.ones((6, 6, 8, 16)), jnp.ones((1, 8, 8, 8))
+    program = jax.make_jaxpr(winograd_product)(kernel, x).jaxpr
+    assert [eqn.primitive.name for eqn in program.eqns if program.invars[0] in eqn.invars] == ["reshape"]
