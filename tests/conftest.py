@@ -5,6 +5,8 @@ are errors, and each call is checked against its shape annotations. Only the fil
 """
 
 import atexit
+import gc
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -20,6 +22,8 @@ for _flag in (
     # LLVM's optimisations take half of the suite's time and change no result beyond rounding. The equivalence tests in
     # float32 switch them on again (`tests.equivalence.jit`).
     "--xla_backend_optimization_level=0",
+    # The same holds for the newer of XLA's two ways to write loops, which takes twice as long. jaxlib 0.11 has no choice.
+    *["--xla_cpu_use_fusion_emitters=false"] * (importlib.metadata.version("jaxlib").startswith("0.10.")),
 ):
     if _flag.split("=")[0] not in _flags:
         _flags = f"{_flags} {_flag}".strip()
@@ -29,7 +33,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # A program that several tests or processes need is compiled once. The cache starts empty and goes at the end.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="scconv-jax-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # for processes that tests start
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -38,6 +42,11 @@ import pytest  # noqa: E402
 from tests.browser import open_page  # noqa: E402, F401 a fixture for every test
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # to store a small program takes longer than it saves
+
+# To trace a network makes a million objects. At Python's own thresholds, the collector takes an eighth of the suite's time.
+gc.freeze()
+gc.set_threshold(200_000, 10, 10)
 
 if importlib.util.find_spec("torch") is not None:
     import torch

@@ -1,6 +1,7 @@
 """Compares a Flax module with its PyTorch oracle: same state, same input, and all outputs, gradients and statistics."""
 
 import copy
+import os
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -17,9 +18,13 @@ from tests.reference.state import nchw, nhwc, random_images
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit` that optimises float32 as users have it, and float64 not at all.
 
-    The test run switches LLVM's optimisations off (conftest.py): in float64 they only cost time.
+    The test run switches optimisations off (conftest.py): in float64 they only cost time.
     """
-    options = None if jax.config.jax_enable_x64 else {"xla_backend_optimization_level": 3}
+    options: dict[str, Any] | None = None
+    if not jax.config.jax_enable_x64:
+        options = {"xla_backend_optimization_level": 3}
+        if "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:
+            options["xla_cpu_use_fusion_emitters"] = True
     return jax.jit(function, compiler_options=options)
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,8 +30,9 @@ def hang(monkeypatch):
     """Returns `hang(when, signum)`: the first read for which `when(key)` never returns, and then the signal comes."""
     released, load = threading.Event(), ArraySource.load
     monkeypatch.setattr(batches, "CLOSE_SECONDS", 0.1)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a run obeys it, unless it was ignored when the run began
     ends: list[int] = []
-    monkeypatch.setattr(train.main.os, "_exit", ends.append)
+    monkeypatch.setattr(train.main, "os", SimpleNamespace(**vars(os) | {"_exit": ends.append}))
 
     def arrange(when, signum):
         def hanging(self, index, key, out):
@@ -50,6 +52,7 @@ def hang(monkeypatch):
     arrange.release = release
     yield arrange
     release()
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM])

@@ -206,8 +206,6 @@ class DevicePrefetcher(Iterator[Any]):
         while self._thread.is_alive() and time.monotonic() < end:
             with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.01)
-        if isinstance(self._batches, Generator) and not self._thread.is_alive():
-            self._batches.close()
 
     def __next__(self) -> Any:
         return self.take(lambda: True)
@@ -230,12 +228,14 @@ class DevicePrefetcher(Iterator[Any]):
         return batch
 
     def _fill(self) -> None:
-        while not self._stop.is_set():
-            try:
+        try:
+            while not self._stop.is_set():
                 self._queue.put((self._put(next(self._batches)), None))
-            except BaseException as error:  # StopIteration too: `take` raises it
-                self._queue.put((None, error))
-                return
+        except BaseException as error:  # StopIteration too: `take` raises it
+            self._queue.put((None, error))
+        finally:  # here, not in `__exit__`: a read may hang for longer than that waits
+            if isinstance(self._batches, Generator):
+                self._batches.close()
 
 
 def reads_hang() -> bool:
