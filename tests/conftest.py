@@ -79,6 +79,15 @@ def unchecked():
 
 
 @pytest.fixture
+def short_ghostnet(monkeypatch):
+    """Gives GhostNet one block for each size of its maps, with and without squeeze-and-excitation."""
+    from scconv_jax.models import ghostnet
+
+    first, *groups = ghostnet.GHOSTNET
+    monkeypatch.setattr(ghostnet, "GHOSTNET", (first, *[group for group in groups if group[0].strides == 2]))
+
+
+@pytest.fixture
 def seed(request) -> int:
     """A seed that depends on the test's name only."""
     return zlib.crc32(request.node.nodeid.encode())

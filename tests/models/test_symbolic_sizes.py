@@ -41,7 +41,8 @@ def exported(model, variables, constraints=(), **options):
     return export.export(jax.jit(partial(model.apply, **options)))(variables, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, pytest.param("ghostnet_100", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*FAMILIES, "ghostnet_100"])
+@pytest.mark.usefixtures("short_ghostnet")
 def test_one_program_for_all_sizes_equals_the_plain_call(name):
     model = scconv_jax.create_model(name).clone(**FAMILIES.get(name, {}))
     images = [jnp.asarray(np.random.default_rng(0).standard_normal((2, *size, 3)), jnp.float32) for size in SIZES]

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import ipaddress
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,7 +62,7 @@ def folder(tmp_path, monkeypatch):
 
 def start(*flags, devices, silence=None):
     """Start a host. If `silence` is given, it gives up hosts after that many seconds without a heartbeat."""
-    flags_of_xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags_of_xla = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags_of_xla}
     program = ["-m", "tests.train.tiny"]
     if silence:
