@@ -54,15 +54,6 @@ if importlib.util.find_spec("torch") is not None:
     torch.set_num_threads(1)  # each worker of pytest-xdist has a core; waiting threads would take the other's
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts slow tests first in each half of the tests, so that two workers, which get a half each, end together."""
-    parts: dict[bool, list[pytest.Item]] = {True: [], False: []}
-    for item in items:
-        parts[item.get_closest_marker("slow") is not None].append(item)
-    halves = [(tests[: len(tests) // 2], tests[len(tests) // 2 :]) for tests in parts.values()]
-    items[:] = [item for half in zip(*halves, strict=True) for tests in half for item in tests]
-
-
 @pytest.fixture
 def x64():
     """Switches JAX to 64 bits for one test. JAX's caches distinguish the two modes, so nothing leaks into the next test."""
