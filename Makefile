@@ -1,7 +1,7 @@
 # Every target creates the environment that it needs in .venv, once.
 #   make train   train the embedded default (real handwritten digits)       make test    the whole test suite
 #   make setup   the environment alone                                      make lint    ruff and pyright
-#   make bench   side-by-side timings against PyTorch, over half an hour    make docs    the documentation as a site
+#   make bench   side-by-side timings against PyTorch, 45 minutes           make docs    the documentation as a site
 #   make dist    wheel and sdist, into dist/
 #   make accelerators   what XLA compiles for GPUs and TPUs, without one; ARGS=--check compares it with the record
 
