@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.flatten_util import ravel_pytree
 
 AXIS = "data"
 """Name of the mapped axis, along which the batch is split."""
@@ -114,7 +115,7 @@ def train_step(
 
     share = (batch["image"], batch["label"], image_keys(seed, state.step, len(batch["label"])))
     results = gradient_of(*share) if parts == 1 else _mean_over_parts(gradient_of, share, parts, unroll)
-    grads, batch_stats, metrics = jax.lax.pmean(results, AXIS)
+    grads, batch_stats, metrics = mean_over_devices(results)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -124,6 +125,22 @@ def train_step(
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update({"params": params, "batch_stats": batch_stats}, ema, 1 - decay)
     return TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema), metrics
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """Return the mean of each array over the devices, in one all-reduce where XLA can.
+
+    XLA for GPUs combines few arrays, and copies them to do so; one array it reduces as it is. For TPUs, one array costs copies.
+    """
+    if jax.lax.axis_size(AXIS) == 1:
+        return jax.lax.pmean(tree, AXIS)
+    return jax.lax.platform_dependent(tree, cuda=joined_mean, rocm=joined_mean, default=lambda tree: jax.lax.pmean(tree, AXIS))
+
+
+def joined_mean(tree: Any) -> Any:
+    """Return the mean of each array over the devices, computed on all arrays as one."""
+    joined, split = ravel_pytree(tree)
+    return split(jax.lax.pmean(joined, AXIS))
 
 
 def _mean_over_parts(function: Callable[..., Any], share: tuple[Array, ...], parts: int, unroll: bool) -> Any:

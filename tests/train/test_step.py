@@ -13,7 +13,7 @@ from train.config import Augment, Data, Optim
 from train.data.augment import make_augment, make_mix
 from train.optim import make_optimizer
 from train.parallel import make_parallel, run_once
-from train.step import AXIS, eval_step, image_keys, train_step
+from train.step import AXIS, eval_step, image_keys, joined_mean, train_step
 from train.step import init_state as init_state_slowly
 
 ENGINES = ("shard_map", "pmap")
@@ -254,6 +254,23 @@ def test_every_image_has_a_key_of_its_own_whatever_the_devices(engine):
     np.testing.assert_array_equal(keys(8, seed=0, step=5), one)
     assert not np.isin(keys(1, seed=0, step=6), one).any()
     assert not np.isin(keys(1, seed=1, step=5), one).any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_form_for_gpus_averages_to_the_same_bits(engine):
+    parallel = make_parallel(engine, jax.devices())
+    rng = np.random.default_rng(0)
+    own = {"kernel": rng.normal(size=(8, 3, 4)), "bias": rng.normal(size=(8, 5)).astype(np.float32), "loss": rng.normal(size=8)}
+
+    def both(_, own):
+        own = {name: x[0] for name, x in own.items()}
+        return joined_mean(own), jax.lax.pmean(own, AXIS)
+
+    joined, separate = parallel.over_devices(both)(jnp.zeros(()), parallel.put_batch(own))
+    jax.tree.map(np.testing.assert_array_equal, joined, separate)
+    for name, x in own.items():
+        assert (joined[name].shape, joined[name].dtype) == (x.shape[1:], jnp.asarray(x).dtype)
+        np.testing.assert_allclose(joined[name], x.mean(0), rtol=1e-5)
 
 
 def test_the_old_state_is_given_up():
