@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.compiled import PLAIN, RESULTS, TARGETS, traffic
 
 DATA = RESULTS / "compiled.json"
-# Bytes per second and direction of a chip's or GPU's links to the others, by data sheet: NVLink 4, ICI of TPU v5e.
-LINKS = {"h100": 450e9, "v5e": 200e9}
+# Bytes per second and direction of a GPU's or chip's links to the others, by data sheet: NVLink 4, ICI.
+LINKS = {"h100": 450e9, "v5e": 200e9, "v5p": 600e9, "v6e": 400e9}
 CHIPS = (8, 64, 1024)
 BATCHES = (32, 64, 128, 256, 512)
 PAGE = """\

@@ -82,7 +82,8 @@ def train(config: Config, workdir: Path) -> int:
         first_step, step, completed = int(state.step), int(state.step), False
         print(
             f"{config.model.name} ({tree_size(state.params):,} parameters) on {describe_devices()}; {config.data.name}, "
-            f"{setup.dataset.num_classes} classes: {config.epochs} epochs of {plan.steps_per_epoch} steps of {batch_size} images."
+            f"{setup.dataset.num_classes} classes: {config.epochs} epoch{'s' * (config.epochs != 1)} of "
+            f"{plan.steps_per_epoch} step{'s' * (plan.steps_per_epoch != 1)} of {batch_size} images."
             f" Writing to {workdir}" + (f", resuming from step {step} of {plan.total_steps}" if resumes else ""),
             *notes,
             sep="\n",

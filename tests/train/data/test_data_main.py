@@ -112,7 +112,7 @@ def test_a_folder_of_classes_is_divided_and_stays_so(digits, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("train: left out .ipynb_checkpoints; 1 in all.")
     assert lines[1].endswith("0.25 of the images of each class are for testing (data.val_fraction, by seed 0), 22 of 84.")
-    assert "; folder, 3 classes: 1 epochs of 3 steps of 16 images. Writing to a" in lines[2]
+    assert "; folder, 3 classes: 1 epoch of 3 steps of 16 images. Writing to a" in lines[2]
     assert metrics("a")[-1]["eval/images"] == 22
     assert main(["--workdir", "a", "--evaluate"]) == 0
     assert f"test accuracy {100 * metrics('a')[-1]['eval/top1']:.2f} % (" in capsys.readouterr().out
