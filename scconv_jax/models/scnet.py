@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scconv_jax import functional as F
+from scconv_jax.functional.convolution import twin_convs
 from scconv_jax.layers.core import Conv, ConvNorm
 from scconv_jax.layers.self_calibrated import SelfCalibration
 from scconv_jax.layers.squeeze_excitation import SqueezeExcitation
@@ -78,9 +79,14 @@ class SCBottleneck(ResidualBlock):
             "dtype": self.dtype,
         }
 
-        a = nn.relu(norm(name="bn1_a")(pointwise(width, name="conv1_a")(x), train=train))
+        conv1_a, conv1_b = pointwise(width, name="conv1_a"), pointwise(width, name="conv1_b")
+        a, b = conv1_a(x), conv1_b(x)
+        if train:  # The same values from one convolution, where that pays. The two above are then unused, and so not computed.
+            kernels = (nn.unbox(conv.variables)["params"]["kernel"] for conv in (conv1_a, conv1_b))
+            a, b = twin_convs(*(y.astype(a.dtype) for y in (x, *kernels)))
+        a = nn.relu(norm(name="bn1_a")(a, train=train))
         a = nn.relu(ConvNorm(**branch, name="k1")(a, train=train))
-        b = nn.relu(norm(name="bn1_b")(pointwise(width, name="conv1_b")(x), train=train))
+        b = nn.relu(norm(name="bn1_b")(b, train=train))
         b = nn.relu(SelfCalibration(**branch, pooling=POOLING, name="scconv")(b, train=train))
         if pools:
             a, b = (F.avg_pool(y, 3, self.strides, padding=1) for y in (a, b))

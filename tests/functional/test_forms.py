@@ -10,7 +10,17 @@ from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
 from scconv_jax import functional as F
-from scconv_jax.functional.convolution import blocked_conv, dense_blocks, form_on_cpu, matmul_conv, native_conv, product_conv
+from scconv_jax.functional.convolution import (
+    blocked_conv,
+    conv,
+    dense_blocks,
+    form_on_cpu,
+    joined_twins,
+    matmul_conv,
+    native_conv,
+    product_conv,
+    twin_convs,
+)
 from scconv_jax.functional.moments import one_pass_moments, two_pass_moments
 from scconv_jax.functional.pooling import compared_max_pool, indexed_max_pool, native_max_pool
 
@@ -45,6 +55,20 @@ def test_each_form_of_a_convolution_equals_xlas_own(form, shape, strides, paddin
     found = value_and_gradients(partial(form, **options), kernel, *parts)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_both_forms_of_twin_convolutions_equal_two_calls():
+    rng = np.random.default_rng(0)
+    x, a, b = (jnp.asarray(rng.standard_normal(shape)) for shape in ((2, 5, 7, 12), (1, 1, 12, 4), (1, 1, 12, 3)))
+
+    def joined(form):
+        return value_and_gradients(lambda x, a, b: jnp.concatenate(form(x, a, b), axis=-1), x, a, b)
+
+    expected = joined(lambda x, a, b: (conv(x, a), conv(x, b)))
+    for form in (twin_convs, lambda x, a, b: joined_twins(x, x, a, b)):
+        for result, value in zip(joined(form), expected, strict=True):
+            np.testing.assert_allclose(result, value, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.usefixtures("x64")
