@@ -54,6 +54,20 @@ if importlib.util.find_spec("torch") is not None:
     torch.set_num_threads(1)  # each worker of pytest-xdist has a core; waiting threads would take the other's
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts slow tests first in the share that each worker of pytest-xdist begins with, so that all workers end together."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    if workers > 1:
+        items[:] = [
+            item
+            for worker in range(workers)
+            for tests in (slow, quick)
+            for item in tests[len(tests) * worker // workers : len(tests) * (worker + 1) // workers]
+        ]
+
+
 @pytest.fixture
 def x64():
     """Switches JAX to 64 bits for one test. JAX's caches distinguish the two modes, so nothing leaks into the next test."""
