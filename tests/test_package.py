@@ -27,14 +27,20 @@ def test_import_loads_nothing_heavy():
 
 
 def test_import_adds_little_to_that_of_flax():
-    """Takes the median CPU time of three runs: other processes disturb CPU time less than wall time."""
+    """At most 0.3 s or, where Python is so slow that flax takes more than a second, 0.3 of flax's time.
+
+    Takes the median CPU time of three runs: other processes disturb CPU time less than wall time.
+    """
     code = """
-import time, flax.linen, jax.numpy
+import time
 start = time.process_time()
+import flax.linen, jax.numpy
+middle = time.process_time()
 import scconv_jax
-print(time.process_time() - start)
+print(middle - start, time.process_time() - middle)
 """
-    assert statistics.median(float(python(code)) for _ in range(3)) < 0.3
+    flax, own = zip(*(map(float, python(code).split()) for _ in range(3)), strict=True)
+    assert statistics.median(own) < 0.3 * max(1, statistics.median(flax))
 
 
 def test_import_allocates_nothing():

@@ -15,7 +15,6 @@ import numpy as np
 
 from scconv_jax.functional.symbolic import is_symbolic
 from scconv_jax.inference.onnx_graph import CHANNELS_FIRST, Graph, Value
-from scconv_jax.inference.onnx_operations import OPERATIONS
 
 if TYPE_CHECKING:
     import onnx
@@ -100,6 +99,8 @@ def _run(graph: Graph, jaxpr: Any, constants: list[Value], arguments: list[Value
 
 def _apply(graph: Graph, equation: Any, values: list[Value], scope: str) -> Sequence[Value]:
     """Write the nodes of one operation, or compute it if its inputs are constants."""
+    from scconv_jax.inference.onnx_operations import OPERATIONS  # only an export pays for it, not `import scconv_jax`
+
     name, params = equation.primitive.name, equation.params
     if name == "platform_index":
         return [_constant(np.int32(params["platforms"].index(None)))]  # the form for accelerators
