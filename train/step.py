@@ -131,8 +131,8 @@ def train_step(
 def mean_over_devices(tree: Any) -> Any:
     """Return the mean of each array over the devices, in one all-reduce.
 
-    XLA makes few all-reduces of many arrays, but up to 256 arrays each on TPUs, and on GPUs far fewer, with copies. On TPUs only
-    vectors are joined here, because kernels have layouts of their own there, and to join them would copy them.
+    XLA puts at most 256 arrays into one all-reduce on TPUs, and far fewer on GPUs. So the arrays are joined first: all of them or,
+    on TPUs, the vectors only. Kernels have layouts of their own there, and to join them would copy them.
     """
     if jax.lax.axis_size(AXIS) == 1:
         return jax.lax.pmean(tree, AXIS)
