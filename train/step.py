@@ -131,8 +131,8 @@ def train_step(
 def mean_over_devices(tree: Any) -> Any:
     """Return the mean of each array over the devices, in one all-reduce.
 
-    XLA puts at most 256 arrays into one all-reduce on TPUs, and far fewer on GPUs. So the arrays are joined first: all of them or,
-    on TPUs, the vectors only. Kernels have layouts of their own there, and to join them would copy them.
+    XLA puts at most 256 arrays into one all-reduce on TPUs, and far fewer on GPUs. So arrays are joined first: all of them or, on
+    TPUs, the vectors only. Kernels have layouts of their own there, and to join them would copy them.
     """
     if jax.lax.axis_size(AXIS) == 1:
         return jax.lax.pmean(tree, AXIS)
