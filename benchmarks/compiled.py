@@ -219,6 +219,7 @@ def measure(program: Program, top: int = 8, hlo: str | None = None) -> dict[str,
         "temporaries": memory.temp_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "reduced_bytes": reduced_bytes(program),
+        "least_bytes": least_bytes(program),
     }
 
 
@@ -247,6 +248,16 @@ def model_flops(program: Program) -> float | None:
     counted = network(dataclasses.replace(program, network="resnet50") if program.network == PLAIN else program)
     images = program.batch or TARGETS[program.target].batch
     return 2 * (3 if program.mode == "train" else 1) * images * multiply_adds(counted, (program.size, program.size))
+
+
+def least_bytes(program: Program) -> int | None:
+    """Return the least bytes that a whole training step reads and writes on a GPU, where `benchmarks.floor` can count them."""
+    from benchmarks.floor import floor_bytes
+
+    target = TARGETS[program.target]
+    if target.platform != "cuda" or program.short or program.mode != "train" or program.network == PLAIN:
+        return None
+    return floor_bytes(network(program), program.batch or target.batch, program.size)
 
 
 def in_a_process(program: Program) -> dict[str, Any]:

@@ -19,7 +19,8 @@ PAGE = """\
 
 `make accelerators`. Calculated from programs that XLA compiled without a device; nothing was run. A training step in bfloat16 at
 224 px; the images are those of one device. Bytes are sums over kernels for GPUs and XLA's own count for TPUs, on-chip memory
-included. The lower limit of a step is the larger of bytes / bandwidth and FLOP / peak.
+included; of an operand that a GPU's kernel only slices, the slices count. `benchmarks/floor.py` counts the least by shapes. The
+lower limit of a step is the larger of bytes / bandwidth and FLOP / peak.
 
 {networks}
 
@@ -76,13 +77,13 @@ def page(entries: list[dict[str, Any]]) -> str:
     whole = [entry for entry in entries if not entry["short"]]
     plain = {entry["target"]: traffic(entry) for entry in whole if entry["network"] == PLAIN and "error" not in entry}
     rows = [
-        "| target | network | kernels | GB read and written | ÷ plain ResNet-50 | temporaries, GB | copies and transposes, GB "
-        "| collectives | lower limit of a step, ms | jax, date |",
-        "|" + " --- |" * 10,
+        "| target | network | kernels | GB read and written | least by shapes, GB | ÷ plain ResNet-50 | temporaries, GB "
+        "| copies and transposes, GB | collectives | lower limit of a step, ms | jax, date |",
+        "|" + " --- |" * 11,
     ]
     for entry in whole:
         if "error" in entry:
-            rows.append(f"| {entry['target']} | {entry['network']} | {entry['error']} |" + " |" * 7)
+            rows.append(f"| {entry['target']} | {entry['network']} | {entry['error']} |" + " |" * 8)
             continue
         target, moved = TARGETS[entry["target"]], traffic(entry)
         against = f"{moved / plain[entry['target']]:.2f}" if entry["target"] in plain else "–"
@@ -91,6 +92,7 @@ def page(entries: list[dict[str, Any]]) -> str:
             entry["network"],
             entry["kernels"],
             f"{moved / 1e9:.1f}",
+            f"{least / 1e9:.1f}" if (least := entry.get("least_bytes")) else "–",
             against,
             f"{entry['temporaries'] / 1e9:.2f}",
             f"{entry['moved_bytes'] / 1e9:.1f}",

@@ -1,8 +1,11 @@
 """The reading and judging of compiled programs (`benchmarks.compiled`), without XLA's compilers for GPUs and TPUs."""
 
 import pytest
+from flax import linen as nn
 
 from benchmarks import compiled, compiled_report, hlo_text
+from benchmarks.floor import floor_bytes
+from scconv_jax.layers.core import ConvNorm
 
 TEXT = """HloModule jit_step
 
@@ -33,6 +36,58 @@ def test_the_figures_of_a_programs_text():
     assert (figures["moved_kernels"], figures["moved_bytes"]) == (1, 64)
     assert figures["bytes_by_kind"]["custom-call:__cudnn$conv"] == 64
     assert figures["collectives"] == {"count": 1, "bytes": 32}
+
+
+FUSION = """\
+%halves (param_0: bf16[4,8], param_1: f32[4,8]) -> f32[4,4] {
+  %param_0 = bf16[4,8]{1,0} parameter(0)
+  %convert.1 = f32[4,8]{1,0} convert(%param_0)
+  %slice.1 = f32[4,4]{1,0} slice(%convert.1), slice={[0:4], [4:8]}
+  %param_1 = f32[4,8]{1,0} parameter(1)
+  %slice.2 = f32[4,4]{1,0} slice(%param_1), slice={[0:4], [0:4]}
+  %reduce.1 = f32[4]{0} reduce(%param_1), dimensions={1}
+  ROOT %add.1 = f32[4,4]{1,0} add(%slice.1, %slice.2)
+}
+"""
+
+
+def test_of_an_operand_that_a_fusion_only_slices_the_slice_is_counted():
+    """The second parameter is also summed, so it is read whole."""
+    entry = (
+        "ENTRY %main (a: bf16[4,8], b: f32[4,8]) -> f32[4,4] {\n"
+        "  %a = bf16[4,8]{1,0} parameter(0)\n"
+        "  %b = f32[4,8]{1,0} parameter(1)\n"
+        "  ROOT %fusion = f32[4,4]{1,0} fusion(%a, %b), kind=kLoop, calls=%halves\n"
+        "}\n"
+    )
+    [kernel] = hlo_text.kernels(FUSION + "\n" + entry)
+    assert kernel.bytes == 4 * 8 * 2 // 2 + 4 * 8 * 4 + 4 * 4 * 4
+    assert hlo_text.parts_read(FUSION) == {0: 0.5}
+
+
+class TwoConvolutions(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return ConvNorm(6, strides=2)(ConvNorm(4, relu=True)(x, train=train), train=train)
+
+
+def test_the_least_bytes_by_hand():
+    """A convolution of images, read and written twice, and a norm of eight passes over its output; then a second of each."""
+    first = 2 * (8 * 8 * 3 + 8 * 8 * 4) + 8 * 8 * 8 * 4
+    second = 3 * (8 * 8 * 4 + 4 * 4 * 6) + 8 * 4 * 4 * 6
+    assert floor_bytes(TwoConvolutions(), images=5, size=8) == 2 * 5 * (first + second)
+
+
+@pytest.mark.parametrize("name", compiled.NETWORKS)
+def test_no_recorded_program_for_a_gpu_moves_less_than_the_least(name):
+    programs = compiled.json.loads(compiled_report.DATA.read_text())["programs"]
+    [found] = [
+        program for program in programs if (program["target"], program["network"]) == ("h100", name) and not program["short"]
+    ]
+    if name == compiled.PLAIN:
+        assert found["least_bytes"] is None
+    else:
+        assert 0.8 < found["least_bytes"] / compiled.traffic(found) <= 1
 
 
 KNOWN = {"compiler": "jax-cuda12-plugin 1", "bytes": 1000, "collectives": 1}

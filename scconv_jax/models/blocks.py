@@ -25,6 +25,7 @@ from typing import ClassVar
 from flax import linen as nn
 
 from scconv_jax import functional as F
+from scconv_jax.functional.rectifier import relu_of_sum
 from scconv_jax.layers.base import Layer
 from scconv_jax.layers.core import BatchNorm, ConvNorm, Dtype, Factory, conv1x1, conv3x3
 from scconv_jax.shapes import Array, Float
@@ -76,6 +77,14 @@ class ResidualBlock(Layer):
         conv = ConvNorm(features, 1, strides, names=names, norm=self.norm, dtype=self.dtype, name="downsample")
         return conv(x, train=train)
 
+    @nn.nowrap
+    def join(
+        self, y: Float[Array, "n p q d"], x: Float[Array, "n h w c"], *, train: bool, average: bool = False
+    ) -> Float[Array, "n p q d"]:
+        """Return ReLU(y + shortcut(x)), the output of a block whose residual branch returned `y`."""
+        total = self.drop(y, train=train) + self.shortcut(x, y.shape[-1], train=train, average=average)
+        return relu_of_sum(total) if train else nn.relu(total)
+
 
 def drop_path(y: Float[Array, "n p q d"], rate: float, *, train: bool) -> Float[Array, "n p q d"]:
     """Leave out the residual branch of each image with probability `rate`, and scale the others by 1 / (1 - rate).
@@ -119,7 +128,7 @@ class Bottleneck(ResidualBlock, kw_only=True):
         y = nn.relu(norm(name="bn2")(y, train=train))
         y = self.pointwise(features, dtype=self.dtype, name="conv3")(y, train=train)
         y = norm(name="bn3")(y, train=train)
-        return nn.relu(self.drop(y, train=train) + self.shortcut(x, features, train=train))
+        return self.join(y, x, train=train)
 
 
 class BasicBlock(ResidualBlock, kw_only=True):
@@ -146,4 +155,4 @@ class BasicBlock(ResidualBlock, kw_only=True):
         y = nn.relu(norm(name="bn1")(y, train=train))
         y = self.conv(self.planes, **options, name="conv2")(y, train=train)
         y = norm(name="bn2")(y, train=train)
-        return nn.relu(self.drop(y, train=train) + self.shortcut(x, self.planes, train=train))
+        return self.join(y, x, train=train)

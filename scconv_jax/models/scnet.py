@@ -95,7 +95,7 @@ class SCBottleneck(ResidualBlock):
         y = norm(name="bn3")(y, train=train)
         if self.se_reduction is not None:
             y = SqueezeExcitation(features // self.se_reduction, dtype=self.dtype, name="se")(y)
-        return nn.relu(self.drop(y, train=train) + self.shortcut(x, features, train=train, average=self.avg_down))
+        return self.join(y, x, train=train, average=self.avg_down)
 
 
 SCNet = partial(ResNet, smallest_map=POOLING)

@@ -1,5 +1,6 @@
 """Functions that have one form for CPU and another for accelerators: equal results, and only one form in a compiled program."""
 
+import re
 from functools import partial
 
 import jax
@@ -23,6 +24,8 @@ from scconv_jax.functional.convolution import (
 )
 from scconv_jax.functional.moments import one_pass_moments, two_pass_moments
 from scconv_jax.functional.pooling import compared_max_pool, indexed_max_pool, native_max_pool
+from scconv_jax.functional.rectifier import relu_of_sum, stored_relu
+from scconv_jax.models.scnet import SCBottleneck
 
 # form, kernel's shape, strides, padding, dilation, groups
 FORMS = [
@@ -116,12 +119,39 @@ def test_one_pass_keeps_the_digits_of_a_small_variance_beside_a_large_mean():
     assert abs((np.square(x).mean() - np.square(x.mean())) - 0.25) > 0.05
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_forms_of_the_relu_of_a_sum_have_the_same_bits_also_at_zero_and_nan(dtype):
+    x = jnp.asarray([-2.0, -0.0, 0.0, 1e-30, 3.0, jnp.inf, -jnp.inf, jnp.nan], dtype)
+    expected = value_and_gradients(jax.nn.relu, x)
+    for form in (stored_relu, relu_of_sum, jax.jit(stored_relu)):
+        for found, value in zip(value_and_gradients(form, x), expected, strict=True):
+            np.testing.assert_array_equal(np.float32(found), np.float32(value))
+    second = jax.grad(jax.grad(lambda x: stored_relu(x) ** 3))(jnp.float32(2))
+    assert second == 12
+
+
+def test_a_block_of_scnet_in_training_on_an_accelerator_reads_its_input_once_and_the_gradient_of_its_relu_reads_the_result():
+    block, x = SCBottleneck(planes=8), jnp.ones((2, 8, 8, 32))
+    variables = block.init(jax.random.key(0), x, train=False)
+
+    def loss(variables, x):
+        return block.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()
+
+    step = jax.jit(jax.grad(loss)).trace(variables, x)
+    texts = {platform: step.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
+    for platform in ("cuda", "tpu"):
+        assert "tensor<1x1x32x8xf32>" in texts[platform], "conv1_a and conv1_b, joined"
+        assert not re.search(r"stablehlo.convolution.*tensor<1x1x32x4xf32>", texts[platform])
+        assert texts[platform].count("stablehlo.optimization_barrier") == 1
+    assert "stablehlo.optimization_barrier" not in texts["cpu"]
+
+
 X, POINTWISE, GROUPED = jnp.ones((8, 6, 6, 32)), jnp.ones((1, 1, 32, 32)), jnp.ones((3, 3, 1, 32))
 
 
 def network(x):
-    """A function of every form: pointwise with strides, depthwise, max-pool."""
-    x = F.conv(jnp.sin(x), POINTWISE, strides=2)
+    """A function of every form: pointwise with strides, ReLU, depthwise, max-pool."""
+    x = relu_of_sum(F.conv(jnp.sin(x), POINTWISE, strides=2) + 1)
     return F.max_pool(F.conv(x, GROUPED, padding=1, groups=32), 2, 1).sum(axis=(1, 2, 3))
 
 
