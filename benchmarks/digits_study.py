@@ -120,7 +120,7 @@ def study(operator: str, seeds: int) -> dict[str, Any]:
         if not seeds:
             break
         sums = [test(state, batch) for batch in eval_batches(dataset.test, data.batch_size, threads=1)]
-        accuracies.append(100 * float(np.sum([s["correct"] for s in sums]) / np.sum([s["count"] for s in sums])))
+        accuracies.append(100 * float(np.sum([s["top1"] for s in sums]) / np.sum([s["count"] for s in sums])))
     return {
         "operator": operator,
         "parameters": parameters,
