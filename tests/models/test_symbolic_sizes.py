@@ -56,6 +56,7 @@ def test_one_program_for_all_sizes_equals_the_plain_call(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", SHORT)
+@pytest.mark.usefixtures("short_ghostnet")
 def test_every_network_exports(name, train):
     model = SHORT[name]
     images = jax.ShapeDtypeStruct((1, 128, 128, 3), jnp.float32)
