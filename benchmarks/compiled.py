@@ -102,7 +102,7 @@ FAMILIES = (
     "ghostnet_100",
     "resnext29_small",
 )
-# To compile for a TPU takes minutes, not seconds as for a GPU. Wide networks, and those without an operator of their own, are left out.
+# To compile for a TPU takes minutes, not seconds as for a GPU. Wide networks and those without an operator of their own are out.
 TPU_FAMILIES = ("resnet50", "scnet50", "scconv_resnet50", "scnext50", "se_scnet50", "densenet121_small", "ghost_resnet50")
 _short = functools.partial(Program, short=True, size=64, batch=16)
 SHORT: list[Program] = [
