@@ -28,6 +28,7 @@ from flax import linen as nn
 from scconv_jax.layers.core import BatchNorm, Conv
 from scconv_jax.layers.reconstruction import CRU, SRU
 from scconv_jax.layers.self_calibrated import SelfCalibration
+from scconv_jax.layers.variants import CRUSplit
 from scconv_jax.models.blocks import ResidualBlock
 
 BYTES = 2  # of a bfloat16
@@ -63,11 +64,12 @@ def accesses(module: nn.Module, read: tuple[int, ...], written: tuple[int, ...])
         case SelfCalibration():
             return 6 * inputs
         case CRU():
-            pixels, channels = outputs // written[-1], read[-1]
-            upper = int(module.alpha * channels)
-            low, high = (channels - upper) // module.squeeze, upper // module.squeeze
-            convs = upper + high + (channels - upper) + low + high + written[-1] + low + written[-1] - low
-            return 3 * pixels * convs + 11 * outputs
+            channels, features = read[-1], written[-1]
+            split = CRUSplit(channels, features, module.alpha, module.squeeze, module.conv_groups)
+            _, _, upper_squeezed, lower_squeezed = split.widths()
+            squeezes = channels + upper_squeezed + lower_squeezed
+            gwc_and_pwc1, pwc2 = upper_squeezed + features, lower_squeezed + features - lower_squeezed
+            return 3 * outputs // features * (squeezes + gwc_and_pwc1 + pwc2) + 11 * outputs
         case ResidualBlock():
             return 2 * outputs
         case _:
