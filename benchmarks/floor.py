@@ -13,8 +13,8 @@ two calls as well as is possible. Read and written then are, at least, in maps o
     CRU's sum        11                   forward: means 2, sum 3; backward: sums 3, gradients 3
 
 SCNet's two 1×1 convolutions of one input read it once. GWC and PWC1 of a CRU are one convolution. Left out are the max-pool, the
-head, parameters, optimizer and statistics, which are small. The norms of the stem and of shortcuts count like all others, although
-their results need not be stored: for the networks recorded, this is 2 % too much.
+head, parameters, optimizer and statistics, which are small. The norms of the stem and of shortcuts count like all others. Their
+results need not be stored, so for the networks recorded the count is 2 % too high.
 """
 
 from __future__ import annotations
