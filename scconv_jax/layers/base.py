@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import jax
+import numpy as np
 from flax import linen as nn
 
 from scconv_jax.layers.checks import SIZES, checks_of
@@ -128,6 +130,18 @@ def one_number(name: str, value: Any) -> Any:
             f"{name}={value!r} must be the same for height and width: use {name}={value[0]!r} or {name}={value[1]!r}."
         )
     return value[0]
+
+
+def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype: Dtype) -> Any:
+    """Return a parameter, as `module.param(name, init, shape, dtype)` does.
+
+    Flax traces the initialiser of a parameter that exists too, to compare the shapes. That is half the trace of a network.
+    """
+    if module.has_variable("params", name):
+        existing = module.get_variable("params", name)
+        if isinstance(existing, jax.Array | np.ndarray) and existing.shape == shape:
+            return existing
+    return module.param(name, init, shape, dtype)
 
 
 def inherited(module: nn.Module, name: str, default: _Value) -> _Value:

@@ -20,10 +20,10 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from scconv_jax import functional as F
+from scconv_jax.functional.batch_norm import normalize, normalize_by_batch
 from scconv_jax.functional.checks import check_divides
-from scconv_jax.functional.moments import moments, over_channels
-from scconv_jax.functional.symbolic import check_multiple, is_below, value
-from scconv_jax.layers.base import Dtype, Layer, inherited, one_number
+from scconv_jax.functional.symbolic import check_multiple, is_below
+from scconv_jax.layers.base import Dtype, Layer, inherited, one_number, parameter
 from scconv_jax.shapes import Array, Float
 
 Factory = Callable[..., nn.Module]
@@ -81,8 +81,8 @@ class Conv(Layer):
         check_divides("groups", self.groups, "the channels of input and output", channels, self.features)
         shape = (self.kernel_size, self.kernel_size, channels // self.groups, self.features)
         dtype = inherited(self, "param_dtype", jnp.float32)
-        kernel = self.param("kernel", inherited(self, "kernel_init", kaiming_normal), shape, dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype) if self.use_bias else None
+        kernel = parameter(self, "kernel", inherited(self, "kernel_init", kaiming_normal), shape, dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), dtype) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x = F.conv(x, kernel, strides=self.strides, padding=self.padding, dilation=self.dilation, groups=self.groups)
         return x if bias is None else x + jnp.broadcast_to(bias, x.shape)
@@ -126,40 +126,28 @@ class BatchNorm(Layer, kw_only=True):
         """Normalise by the running statistics; if `train`, by the batch's statistics, which then update the running ones."""
         shape = (x.shape[-1],)
         param_dtype = inherited(self, "param_dtype", jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, shape, param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, param_dtype)
+        scale = parameter(self, "scale", nn.initializers.ones, shape, param_dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape, param_dtype)
         stats_dtype = jnp.promote_types(param_dtype, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
         dtype = self.dtype or x.dtype
-        x = x.astype(jnp.promote_types(jnp.promote_types(x.dtype, dtype), jnp.float32))
-        scale, bias = scale.astype(x.dtype), bias.astype(x.dtype)
+        if not train:
+            return normalize(x, scale, bias, running_mean.value, running_var.value, self.epsilon, dtype)
 
-        if train:
-            axis_name = None if self.is_initializing() else self.axis_name
-            count = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
-            if is_below(count, 2):
-                raise ValueError(
-                    f"BatchNorm in training needs more than one value per channel; got input of shape {x.shape}. "
-                    "Use a larger batch or larger images."
-                )
-            mean, var = moments(x, running_mean.value.astype(x.dtype), axis_name)
-            if not self.is_initializing():
-                count = value(count, x.dtype)
-                unbiased = lax.stop_gradient(var) * (count / (count - 1))
-                self._keep(running_mean, lax.stop_gradient(mean))
-                self._keep(running_var, unbiased)
-        else:
-            mean, var = running_mean.value.astype(x.dtype), running_var.value.astype(x.dtype)
-
-        # A single multiply-add per element.
-        factor = scale * lax.rsqrt(var + self.epsilon)
-        offset = bias - mean * factor
-        return (x * over_channels(factor, x) + over_channels(offset, x)).astype(dtype)
-
-    def _keep(self, running: nn.Variable, new: Float[Array, " c"]) -> None:
-        old = running.value
-        running.value = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)
+        axis_name = None if self.is_initializing() else self.axis_name
+        count = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
+        if is_below(count, 2):
+            raise ValueError(
+                f"BatchNorm in training needs more than one value per channel; got input of shape {x.shape}. "
+                "Use a larger batch or larger images."
+            )
+        running = (running_mean.value, running_var.value)
+        options: dict[str, Any] = {"momentum": self.momentum, "epsilon": self.epsilon, "axis_name": axis_name, "dtype": dtype}
+        y, following = normalize_by_batch(x, scale, bias, running, **options)
+        if not self.is_initializing():
+            running_mean.value, running_var.value = following
+        return y
 
 
 class ConvNorm(Layer):
@@ -229,8 +217,8 @@ class Dense(Layer):
             return jax.random.uniform(key, shape, dtype, minval=-(channels**-0.5), maxval=channels**-0.5)
 
         param_dtype = inherited(self, "param_dtype", jnp.float32)
-        kernel = self.param("kernel", inherited(self, "kernel_init", init), (channels, self.features), param_dtype)
-        bias = self.param("bias", init, (self.features,), param_dtype)
+        kernel = parameter(self, "kernel", inherited(self, "kernel_init", init), (channels, self.features), param_dtype)
+        bias = parameter(self, "bias", init, (self.features,), param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return x @ kernel + jnp.broadcast_to(bias, (x.shape[0], self.features))
 

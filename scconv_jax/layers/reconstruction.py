@@ -44,7 +44,7 @@ from flax.linen.dtypes import promote_dtype
 
 from scconv_jax import functional as F
 from scconv_jax.functional.checks import check_choice, check_odd
-from scconv_jax.layers.base import Layer, inherited
+from scconv_jax.layers.base import Layer, inherited, parameter
 from scconv_jax.layers.core import Conv, Dtype, Factory, kaiming_normal
 from scconv_jax.layers.variants import ARRANGEMENTS, VARIANTS, CRUSplit, Variant, check_alpha
 from scconv_jax.shapes import Array, Float
@@ -66,8 +66,8 @@ class Norm(nn.Module):
         gamma, beta = self.variant.norm_names
         dtype = inherited(self, "param_dtype", jnp.float32)
         return (
-            self.param(gamma, self.variant.norm_init, shape, dtype).reshape(channels),
-            self.param(beta, nn.initializers.zeros, shape, dtype).reshape(channels),
+            parameter(self, gamma, self.variant.norm_init, shape, dtype).reshape(channels),
+            parameter(self, beta, nn.initializers.zeros, shape, dtype).reshape(channels),
         )
 
 
@@ -219,9 +219,9 @@ class _Kernel(nn.Module):
 
     def setup(self) -> None:
         dtype = inherited(self, "param_dtype", jnp.float32)
-        self.kernel = self.param("kernel", inherited(self, "kernel_init", kaiming_normal), self.shape, dtype)
+        self.kernel = parameter(self, "kernel", inherited(self, "kernel_init", kaiming_normal), self.shape, dtype)
         if self.use_bias:
-            self.bias = self.param("bias", nn.initializers.zeros, self.shape[-1:], dtype)
+            self.bias = parameter(self, "bias", nn.initializers.zeros, self.shape[-1:], dtype)
 
 
 class ScConv(Layer):

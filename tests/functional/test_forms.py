@@ -11,6 +11,7 @@ from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
 from scconv_jax import functional as F
+from scconv_jax.functional.batch_norm import one_pass_moments, two_pass_moments
 from scconv_jax.functional.convolution import (
     blocked_conv,
     conv,
@@ -22,7 +23,6 @@ from scconv_jax.functional.convolution import (
     product_conv,
     twin_convs,
 )
-from scconv_jax.functional.moments import one_pass_moments, two_pass_moments
 from scconv_jax.functional.pooling import compared_max_pool, indexed_max_pool, native_max_pool
 from scconv_jax.functional.rectifier import relu_of_sum, stored_relu
 from scconv_jax.models.scnet import SCBottleneck

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +119,38 @@ def test_parameters_stay_float32():
     variables = layers.ConvNorm(4, dtype=jnp.bfloat16).init(jax.random.key(0), X.astype(jnp.bfloat16), train=False)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     assert set(variables["params"]) == {"0", "1"}
+
+
+def test_parameters_that_exist_are_not_made_anew():
+    """Flax would trace the initialiser in each call."""
+    made = []
+
+    def init(_key, shape, dtype):
+        made.append(shape)
+        return jnp.ones(shape, dtype)
+
+    conv, x = layers.Conv(2, 1, kernel_init=init), jnp.ones((1, 2, 2, 3))
+    made.clear()  # the layer has tried the initialiser
+    variables = conv.init(jax.random.key(0), x)
+    assert made == [(1, 1, 3, 2)]
+    np.testing.assert_array_equal(conv.apply(variables, x), jnp.full((1, 2, 2, 2), 3.0))
+    assert made == [(1, 1, 3, 2)]
+
+
+def test_parameters_of_another_shape_are_refused():
+    variables = {"params": {"kernel": jnp.ones((1, 1, 3, 4))}}
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=re.escape("(1, 1, 3, 4)")):
+        layers.Conv(2, 1).apply(variables, jnp.ones((1, 2, 2, 3)))
+
+
+def test_norms_of_one_shape_are_traced_once():
+    norm, x = layers.BatchNorm(), jnp.ones((2, 2, 2, 3))
+    variables = norm.init(jax.random.key(0), x, train=False)
+
+    def twice(variables, x):
+        y, _ = norm.apply(variables, x, train=True, mutable="batch_stats")
+        return norm.apply(variables, y, train=True, mutable="batch_stats")
+
+    calls = [eqn.params["jaxpr"] for eqn in jax.make_jaxpr(twice)(variables, x).eqns if "jaxpr" in eqn.params]
+    assert len(calls) == 2
+    assert calls[0] is calls[1]
