@@ -90,7 +90,7 @@ def test_constant_maps_of_open_sizes():
         return x + jnp.exp(-ramp[:, ::-1]).transpose(0, 2, 1, 3).sum(2)[:, None], ramp.reshape(*x.shape[:3], 2, -1)
 
     with jax.numpy_rank_promotion("allow"):
-        check(function, *export.symbolic_shape("n, 32*h, 32*w"), sizes=SIZES[:2])
+        check(function, *export.symbolic_shape("n, 32*h, 32*w"), sizes=SIZES)
 
 
 def random_variables(model, shape):
@@ -117,7 +117,7 @@ def test_layers(name):
     function = partial(layer.apply, random_variables(layer, (2, 32, 32, CHANNELS)), **options)
     gates = 2 if name.startswith("ScConv") else 0
     check(function, gates=gates)
-    check(function, *export.symbolic_shape("n, 32*h, 32*w"), sizes=SIZES[:2], gates=gates)
+    check(function, *export.symbolic_shape("n, 32*h, 32*w"), sizes=SIZES, gates=gates)
 
 
 def check_network(name, model, size, **options):

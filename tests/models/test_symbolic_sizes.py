@@ -9,7 +9,6 @@ import pytest
 from jax import export
 
 import scconv_jax
-from scconv_jax.models.complexity import shorten
 from scconv_jax.models.registry import MODELS
 
 RESIDUAL = {"stage_sizes": (1, 1), "planes": (16, 16), "output_stride": 8}
@@ -24,16 +23,18 @@ FAMILIES = {  # attributes that make the network small
 
 
 def short(name):
-    """Returns a network with at most two blocks per stage."""
-    model, _ = shorten(scconv_jax.create_model(name))
+    """Returns a network with two blocks of each kind, the one that changes the size of maps and the one that keeps it."""
+    model = scconv_jax.create_model(name)
+    if hasattr(model, "stage_sizes"):
+        return model.clone(stage_sizes=(2, 1), planes=model.planes[:2], output_stride=2 * model.stem_stride)
     if hasattr(model, "block_sizes"):
-        return model.clone(block_sizes=(2,) * len(model.block_sizes))
-    return model.clone(depth=16) if hasattr(model, "depth") else model
+        return model.clone(block_sizes=(2, 1))
+    return model.clone(depth=10) if hasattr(model, "depth") else model
 
 
 SHORT = {name: model for model, name in {short(name): name for name in MODELS}.items()}
 """Short networks by name. Those that differ in the number of blocks alone are one."""
-SIZES = ((32, 64), (96, 32), (64, 64))
+SIZES = ((32, 64), (96, 32))
 
 
 def exported(model, variables, constraints=(), **options):
